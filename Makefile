@@ -1,0 +1,45 @@
+# make setup   the environment alone
+# make demo    train, prune and evaluate on real images
+# make test    lint and the whole test suite
+#
+# PYTHON=python3.12 chooses the interpreter, VENV=DIR the environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test lint clean
+
+setup: $(STAMP)
+
+# opencv-python needs a desktop's libraries (libGL and others), which a server or a
+# container may lack; the headless build of the same version needs none of them.
+$(STAMP): requirements.txt requirements-dev.txt setup.py
+	@$(PYTHON) -c "import sys; ok = (3, 10) <= sys.version_info < (3, 13); \
+	  ok or sys.exit('error: Python 3.10 to 3.12 is needed, this is ' + sys.version \
+	  + '; choose another with make PYTHON=python3.12')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	@echo "installing: 2 to 5 minutes and 7 GB, most of it torch"
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@$(BIN)/python -c "import cv2" 2>/dev/null || { \
+	  version=$$($(BIN)/python -m pip show opencv-python | sed -n 's/^Version: //p'); \
+	  echo "opencv-python cannot load here: using opencv-python-headless $$version"; \
+	  $(BIN)/python -m pip uninstall --quiet --yes opencv-python opencv-python-headless; \
+	  $(BIN)/python -m pip install --quiet --no-deps "opencv-python-headless==$$version"; }
+	@touch $@
+
+demo: setup
+	$(BIN)/python tools/nuclei_demo.py
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
