@@ -1,0 +1,147 @@
+"""A stand-in for ``mmcv._ext``, the compiled half of mmcv.
+
+``mmcv.ops`` loads ``mmcv._ext`` while it is imported and asserts that every op it
+knows is there, so an mmcv built without its C++ ops cannot even be imported in full.
+The stand-in holds the ops of :mod:`mmcastling.compat.ops`; any other op name imports
+and raises :class:`MissingOpError` when called.
+
+An ``mmcv._ext`` that exists, compiled or put there by somebody else, is never touched.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import NoReturn
+
+import torch
+
+from mmcastling.compat.ops import KERNELS
+
+EXT_NAME = "mmcv._ext"
+
+SUPPLIED_OPS: tuple[str, ...] = tuple(sorted(KERNELS))
+"""Names, as ``mmcv._ext`` spells them, of the ops that the stand-in can run."""
+
+
+# Once imported without ops, these hold functions that only raise, for as long as the
+# process lives: mmdet and mmseg put such placeholders where `import mmcv.ops` fails.
+_KEEPS_PLACEHOLDERS = ("mmdet.structures.mask", "mmseg.models")
+
+
+class MissingOpError(RuntimeError):
+    """An mmcv op was called that only a compiled mmcv has.
+
+    Args:
+        op: The op's name in ``mmcv._ext``.
+    """
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+        super().__init__(
+            f"mmcv op '{op}' was called, but this mmcv was built without its compiled "
+            f"ops and mmcastling has no replacement for '{op}'. Either install an "
+            f"mmcv with ops compiled for torch {torch.__version__}, for example from "
+            "source with `MMCV_WITH_OPS=1 pip install --no-build-isolation "
+            "--no-binary onedl-mmcv --force-reinstall --no-deps onedl-mmcv`, or choose "
+            "a config that does not use this op."
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        # The default would rebuild the error from its message instead of the op.
+        return type(self), (self.op,)
+
+
+class _StandInLoader(importlib.abc.Loader):
+    """Fills the stand-in; its type is also how the stand-in is recognised."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__doc__ = "mmcastling's stand-in for mmcv's compiled ops."
+        vars(module).update(KERNELS)
+        vars(module)["__getattr__"] = _missing_op
+
+
+def _missing_op(name: str) -> Callable[..., NoReturn]:
+    # No op starts with an underscore, while Python, pickle and test tools probe modules
+    # for such names and take an answer for a yes.
+    if name.startswith("_"):
+        raise AttributeError(f"module '{EXT_NAME}' has no attribute '{name}'")
+
+    def missing(*args: object, **kwargs: object) -> NoReturn:
+        raise MissingOpError(name)
+
+    missing.__name__ = missing.__qualname__ = name
+    return missing
+
+
+def install_mmcv_ops() -> bool:
+    """Make ``mmcv.ops`` importable where mmcv has no compiled ops.
+
+    Call it before mmdet or mmseg are imported; it warns if it comes too late. Calling
+    it again is harmless. It does not import mmcv.
+
+    Returns:
+        Whether the stand-in is in use: False means that an ``mmcv._ext`` exists and
+        was left alone.
+
+    Raises:
+        ImportError: If mmcv is not installed, or if the stand-in is needed and
+            torchvision, or its compiled kernels, cannot be loaded.
+    """
+    if EXT_NAME in sys.modules:
+        spec = getattr(sys.modules[EXT_NAME], "__spec__", None)
+        return isinstance(getattr(spec, "loader", None), _StandInLoader)
+    if _compiled_ext_exists():
+        return False
+    _require_torchvision_kernels()
+    late = [name for name in _KEEPS_PLACEHOLDERS if name in sys.modules]
+    if late and "mmcv.ops" not in sys.modules:
+        warnings.warn(
+            f"{', '.join(late)} was imported before mmcastling, while mmcv had no ops, "
+            "and will fail where it uses them. Import mmcastling first.",
+            stacklevel=2,
+        )
+
+    loader = _StandInLoader()
+    # mmengine and mmcv look for the ops with find_spec, which wants a module in
+    # sys.modules to carry a real spec.
+    spec = importlib.machinery.ModuleSpec(EXT_NAME, loader, origin=__name__)
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    sys.modules[EXT_NAME] = module
+    return True
+
+
+def _compiled_ext_exists() -> bool:
+    mmcv = importlib.util.find_spec("mmcv")
+    if mmcv is None or mmcv.submodule_search_locations is None:
+        raise ImportError(
+            "mmcastling needs mmcv, which is not installed here. Install it with "
+            "`pip install onedl-mmcv` (compiled ops are optional).",
+            name="mmcv",
+        )
+    # Not importlib.util.find_spec: for a submodule it would import all of mmcv.
+    locations = mmcv.submodule_search_locations
+    return importlib.machinery.PathFinder.find_spec(EXT_NAME, locations) is not None
+
+
+def _require_torchvision_kernels() -> None:
+    advice = (
+        "mmcv has no compiled ops here, so mmcastling runs them on torchvision's "
+        f"kernels, but these cannot be used: {{reason}}. Install the torchvision "
+        f"release that belongs to torch {torch.__version__}."
+    )
+    try:
+        importlib.import_module("torchvision")
+        # Attribute access on torch.ops is what looks the kernel up.
+        _ = torch.ops.torchvision.roi_align, torch.ops.torchvision.nms
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:
+        # A torchvision built for another torch fails with any of these four.
+        raise ImportError(
+            advice.format(reason=f"{type(error).__name__}: {error}"),
+            name="torchvision",
+        ) from error
