@@ -1,0 +1,179 @@
+"""Castling-ViT's attention as functions of tensors (paper, sections 3.2 and 3.3).
+
+Shapes throughout: ``B`` images, ``h`` heads, ``N`` tokens, ``d`` and ``e`` channels per
+head. Half-precision inputs are computed and returned in float32, because the linear
+term grows with ``N`` beyond what float16 holds; the block normalises it afterwards.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from mmcastling.attention.threshold import MaskThreshold
+
+# Rows shorter than this have no direction that float32 could tell: they count as zero.
+NORM_EPS = 1e-12
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _in_full_precision(function: Function) -> Function:
+    """Run on float32 copies of half-precision tensors, untouched by autocast."""
+
+    @functools.wraps(function)
+    def wrapped(*tensors: Tensor, **options: Any) -> Any:
+        half = (torch.float16, torch.bfloat16)
+        tensors = tuple(t.float() if t.dtype in half else t for t in tensors)
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return function(*tensors, **options)
+
+    return wrapped  # type: ignore[return-value]
+
+
+@_in_full_precision
+def unit_rows(x: Tensor) -> Tensor:
+    """L2-normalise the last axis; a zero row stays zero, with a zero gradient.
+
+    Args:
+        x: A tensor of any shape. Half precision is computed in float32.
+
+    Returns:
+        A tensor of the same shape whose rows have length 1 or 0.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.where(norm > NORM_EPS, x / norm.clamp_min(NORM_EPS), 0.0)
+
+
+def angular_similarity(q: Tensor, k: Tensor) -> Tensor:
+    """The angular kernel ``Sim(q, k) = 1 - arccos(<q^, k^>) / pi`` of every pair.
+
+    Args:
+        q: Queries ``(..., N, d)``.
+        k: Keys ``(..., M, d)``.
+
+    Returns:
+        Similarities ``(..., N, M)`` in [0, 1].
+    """
+    cosine = unit_rows(q) @ unit_rows(k).transpose(-2, -1)
+    return 1.0 - torch.arccos(cosine.clamp(-1.0, 1.0)) / math.pi
+
+
+def angular_similarity_series(q: Tensor, k: Tensor, order: int) -> Tensor:
+    """The kernel's expansion up to the given order of its residual (paper, eq. 5).
+
+    ``1/2 + c/pi + (1/pi) sum_{i=1}^{order} (2i)! / (4^i (i!)^2 (2i+1)) c^(2i+1)`` with
+    ``c = <q^, k^>``. Order 0 leaves the linear terms, which is what inference keeps.
+
+    Args:
+        q: Queries ``(..., N, d)``.
+        k: Keys ``(..., M, d)``.
+        order: Number of terms of the high-order residual.
+
+    Returns:
+        Similarities ``(..., N, M)``.
+    """
+    c = unit_rows(q) @ unit_rows(k).transpose(-2, -1)
+    total = 0.5 + c / math.pi
+    coefficient = 1.0  # (2i)! / (4^i (i!)^2)
+    for i in range(1, order + 1):
+        coefficient *= (2 * i - 1) / (2 * i)
+        total = total + coefficient / (2 * i + 1) * c ** (2 * i + 1) / math.pi
+    return total
+
+
+@_in_full_precision
+def angular_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, literal_constant: bool = False
+) -> Tensor:
+    """Attention with the exact angular kernel, in O(N^2): the oracle for the rest.
+
+    The kernel's constant 1/2 is applied to the token itself, as the authors' released
+    block does; read literally it would weigh every token, ``1/2 sum_j v_j``.
+
+    Args:
+        q: Queries ``(B, h, N, d)``.
+        k: Keys ``(B, h, N, d)``.
+        v: Values ``(B, h, N, e)``.
+        literal_constant: Sum the constant over all tokens instead. Defaults to False.
+
+    Returns:
+        ``(B, h, N, e)``, not divided by the row sums of the kernel.
+    """
+    similarity = angular_similarity(q, k)
+    if literal_constant:
+        return similarity @ v
+    return 0.5 * v + (similarity - 0.5) @ v
+
+
+@_in_full_precision
+def linear_angular_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, reference_tokens: int | None = None
+) -> Tensor:
+    """The linear terms of angular attention, ``1/2 v + (1/pi) q^ (k^T^ v)``, in O(N).
+
+    The constant term acts on the token itself, as in the authors' released block (see
+    :func:`angular_attention` for the literal reading).
+
+    Args:
+        q: Queries ``(B, h, N, d)``.
+        k: Keys ``(B, h, N, d)``.
+        v: Values ``(B, h, N, e)``.
+        reference_tokens: Scale the second term by ``reference_tokens / N``. That term
+            is a sum over the tokens while the first is not, so the balance learned at
+            one resolution shifts at another; naming the number of tokens of training
+            keeps it. Defaults to None (no scaling, as released).
+
+    Returns:
+        ``(B, h, N, e)``; float32 for half-precision inputs.
+    """
+    scale = 1.0 / math.pi
+    if reference_tokens is not None:
+        scale = scale * reference_tokens / k.shape[-2]
+    key_value = unit_rows(k).transpose(-2, -1) @ v  # (B, h, d, e)
+    return 0.5 * v + unit_rows(q) @ (key_value * scale)
+
+
+@_in_full_precision
+def masked_softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    threshold: float | str | MaskThreshold = 0.02,
+    weight: float = 1.0,
+    return_density: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The auxiliary branch ``weight * ([P > threshold] * P) v`` (paper, section 3.3).
+
+    ``P = softmax(q k^T / sqrt(d))`` of the un-normalised queries and keys. The mask is
+    a constant to the gradient and the rows are not renormalised. This readable form
+    keeps ``(B, h, N, M)`` matrices.
+
+    Args:
+        q: Queries ``(B, h, N, d)``.
+        k: Keys ``(B, h, M, d)``.
+        v: Values ``(B, h, M, e)``.
+        threshold: A probability, or a multiple of uniform attention such as ``'4/N'``.
+            Defaults to 0.02, the released value.
+        weight: Factor of the branch. Defaults to 1.
+        return_density: Also return the fraction of pairs that survive, as a tensor
+            without a synchronisation. Defaults to False.
+
+    Returns:
+        ``(B, h, N, e)``; float32 for half-precision inputs. With ``return_density`` a
+        pair of that and a scalar tensor.
+    """
+    threshold = MaskThreshold.parse(threshold)
+    probability = torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1)
+    mask = probability > threshold.resolve(k.shape[-2])
+    out = weight * (torch.where(mask, probability, 0.0) @ v)
+    if return_density:
+        return out, mask.mean(dtype=torch.float32)
+    return out

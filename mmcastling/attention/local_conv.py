@@ -1,0 +1,126 @@
+"""The depthwise convolutions on the values, the part of the residual kept at inference.
+
+``TokenConv`` is the paper's, along the line of tokens; ``GridConv`` is ours for dense
+tasks, on the grid of tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+Grid = tuple[int, int]
+
+
+class TokenConv(nn.Conv2d):
+    """Depthwise convolution along the flattened token axis, as released.
+
+    One kernel per head, shared by the head's channels; the class token is part of the
+    line. Without bias: ``kernel_size * num_heads`` parameters.
+
+    Args:
+        num_heads: Number of heads ``h``.
+        head_dims: Channels per head ``e``; unused, since the kernels are shared.
+        kernel_size: Odd number of tokens. Defaults to 9, the released value.
+    """
+
+    def __init__(self, num_heads: int, head_dims: int, kernel_size: int = 9) -> None:
+        _check_odd(kernel_size)
+        super().__init__(
+            num_heads,
+            num_heads,
+            (kernel_size, 1),
+            padding=(kernel_size // 2, 0),
+            groups=num_heads,
+            bias=False,
+        )
+
+    def forward(self, v: Tensor, grid: Grid | None = None) -> Tensor:
+        """Convolve values ``(B, h, N, e)`` over ``N``; ``grid`` is not needed."""
+        return super().forward(v)
+
+
+class GridConv(nn.Conv2d):
+    """Depthwise convolution on the ``(H, W)`` grid of tokens, one kernel per channel.
+
+    Tokens that lead the grid (a class token) lie outside it and receive zero.
+
+    Args:
+        num_heads: Number of heads ``h``.
+        head_dims: Channels per head ``e``.
+        kernel_size: Odd size of the square kernel. Defaults to 3.
+    """
+
+    def __init__(self, num_heads: int, head_dims: int, kernel_size: int = 3) -> None:
+        _check_odd(kernel_size)
+        channels = num_heads * head_dims
+        super().__init__(
+            channels,
+            channels,
+            kernel_size,
+            padding=kernel_size // 2,
+            groups=channels,
+            bias=False,
+        )
+
+    def forward(self, v: Tensor, grid: Grid | None = None) -> Tensor:
+        """Convolve values ``(B, h, N, e)`` whose last ``H * W`` tokens fill ``grid``.
+
+        Raises:
+            ValueError: If ``grid`` is missing or holds more than ``N`` tokens.
+        """
+        batch, heads, tokens, channels = v.shape
+        if grid is None:
+            raise ValueError(
+                f"GridConv got {tokens} tokens without their grid: pass grid=(H, W), "
+                "or use local_conv='token', which needs none"
+            )
+        height, width = grid
+        extra = tokens - height * width
+        if extra < 0:
+            raise ValueError(
+                f"grid {grid} holds {height * width} tokens but there are only {tokens}"
+            )
+        x = v[:, :, extra:].transpose(2, 3)  # (B, h, e, H*W)
+        x = x.reshape(batch, heads * channels, height, width)
+        x = super().forward(x)
+        x = x.reshape(batch, heads, channels, height * width).transpose(2, 3)
+        return nn.functional.pad(x, (0, 0, extra, 0)) if extra else x
+
+
+def _check_odd(kernel_size: int) -> None:
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(
+            f"kernel_size {kernel_size!r} must be a positive odd number, so that the "
+            "convolution keeps the number of tokens"
+        )
+
+
+LOCAL_CONVS: dict[str, type[nn.Module]] = {"token": TokenConv, "grid": GridConv}
+
+
+def build_local_conv(
+    spec: str | dict[str, Any] | None, num_heads: int, head_dims: int
+) -> nn.Module | None:
+    """Build the convolution that a ``local_conv`` option names.
+
+    Args:
+        spec: ``'token'``, ``'grid'``, a dict such as ``dict(type='token',
+            kernel_size=9)``, or None for no convolution.
+        num_heads: Number of heads ``h``.
+        head_dims: Channels per head ``e``.
+
+    Raises:
+        ValueError: If the type is not known.
+    """
+    if spec is None:
+        return None
+    options = dict(spec) if isinstance(spec, dict) else {"type": spec}
+    kind = options.pop("type", None)
+    if kind not in LOCAL_CONVS:
+        raise ValueError(
+            f"local_conv {spec!r} is not known: choose one of {sorted(LOCAL_CONVS)}, "
+            "dict(type=..., kernel_size=...), or None"
+        )
+    return LOCAL_CONVS[kind](num_heads, head_dims, **options)

@@ -1,0 +1,217 @@
+"""Angular attention and the masked branch against their definitions."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from mmcastling.attention import (
+    angular_attention,
+    angular_similarity,
+    angular_similarity_series,
+    linear_angular_attention,
+    masked_softmax_attention,
+    unit_rows,
+)
+
+
+def qkv(batch=2, heads=3, tokens=7, dims=4, values=5, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, heads, tokens, d) for d in (dims, dims, values)]
+    return [torch.randn(s, generator=generator, dtype=dtype) for s in shapes]
+
+
+SHAPES = dict(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 4),
+    tokens=st.integers(1, 33),
+    dims=st.integers(1, 9),
+    values=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+
+
+# -- the angular kernel ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("angle", "expected"),
+    [(0.0, 1.0), (math.pi / 3, 2 / 3), (math.pi / 2, 0.5), (math.pi, 0.0)],
+    ids=["same", "60deg", "right", "opposite"],
+)
+def test_similarity_falls_linearly_with_the_angle(angle, expected):
+    q = torch.tensor([[3.0, 0.0]], dtype=torch.float64)
+    k = 5 * torch.tensor([[math.cos(angle), math.sin(angle)]], dtype=torch.float64)
+    assert_close(angular_similarity(q, k).item(), expected, atol=1e-7, rtol=0)
+
+
+def test_series_converges_to_the_exact_kernel_and_starts_linear():
+    q, k, _ = qkv(tokens=12)
+    exact = angular_similarity(q, k)
+    cosine = unit_rows(q) @ unit_rows(k).transpose(-2, -1)
+    assert_close(angular_similarity_series(q, k, 0), 0.5 + cosine / math.pi)
+    inside = cosine.abs() < 0.9  # convergence is slow at the ends
+    errors = [
+        (angular_similarity_series(q, k, n) - exact)[inside].abs().max().item()
+        for n in (0, 2, 8, 32)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-4
+
+
+def test_released_constant_acts_on_the_token_itself():
+    q, k, v = qkv()
+    per_token = angular_attention(q, k, v)
+    literal = angular_attention(q, k, v, literal_constant=True)
+    assert_close(literal - per_token, 0.5 * (v.sum(-2, keepdim=True) - v))
+
+
+# -- the linear terms ------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(**SHAPES)
+def test_linear_form_equals_the_quadratic_definition(**shape):
+    q, k, v = qkv(**shape)
+    expected = 0.5 * v + (angular_similarity_series(q, k, 0) - 0.5) @ v
+    assert_close(linear_angular_attention(q, k, v), expected)
+
+
+def test_reference_tokens_scale_the_linear_term_only():
+    q, k, v = qkv(tokens=8)
+    plain = linear_angular_attention(q, k, v)
+    assert_close(linear_angular_attention(q, k, v, reference_tokens=8), plain)
+    halved = linear_angular_attention(q, k, v, reference_tokens=4)
+    assert_close(halved - 0.5 * v, (plain - 0.5 * v) / 2)
+
+
+def test_linear_attention_never_builds_a_token_by_token_matrix():
+    tokens = 200_000  # one N x N float32 matrix would take 160 GB
+    q, k, v = (torch.randn(1, 1, tokens, 4) for _ in range(3))
+    assert linear_angular_attention(q, k, v).shape == (1, 1, tokens, 4)
+
+
+def test_linear_attention_gradients():
+    inputs = [t.requires_grad_() for t in qkv(batch=1, heads=2, tokens=5)]
+    assert torch.autograd.gradcheck(linear_angular_attention, inputs)
+
+
+def test_zero_tokens_give_zero_not_nan_also_in_the_gradient():
+    q, k, v = qkv()
+    q[:, :, 2], k[:, :, 3] = 0.0, 0.0
+    q.requires_grad_()
+    out = linear_angular_attention(q, k, v)
+    assert_close(out[:, :, 2], 0.5 * v[:, :, 2])
+    out.sum().backward()
+    assert_close(q.grad[:, :, 2], torch.zeros_like(q.grad[:, :, 2]))
+    assert torch.isfinite(q.grad).all()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_direction_alone_matters_whatever_the_magnitude(scale):
+    q, k, v = qkv(dtype=torch.float32)
+    expected = linear_angular_attention(q, k, v)
+    assert_close(linear_angular_attention(scale * q, scale * k, v), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    q, k, v = (100 * t.to(dtype) for t in qkv(tokens=4096, dtype=torch.float32))
+    for function in (linear_angular_attention, masked_softmax_attention):
+        out = function(q, k, v)
+        assert out.dtype == torch.float32
+        assert torch.isfinite(out).all()
+        assert_close(out, function(q.float(), k.float(), v.float()))
+
+
+def test_autocast_does_not_reach_inside():
+    q, k, v = qkv(dtype=torch.float32)
+    expected = linear_angular_attention(q, k, v)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(linear_angular_attention(q, k, v), expected, rtol=0, atol=0)
+
+
+# -- the auxiliary branch --------------------------------------------------------------
+
+
+def naive_masked_softmax(q, k, v, threshold):
+    """The branch entry by entry; also the mask."""
+    batch, heads, tokens, _ = q.shape
+    out = torch.zeros_like(v[:, :, :1]).repeat(1, 1, tokens, 1)
+    mask = torch.zeros(batch, heads, tokens, k.shape[2], dtype=torch.bool)
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(tokens):
+                scores = (k[b, h] * q[b, h, i]).sum(-1) / math.sqrt(q.shape[-1])
+                p = scores.exp() / scores.exp().sum()
+                for j in range(k.shape[2]):
+                    if p[j] > threshold:
+                        mask[b, h, i, j] = True
+                        out[b, h, i] = out[b, h, i] + p[j] * v[b, h, j]
+    return out, mask
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.05, 0.2, 0.6, 1.0])
+def test_branch_equals_its_definition_forward_and_backward(threshold):
+    inputs = [t.requires_grad_() for t in qkv(heads=2, tokens=6)]
+    out, density = masked_softmax_attention(
+        *inputs, threshold=threshold, return_density=True
+    )
+    expected, mask = naive_masked_softmax(*inputs, threshold)
+    assert_close(out, expected)
+    assert_close(density.item(), mask.double().mean().item(), check_dtype=False)
+    if mask.any():
+        weights = torch.randn_like(out)
+        grads = torch.autograd.grad((out * weights).sum(), inputs)
+        expected_grads = torch.autograd.grad((expected * weights).sum(), inputs)
+        assert_close(grads, expected_grads)
+
+
+def test_without_threshold_the_branch_is_softmax_attention():
+    q, k, v = qkv()
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert_close(masked_softmax_attention(q, k, v, threshold=0.0), expected)
+
+
+def test_rows_are_not_renormalised():
+    q, k, v = qkv(tokens=9)
+    ones = torch.ones_like(v)
+    rows = masked_softmax_attention(q, k, ones, threshold=0.15)[..., 0]
+    assert (rows < 1.0).all()
+    assert rows.max() > 0.15
+
+
+def test_weight_is_a_factor():
+    q, k, v = qkv()
+    full = masked_softmax_attention(q, k, v)
+    assert_close(masked_softmax_attention(q, k, v, weight=0.25), 0.25 * full)
+
+
+def test_a_row_keeps_at_most_one_over_the_threshold_entries():
+    q, k, v = qkv(batch=1, heads=1, tokens=200, dtype=torch.float32)
+    _, density = masked_softmax_attention(
+        3 * q, 3 * k, v, threshold=0.1, return_density=True
+    )
+    assert 0 < density * 200 <= 10
+
+
+def test_uniform_units_follow_the_number_of_keys():
+    for tokens in (10, 1000):
+        q, k, v = qkv(tokens=tokens)
+        _, relative = masked_softmax_attention(
+            q, k, v, threshold="4/N", return_density=True
+        )
+        _, absolute = masked_softmax_attention(
+            q, k, v, threshold=4 / tokens, return_density=True
+        )
+        assert relative == absolute
+
+
+def test_key_grid_may_differ_from_query_grid():
+    q, k, v = qkv(tokens=12)
+    out = masked_softmax_attention(q, k[:, :, ::3], v[:, :, ::3], threshold=0.1)
+    expected, _ = naive_masked_softmax(q, k[:, :, ::3], v[:, :, ::3], 0.1)
+    assert_close(out, expected)
