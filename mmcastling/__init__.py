@@ -1,0 +1,19 @@
+"""Castling-ViT for OpenMMLab: castle a vision transformer, train it, deploy it.
+
+Importing this package makes the installed OpenMMLab stack usable, also where mmcv has
+no compiled ops, and registers everything that a config can name.
+"""
+
+from mmcastling.compat import install_mmcv_ops
+
+install_mmcv_ops()  # before anything below imports mmcv.ops
+
+from mmcastling import backbones, hooks, necks, optim  # noqa: E402, F401
+from mmcastling.protocol import (  # noqa: E402
+    castling_modules,
+    set_mask,
+    switch_to_deploy,
+)
+from mmcastling.version import __version__  # noqa: E402
+
+__all__ = ["__version__", "castling_modules", "set_mask", "switch_to_deploy"]

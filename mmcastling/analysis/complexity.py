@@ -1,0 +1,381 @@
+"""Multiply-accumulate operations (MACs) and parameters of a model.
+
+Counted are matrix products (linear layers, einsum, batched products), convolutions and
+attention, fused attention included; a product of ``(m, k)`` and ``(k, n)`` is
+``m * n * k`` MACs. Not counted are additions, norms, activations, softmax, resizing,
+RoIAlign and NMS, as is usual in the tables of this field, and mmcv's compiled ops,
+which torch cannot see.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from mmengine.model import BaseModel, is_model_wrapper
+from mmengine.structures import BaseDataElement, InstanceData
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+#: Key in ``by_module`` for what the model computes outside its children.
+SELF = "(self)"
+
+
+@dataclass(frozen=True)
+class ComplexityReport:
+    """Cost of one forward pass.
+
+    Attributes:
+        macs (int): Multiply-accumulate operations of the whole batch.
+        params (int): Parameters, frozen ones too, shared ones once.
+        input_shape (tuple[int, ...]): Shape of the (first) input tensor.
+        by_module (dict[str, int]): MACs by top-level child, and by ``'(self)'`` what
+            runs outside of them; children that cost nothing are left out. The
+            values add up to ``macs``.
+    """
+
+    macs: int
+    params: int
+    input_shape: tuple[int, ...]
+    by_module: dict[str, int]
+
+
+def count_macs(
+    model: nn.Module,
+    inputs: Tensor | tuple[Any, ...] | Callable[[nn.Module], Any],
+    input_shape: tuple[int, ...] = (),
+) -> ComplexityReport:
+    """Count the MACs of one forward pass in eval mode, without gradients.
+
+    ``training`` and ``requires_grad`` are left as they were found, one by one.
+
+    Args:
+        model (nn.Module): Any module.
+        inputs (Tensor | tuple | Callable): One tensor, a tuple of positional
+            arguments, or a function that is given the model and runs what is
+            to be counted.
+        input_shape (tuple[int, ...]): For the report, where ``inputs`` is a function.
+            Defaults to ().
+
+    Returns:
+        ComplexityReport: The counts.
+
+    Raises:
+        TypeError: If ``inputs`` is none of the three.
+    """
+    run: Callable[[nn.Module], Any]
+    if isinstance(inputs, Tensor):
+        inputs = (inputs,)
+    if isinstance(inputs, tuple):
+        args = inputs
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        input_shape = tuple(tensors[0].shape) if tensors else ()
+
+        def run(model: nn.Module) -> Any:
+            return model(*args)
+
+    elif callable(inputs):
+        run = inputs
+    else:
+        raise TypeError(
+            "inputs must be a tensor, a tuple of arguments or a function of the "
+            f"model, got {type(inputs).__name__}."
+        )
+    with _eval_mode(model):
+        return _report(model, _count(model, run), input_shape)
+
+
+def count_model_macs(model: nn.Module, shape: tuple[int, int]) -> ComplexityReport:
+    """Count the MACs of any OpenMMLab model, or plain module, for one image.
+
+    The model runs on ``(1, 3, H, W)``, in eval mode and without gradients. What counts:
+
+    - a plain module or backbone: its forward;
+    - an mmpretrain classifier, an mmseg segmentor or a one-stage mmdet detector:
+      backbone, neck and head (MMEngine's ``mode='tensor'``), without auxiliary
+      heads, and without what only decoding computes (PointRend's refinement);
+    - a two-stage mmdet detector: backbone, neck, RPN, the box heads on as many
+      proposals as the test config lets through (``rpn.max_per_img``, usually
+      1,000) and the mask heads on as many boxes as it lets out
+      (``rcnn.max_per_img``, usually 100). The proposals are made up, since how many
+      survive NMS depends on weights and image; the count depends on neither.
+
+    Args:
+        model (nn.Module): The model, wrapped (``DistributedDataParallel``) or not.
+        shape (tuple[int, int]): ``(H, W)`` of the image as the network sees it,
+            padding included.
+
+    Returns:
+        ComplexityReport: The counts.
+
+    Raises:
+        ValueError: If ``shape`` is not two positive integers.
+    """
+    if len(shape) != 2 or any(int(n) != n or n < 1 for n in shape):
+        raise ValueError(f"shape must be (H, W), two positive integers, got {shape}.")
+    while is_model_wrapper(model):
+        model = model.module
+    reference = next(model.parameters(), torch.empty(0))
+    # Ones, since zeros meet normalisations at their singular point.
+    image = reference.new_ones((1, 3, *shape), dtype=reference.dtype)
+    if not isinstance(model, BaseModel):
+        return count_macs(model, image)
+    sample = BaseDataElement(
+        metainfo=dict(
+            img_shape=tuple(shape),
+            ori_shape=tuple(shape),
+            pad_shape=tuple(shape),
+            batch_input_shape=tuple(shape),
+            scale_factor=(1.0, 1.0),
+        )
+    )
+    # Sparse R-CNN's mode='tensor' assigns targets: none, here.
+    sample.gt_instances = InstanceData(
+        bboxes=image.new_empty((0, 4)),
+        labels=torch.empty(0, dtype=torch.long, device=image.device),
+    )
+
+    def run(model: nn.Module) -> Any:
+        return model(image, [sample], mode="tensor")
+
+    with _eval_mode(model):
+        if _max_proposals(model) is None:
+            macs = _count(model, run)
+        else:
+            macs = _count_two_stage(model, run, shape)
+        return _report(model, macs, tuple(image.shape))
+
+
+def _report(
+    model: nn.Module, macs: Counter[str], input_shape: tuple[int, ...]
+) -> ComplexityReport:
+    return ComplexityReport(
+        macs=sum(macs.values()),
+        params=sum(p.numel() for p in model.parameters()),
+        input_shape=input_shape,
+        by_module={name: count for name, count in macs.items() if count},
+    )
+
+
+# ----------------------------------------------------------------- counting
+
+
+def _count(model: nn.Module, run: Callable[[nn.Module], Any]) -> Counter[str]:
+    """MACs by top-level child of one call of ``run(model)``."""
+    flops: Counter[str] = Counter()
+    counter = FlopCounterMode(display=False, custom_mapping=_extra_formulas())
+    with (
+        torch.no_grad(),
+        _without_mha_fastpath(),
+        counter,
+        _attribute_to_children(model, counter, flops),
+    ):
+        run(model)
+    flops[SELF] = counter.get_total_flops() - sum(flops.values())
+    # Every formula counts a multiplication and an addition per MAC.
+    return Counter({name: count // 2 for name, count in flops.items()})
+
+
+@contextmanager
+def _attribute_to_children(
+    model: nn.Module, counter: FlopCounterMode, flops: Counter[str]
+) -> Iterator[None]:
+    """Book what each top-level child of ``model`` computes in ``flops``.
+
+    Wraps ``forward`` instead of using hooks: detectors and segmentors call
+    ``head.forward(x)``, past all hooks.
+    """
+    running = False
+
+    def wrap(name: str, forward: Callable) -> Callable:
+        def wrapped(*args, **kwargs):
+            nonlocal running
+            if running:  # a child that is called by another one belongs to that one
+                return forward(*args, **kwargs)
+            running, before = True, counter.get_total_flops()
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                running = False
+                flops[name] += counter.get_total_flops() - before
+
+        return wrapped
+
+    patches = [
+        (module, "forward", wrap(name, module.forward))
+        for name, child in model.named_children()
+        for module in _called_modules(child)
+    ]
+    with _patched(*patches):
+        yield
+
+
+def _called_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The module, or what a list of modules holds: the list itself is never called."""
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        for child in module.children():
+            yield from _called_modules(child)
+    else:
+        yield module
+
+
+def _extra_formulas() -> dict[Any, Callable[..., int]]:
+    """FLOPs of products that torch's counter takes for free."""
+    aten = torch.ops.aten
+
+    def matrix_vector(matrix, vector, *args, out_shape=None, **kwargs) -> int:
+        return 2 * prod(matrix)
+
+    def add_matrix_vector(bias, matrix, vector, *args, out_shape=None, **kwargs) -> int:
+        return 2 * prod(matrix)
+
+    def dot(a, b, *args, out_shape=None, **kwargs) -> int:
+        return 2 * prod(a)
+
+    def deform_conv2d(x, weight, *args, out_shape=None, **kwargs) -> int:
+        return 2 * prod(out_shape) * prod(weight[1:])
+
+    formulas = {
+        aten.mv: matrix_vector,
+        aten.addmv: add_matrix_vector,
+        aten.dot: dot,
+        aten.vdot: dot,
+    }
+    torchvision = torch.ops.torchvision
+    if hasattr(torchvision, "deform_conv2d"):  # only where torchvision is imported
+        formulas[torchvision.deform_conv2d] = deform_conv2d
+    return formulas
+
+
+@contextmanager
+def _without_mha_fastpath() -> Iterator[None]:
+    """Let ``nn.MultiheadAttention`` use ops that the counter knows.
+
+    Its fused eval-mode path is a single op that counts as nothing.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+# ------------------------------------------------------- two-stage detectors
+
+
+def _max_proposals(model: nn.Module) -> int | None:
+    """Proposals a two-stage detector passes on; None for any other model.
+
+    Detectors whose proposals are parameters (Sparse R-CNN) have no such
+    setting and a fixed number anyway.
+    """
+    rpn_head = getattr(model, "rpn_head", None)
+    test_cfg = getattr(rpn_head, "test_cfg", None)
+    if test_cfg is None or not hasattr(model, "roi_head"):
+        return None
+    return test_cfg.get("max_per_img")
+
+
+def _count_two_stage(
+    model: nn.Module, run: Callable[[nn.Module], Any], shape: tuple[int, int]
+) -> Counter[str]:
+    """MACs with a fixed number of proposals and of masks.
+
+    In ``mode='tensor'`` a standard RoI head computes masks for the first 100 proposals
+    and a cascade for all of them, neither of which is what happens at test time.
+    So masks are counted apart, as what one of them adds, times their number.
+    """
+    roi_head = model.roi_head
+    has_masks = bool(getattr(roi_head, "with_mask", False))
+    extract_feat = model.extract_feat
+    features: list[Any] = []
+
+    def extract_once(*args, **kwargs):
+        # The later passes are about the heads: no need to run the backbone again.
+        if not features:
+            features.append(extract_feat(*args, **kwargs))
+        return features[0]
+
+    def count(num_proposals: int, masks: bool) -> Counter[str]:
+        def predict_by_feat(*args, batch_img_metas, **kwargs) -> list[InstanceData]:
+            boxes = features_like((0, 0, shape[1], shape[0]))
+            proposals = InstanceData(bboxes=boxes.repeat(num_proposals, 1))
+            return [proposals for _ in batch_img_metas]
+
+        patches = [
+            (model, "extract_feat", extract_once),
+            (model.rpn_head, "predict_by_feat", predict_by_feat),
+        ]
+        if has_masks and not masks:
+            patches.append((roi_head, "mask_head", None))
+        with _patched(*patches):
+            return _count(model, run)
+
+    def features_like(values: tuple[int, ...]) -> Tensor:
+        return next(model.parameters()).new_tensor([values])
+
+    macs = count(_max_proposals(model), masks=False)
+    if has_masks:
+        with_one, without = count(1, masks=True), count(1, masks=False)
+        for name in with_one:
+            one_mask = with_one[name] - without[name]
+            macs[name] += one_mask * roi_head.test_cfg["max_per_img"]
+    return macs
+
+
+# -------------------------------------------------------- leaving no traces
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients, and afterwards each module's and parameter's own
+    flag again, not one for all.
+
+    ``no_grad`` alone is not enough: torch's module tracker hooks every argument that
+    requires a gradient, and fails on parameters that are split on their way (query
+    embeddings).
+    """
+    training = [(module, module.training) for module in model.modules()]
+    requires_grad = [(param, param.requires_grad) for param in model.parameters()]
+    model.eval()
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+        for param, flag in requires_grad:
+            param.requires_grad_(flag)
+
+
+@contextmanager
+def _patched(*patches: tuple[nn.Module, str, Any]) -> Iterator[None]:
+    """Replace attributes of modules for a while."""
+    missing = object()
+    undo: list[Callable[[], None]] = []
+    try:
+        for module, name, value in patches:
+            if name in module._modules:
+                # Assigning into _modules keeps the order of the children.
+                child = module._modules[name]
+                undo.append(lambda m=module, n=name, c=child: m._modules.update({n: c}))
+                module._modules[name] = value
+                continue
+            old = vars(module).get(name, missing)
+
+            def restore(module=module, name=name, old=old) -> None:
+                if old is missing:
+                    vars(module).pop(name, None)
+                else:
+                    vars(module)[name] = old
+
+            undo.append(restore)
+            vars(module)[name] = value
+        yield
+    finally:
+        for restore in reversed(undo):
+            restore()

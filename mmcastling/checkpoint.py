@@ -1,0 +1,215 @@
+"""Checkpoints: read without running their code, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.runner.checkpoint import CheckpointLoader, get_torch_safe_globals
+from torch import nn
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read, does not fit, or cannot be written."""
+
+
+def _history_statistic(owner: type, name: str) -> Any:
+    # HistoryBuffer pickles its statistics as getattr(HistoryBuffer, name). The general
+    # getattr would let a file reach any attribute of anything it may name.
+    if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current"):
+        raise pickle.UnpicklingError(f"getattr of {name!r} is not allowed")
+    return getattr(HistoryBuffer, name)
+
+
+@functools.cache
+def _safe_globals() -> list[Any]:
+    allowed = [item for item in get_torch_safe_globals() if item is not getattr]
+    return [*allowed, (_history_statistic, "builtins.getattr")]
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], map_location: Any = "cpu"
+) -> dict[str, Any]:
+    """Load a checkpoint from disk without unpickling code.
+
+    Reads tensors, plain Python values, numpy arrays and MMEngine's training history,
+    nothing else.
+
+    Args:
+        path: A local file.
+        map_location: As in :func:`torch.load`. Defaults to ``'cpu'``.
+
+    Raises:
+        CheckpointError: If the file is missing, truncated, holds code or is not a
+            checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist: check the path")
+    try:
+        with torch.serialization.safe_globals(_safe_globals()):
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if not zipfile.is_zipfile(path) and path.read_bytes()[:2] == b"PK":
+            raise CheckpointError(_damaged(path)) from error
+        reason = str(error).partition("GLOBAL ")[2].split(" was not")[0]
+        what = f"the object {reason}" if reason else "objects other than tensors"
+        raise CheckpointError(
+            f"checkpoint {path} is refused: it asks to run code or holds {what}, which "
+            "a file of weights does not need. If you trust its origin, load it with "
+            "its own library and save {'state_dict': model.state_dict()}"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(_damaged(path)) from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(
+            f"checkpoint {path} holds a {type(checkpoint).__name__}, expected a dict "
+            "with 'state_dict'"
+        )
+    return checkpoint
+
+
+def _damaged(path: Path) -> str:
+    return (
+        f"checkpoint {path} ({path.stat().st_size} bytes) is truncated or not a torch "
+        "checkpoint: copy or download it again, or use an earlier one"
+    )
+
+
+@contextlib.contextmanager
+def safe_mmengine_loading() -> Iterator[None]:
+    """Make MMEngine load every checkpoint through :func:`load_checkpoint`.
+
+    MMEngine falls back to unpickling when a file asks for it; inside this context
+    ``--resume``, ``load_from`` and ``init_cfg`` do not.
+    """
+    schemes = CheckpointLoader._schemes
+    before = dict(schemes)
+    forced = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+
+    def local(filename: str, map_location: Any = None) -> dict[str, Any]:
+        return load_checkpoint(filename, map_location)
+
+    CheckpointLoader.register_scheme(prefixes="", loader=local, force=True)
+    # torch's own switch covers what is downloaded rather than read from disk.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        yield
+    finally:
+        schemes.clear()
+        schemes.update(before)
+        os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+        if forced is not None:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = forced
+
+
+def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The state dict inside a checkpoint, without a wrapper's ``module.`` prefix.
+
+    Raises:
+        CheckpointError: If there are no tensors in it.
+    """
+    weights = checkpoint.get("state_dict", checkpoint)
+    tensors = isinstance(weights, dict) and any(
+        isinstance(value, torch.Tensor) for value in weights.values()
+    )
+    if not tensors:
+        raise CheckpointError(
+            f"the checkpoint has no weights: expected a 'state_dict' of tensors, found "
+            f"the keys {sorted(map(str, checkpoint))[:8]}"
+        )
+    return {key.removeprefix("module."): value for key, value in weights.items()}
+
+
+def load_weights(model: nn.Module, checkpoint: dict[str, Any], source: str) -> None:
+    """Load all of a checkpoint's weights into a model, or none.
+
+    Args:
+        model: The model, not wrapped.
+        checkpoint: A loaded checkpoint.
+        source: Its path, for the message.
+
+    Raises:
+        CheckpointError: If a name or a shape does not fit; the model is unchanged.
+    """
+    check_weights_fit(model, checkpoint, source)
+    model.load_state_dict(weights_of(checkpoint))
+
+
+def check_weights_fit(
+    model: nn.Module, checkpoint: dict[str, Any], source: str
+) -> None:
+    """Raise unless a checkpoint has exactly the weights that a model expects.
+
+    Args:
+        model: The model, not wrapped.
+        checkpoint: A loaded checkpoint.
+        source: Its path, for the message.
+
+    Raises:
+        CheckpointError: If a name is missing or unexpected, or a shape differs.
+    """
+    weights, own = weights_of(checkpoint), model.state_dict()
+    problems = [f"missing {key}" for key in own if key not in weights]
+    problems += [f"unexpected {key}" for key in weights if key not in own]
+    problems += [
+        f"{key} is {tuple(value.shape)}, the model has {tuple(own[key].shape)}"
+        for key, value in weights.items()
+        if key in own and own[key].shape != value.shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:5])
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(
+            f"checkpoint {source} is of another architecture than the config: {shown}"
+            f"{more}. Use the config that it was trained with"
+        )
+
+
+def save_atomically(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Save a checkpoint under a temporary name beside it, then rename.
+
+    Args:
+        checkpoint: What to save.
+        path: Destination; its folder must exist.
+
+    Raises:
+        CheckpointError: If it cannot be written, for example on a full disk. Nothing is
+            left behind, and a previous file stays as it was.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise CheckpointError(
+            f"cannot write {path}: the folder {path.parent} does not exist, create it "
+            "first"
+        )
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

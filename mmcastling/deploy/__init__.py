@@ -1,0 +1,21 @@
+"""From a training checkpoint to what ships: pruned, verified, plain tensors."""
+
+from mmcastling.deploy.checkpoint import (
+    DEPLOY_META_KEY,
+    deploy_checkpoint,
+    is_deployed,
+    select_weights,
+)
+from mmcastling.deploy.config import deploy_config, drop_training_hooks
+from mmcastling.deploy.verify import features, largest_difference
+
+__all__ = [
+    "DEPLOY_META_KEY",
+    "deploy_checkpoint",
+    "deploy_config",
+    "drop_training_hooks",
+    "features",
+    "is_deployed",
+    "largest_difference",
+    "select_weights",
+]

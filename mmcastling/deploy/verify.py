@@ -1,0 +1,55 @@
+"""How far a pruned model's features are from those of the model it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+@torch.no_grad()
+def features(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Feature maps of a batch: from backbone and neck, or of the bare module.
+
+    Args:
+        model: A classifier, detector, segmentor, or anything that takes images.
+        images: A preprocessed batch ``(B, C, H, W)``.
+    """
+    extract = getattr(model, "extract_feat", model)
+    return list(_tensors(extract(images)))
+
+
+def largest_difference(
+    model: nn.Module, other: nn.Module, batches: Iterable[Tensor]
+) -> tuple[float, float]:
+    """The largest absolute difference between two models' features.
+
+    Args:
+        model: The reference, in evaluation mode.
+        other: The model compared with it, in evaluation mode.
+        batches: Preprocessed images ``(B, C, H, W)``.
+
+    Returns:
+        The largest difference, and the largest magnitude in the reference, both over
+        all batches.
+    """
+    difference = magnitude = 0.0
+    for images in batches:
+        pairs = zip(features(model, images), features(other, images), strict=True)
+        for a, b in pairs:
+            difference = max(difference, (a - b).abs().max().item())
+            magnitude = max(magnitude, a.abs().max().item())
+    return difference, magnitude

@@ -1,0 +1,21 @@
+"""What the commands in ``tools/`` do, as functions: load, train, evaluate, convert."""
+
+from mmcastling.engine.config import DATA_VARIABLE, check_data, load_config
+from mmcastling.engine.conversion import ConversionReport, convert
+from mmcastling.engine.errors import ConfigError, run_cli
+from mmcastling.engine.evaluation import Evaluation, Pruning, evaluate
+from mmcastling.engine.training import train
+
+__all__ = [
+    "DATA_VARIABLE",
+    "ConfigError",
+    "ConversionReport",
+    "Evaluation",
+    "Pruning",
+    "check_data",
+    "convert",
+    "evaluate",
+    "load_config",
+    "run_cli",
+    "train",
+]

@@ -1,0 +1,47 @@
+"""The options that the commands in ``tools/`` share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from mmengine.config import Config, DictAction
+
+from mmcastling.engine.config import DATA_VARIABLE, load_config
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the config file and ``--cfg-options``."""
+    parser.add_argument("config", help="config file, of any OpenMMLab toolbox")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        metavar="KEY=VALUE",
+        help="override settings of the config; data_root=FOLDER moves its data. The "
+        f"environment variable {DATA_VARIABLE} stands for the folder data/",
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the work directory and the launcher."""
+    parser.add_argument(
+        "--work-dir", help="folder for logs and checkpoints (work_dirs/CONFIG)"
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm", "mpi"],
+        default="none",
+        help="job launcher (none)",
+    )
+    # torch.distributed.launch passes it; torchrun sets the variable instead.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0)
+
+
+def config_from_arguments(args: argparse.Namespace) -> Config:
+    """Load the config that the arguments name, with their options."""
+    cfg = load_config(args.config, args.cfg_options, getattr(args, "work_dir", None))
+    if hasattr(args, "launcher"):
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+        cfg.launcher = args.launcher
+    return cfg

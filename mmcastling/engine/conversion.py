@@ -1,0 +1,161 @@
+"""Convert a training checkpoint for deployment: what ``tools/convert.py`` does."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import DATASETS, MODELS
+from torch import Tensor, nn
+
+from mmcastling.checkpoint import (
+    CheckpointError,
+    check_weights_fit,
+    load_checkpoint,
+    save_atomically,
+)
+from mmcastling.deploy import (
+    deploy_checkpoint,
+    deploy_config,
+    is_deployed,
+    largest_difference,
+    select_weights,
+)
+from mmcastling.engine.config import check_data, has_data
+from mmcastling.engine.errors import ConfigError
+from mmcastling.protocol import castling_modules, restore_mask, switch_to_deploy
+
+TOLERANCE = 1e-5
+"""Largest difference of features, relative to the largest feature or 1, that counts as
+equal: float32 rounding, not a branch that is still on."""
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did.
+
+    Attributes:
+        checkpoint: The file that was written.
+        config: The config written beside it.
+        pruned: Attentions whose auxiliary branch was pruned.
+        max_abs_diff: Largest difference of features, or None where not verified.
+        images: Real images on which it was measured.
+    """
+
+    checkpoint: Path
+    config: Path
+    pruned: int
+    max_abs_diff: float | None
+    images: int
+
+
+def convert(
+    cfg: Config,
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    verify: bool | None = None,
+    force: bool = False,
+    ema: bool | None = None,
+    num_images: int = 4,
+) -> ConversionReport:
+    """Prune a trained model and write it with a config that builds it pruned.
+
+    Args:
+        cfg: The config that the checkpoint was trained with.
+        source: The training checkpoint.
+        out: Checkpoint to write; the config is written beside it as ``.py``.
+        verify: Measure the largest difference on real images of the test set. None
+            does so where the data is there. Defaults to None.
+        force: Write although the masks have not decayed. Defaults to False.
+        ema: See :func:`mmcastling.deploy.select_weights`. Defaults to None.
+        num_images: Images to verify on. Defaults to 4.
+
+    Raises:
+        CheckpointError: If the source cannot be read or does not fit, the masks have
+            not decayed and ``force`` is not given, or the output cannot be written.
+        DatasetError: If ``verify`` is True and the data is missing.
+    """
+    source, out = Path(source), Path(out)
+    checkpoint = load_checkpoint(source)
+    if is_deployed(checkpoint):
+        raise CheckpointError(f"checkpoint {source} has been deployed already")
+    if out.suffix != ".pth":
+        raise ConfigError(f"output {out} must end in .pth: its config goes beside it")
+    if out.resolve() == source.resolve():
+        raise CheckpointError(
+            f"output {out} is the input: training state would be lost"
+        )
+    if not out.parent.is_dir():
+        raise CheckpointError(
+            f"cannot write {out}: the folder {out.parent} does not exist: create it"
+        )
+
+    weights = select_weights(checkpoint, ema)
+    model = MODELS.build(cfg.model)
+    check_weights_fit(model, {"state_dict": weights}, str(source))
+    model.load_state_dict(weights)
+    model.eval()
+    pruned = sum(1 for _ in castling_modules(model))
+    if not pruned:
+        raise ConfigError(
+            "the config's model has no auxiliary branch to prune: nothing is castled, "
+            "or it is built with deploy=True"
+        )
+    restore_mask(model, checkpoint)
+    still_on = any(module.mask_is_on for _, module in castling_modules(model))
+    deployed = switch_to_deploy(model)
+
+    difference = None
+    if verify or (verify is None and has_data(cfg, "test")):
+        check_data(cfg, "test")
+        images = list(_test_images(cfg, model, num_images))
+        difference, magnitude = largest_difference(model, deployed, images)
+        still_on = difference > TOLERANCE * max(1.0, magnitude)
+        num_images = len(images)
+    else:
+        num_images = 0
+    if still_on and not force:
+        measured = (
+            "its state says that the branch is on"
+            if difference is None
+            else f"pruning changes the features by up to {difference:.3g}"
+        )
+        raise CheckpointError(
+            f"the masks of {source} have not decayed: {measured}. Train until "
+            "MaskDecayHook has finished, or write it anyway with --force"
+        )
+
+    config_path = out.with_suffix(".py")
+    facts = dict(source=source.name, max_abs_diff=difference)
+    result = deploy_checkpoint(deployed, checkpoint.get("meta", {}), **facts)
+    _write_both(deploy_config(cfg), config_path, result, out)
+    return ConversionReport(out, config_path, pruned, difference, num_images)
+
+
+def _test_images(cfg: Config, model: nn.Module, count: int) -> Iterator[Tensor]:
+    dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    for index in range(min(count, len(dataset))):
+        batch = pseudo_collate([dataset[index]])
+        inputs = model.data_preprocessor(batch, False)["inputs"]
+        yield torch.stack(list(inputs)) if isinstance(inputs, list) else inputs
+
+
+def _write_both(cfg: Config, config_path: Path, checkpoint: dict, out: Path) -> None:
+    try:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".convert-") as folder:
+            config = Path(folder) / config_path.name
+            weights = Path(folder) / out.name
+            cfg.dump(config)
+            save_atomically(checkpoint, weights)
+            load_checkpoint(weights)  # proves that it loads with weights_only=True
+            config.replace(config_path)
+            weights.replace(out)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {out}: {error}") from error

@@ -1,0 +1,260 @@
+"""Layer-wise learning-rate decay for backbones inside any OpenMMLab model.
+
+Fine-tuning a pre-trained vision transformer works best when its early layers move
+less than its late ones (BEiT, MAE, ViTDet): a layer ``n`` steps below the top gets the
+learning rate times ``rate ** n``. The toolboxes have one constructor each for this:
+mmpretrain's asks the whole model for its depths, which a detector cannot answer, and
+mmdet's and mmseg's know a few backbones by the names of their parameters. This one
+asks the backbone it finds inside the model.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mmengine.logging import MMLogger, print_log
+from mmengine.optim import DefaultOptimWrapperConstructor
+from torch import nn
+
+from mmcastling.registry import OPTIM_WRAPPER_CONSTRUCTORS
+
+#: Parameters without weight decay wherever they are: class and distillation tokens and
+#: absolute position embeddings, by the last part of their name (as BEiT and ViTDet).
+NO_DECAY_NAMES = ("cls_token", "dist_token", "pos_embed", "absolute_pos_embed")
+
+
+def layer_scale(name: str, depth: int, num_layers: int, rate: float) -> float:
+    """Learning-rate multiplier of one backbone parameter.
+
+    Args:
+        name (str): Name of the parameter, for the error message.
+        depth (int): Its layer: 0 is the stem (patch and position embedding),
+            ``num_layers - 1`` whatever follows the last block.
+        num_layers (int): Number of layers, stem and output included (blocks + 2).
+        rate (float): Decay per layer, in (0, 1].
+
+    Returns:
+        float: ``rate ** (num_layers - 1 - depth)``: 1 at the top, smallest at the stem.
+
+    Raises:
+        ValueError: If ``rate`` is not in (0, 1], or ``depth`` not in
+            ``[0, num_layers)``.
+    """
+    if not 0 < rate <= 1:
+        raise ValueError(f"layer_decay_rate must be in (0, 1], got {rate!r}.")
+    if not 0 <= depth < num_layers:
+        raise ValueError(
+            f"layer of {name!r} must be in [0, {num_layers}), got {depth}; "
+            "check the backbone's get_layer_depth()."
+        )
+    return rate ** (num_layers - 1 - depth)
+
+
+def find_layered_backbones(model: nn.Module) -> dict[str, nn.Module]:
+    """Backbones that can tell the depth of their parameters.
+
+    Args:
+        model (nn.Module): A detector, segmentor, classifier or any other model with
+            modules called ``backbone`` at any level, or a bare backbone.
+
+    Returns:
+        dict[str, nn.Module]: The outermost modules called ``backbone`` that have
+        ``get_layer_depth``, by the prefix of their parameters (``'backbone.'``); for
+        a bare backbone the model itself, with the prefix ``''``.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        # named_modules comes parents first, so the outermost one is met first.
+        if (
+            name.rpartition(".")[2] == "backbone"
+            and callable(getattr(module, "get_layer_depth", None))
+            and not name.startswith(tuple(found))
+        ):
+            found[f"{name}."] = module
+    if found:
+        return found
+    # Last, because an image classifier has the method too, but only passes it on.
+    if callable(getattr(model, "get_layer_depth", None)) and not hasattr(
+        model, "backbone"
+    ):
+        return {"": model}
+    backbone = getattr(model, "backbone", None)
+    raise ValueError(
+        f"{type(model).__name__} has no backbone with get_layer_depth(param_name, "
+        f"prefix) (its backbone: {type(backbone).__name__}); layer-wise learning-rate "
+        "decay needs it. Use a backbone that has it or another constructor."
+    )
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """Optimizer wrapper with layer-wise learning-rate decay in the backbone.
+
+    Use it from any toolbox as
+    ``constructor='mmcastling.LayerDecayOptimWrapperConstructor'``. The model, or the
+    model inside a ``DistributedDataParallel``, holds one or more modules called
+    ``backbone``, or is a backbone itself; each is asked for the layer of its
+    parameters by ``backbone.get_layer_depth(param_name, prefix)``, mmpretrain's
+    convention. Everything outside the backbones keeps the full learning rate.
+
+    ``paramwise_cfg`` takes all the fields of MMEngine's
+    ``DefaultOptimWrapperConstructor`` with their meaning there, and
+
+    - ``layer_decay_rate`` (float): Required, in (0, 1]; 1 is no decay.
+    - ``no_decay_names`` (Sequence[str]): Parameters without weight decay, by the last
+      part of their name. A parameter that a key of ``custom_keys`` matches is left to
+      that key. Defaults to ``NO_DECAY_NAMES``.
+
+    ``lr_mult`` of ``custom_keys`` and ``bias_lr_mult`` multiply with the layer's scale.
+    Frozen parameters (``requires_grad=False``) are left out, as MMEngine does; unlike
+    there, a parameter shared by two modules raises an error unless
+    ``bypass_duplicate=True``, since two layers may claim it.
+
+    Parameters with equal settings share one group, about ``2 * (blocks + 2)`` groups
+    in all; ``lr_scale`` and ``param_names`` stay in each. One table is logged in place
+    of MMEngine's line for every parameter.
+
+    Args:
+        optim_wrapper_cfg (dict): Config of the wrapper; its ``optimizer`` must
+            give ``lr``.
+        paramwise_cfg (dict): The fields above.
+
+    Raises:
+        ValueError: If ``layer_decay_rate`` is missing or not in (0, 1], if the
+            optimizer has no ``lr``, or, when called, if the model has no
+            backbone with ``get_layer_depth``.
+
+    Example:
+        >>> optim_wrapper = dict(
+        ...     optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.1),
+        ...     constructor='mmcastling.LayerDecayOptimWrapperConstructor',
+        ...     paramwise_cfg=dict(layer_decay_rate=0.7, norm_decay_mult=0.0))
+    """
+
+    def _validate_cfg(self) -> None:
+        super()._validate_cfg()
+        rate = self.paramwise_cfg.get("layer_decay_rate")
+        if rate is None:
+            raise ValueError(
+                "paramwise_cfg must give layer_decay_rate, a number in (0, 1]; "
+                f"got the keys {sorted(self.paramwise_cfg)}."
+            )
+        layer_scale("any", 0, 1, rate)
+        if self.base_lr is None:
+            raise ValueError(
+                "layer-wise decay scales the learning rate: optimizer must give lr, "
+                f"got {self.optimizer_cfg}."
+            )
+
+    def add_params(
+        self, params: list[dict], module: nn.Module, prefix: str = "", **kwargs
+    ) -> None:
+        """Append the parameter groups of ``module`` to ``params``.
+
+        Args:
+            params (list[dict]): Groups, modified in place.
+            module (nn.Module): The model, or one of its modules when called by
+                MMEngine's recursion.
+            prefix (str): Name of ``module`` in the model. Defaults to ''.
+            **kwargs: Passed on to MMEngine's recursion.
+        """
+        if prefix:
+            super().add_params(params, module, prefix=prefix, **kwargs)
+            return
+        # Asked first: no work is done for a model that cannot answer.
+        backbones = find_layered_backbones(module)
+        singles: list[dict] = []
+        with _without_line_per_param():
+            super().add_params(singles, module, **kwargs)
+        names = {id(param): name for name, param in module.named_parameters()}
+        self._check_unique(singles, names)
+        for single in singles:
+            (param,) = single["params"]
+            self._set_scale(single, names[id(param)], backbones)
+        groups = _merge(singles, names)
+        params.extend(groups)
+        num_frozen = sum(not p.requires_grad for p in module.parameters())
+        print_log(_table(groups, num_frozen), logger="current")
+
+    def _check_unique(self, singles: list[dict], names: dict[int, str]) -> None:
+        counts = Counter(id(single["params"][0]) for single in singles)
+        shared = [names[key] for key, count in counts.items() if count > 1]
+        if shared:
+            raise ValueError(
+                f"parameters {shared} are shared by several modules; set "
+                "bypass_duplicate=True in paramwise_cfg to keep the first of each."
+            )
+
+    def _set_scale(
+        self, group: dict, name: str, backbones: dict[str, nn.Module]
+    ) -> None:
+        """Set learning rate, scale and weight decay of a group of one parameter."""
+        scale = 1.0
+        prefix = next((p for p in backbones if name.startswith(p)), None)
+        if prefix is not None:
+            depth, num_layers = backbones[prefix].get_layer_depth(name, prefix)
+            rate = self.paramwise_cfg["layer_decay_rate"]
+            scale = layer_scale(name, depth, num_layers, rate)
+        group["lr"] = group.get("lr", self.base_lr) * scale
+        group["lr_scale"] = scale
+        if self.base_wd is not None:
+            group.setdefault("weight_decay", self.base_wd)
+        # The parent matches keys in f'{prefix}.{name}', a dot first at the top level.
+        dotted = name if "." in name else f".{name}"
+        if any(key in dotted for key in self.paramwise_cfg.get("custom_keys", {})):
+            return
+        no_decay = self.paramwise_cfg.get("no_decay_names", NO_DECAY_NAMES)
+        if name.rpartition(".")[2] in no_decay:
+            # Also where the config gives no weight decay: AdamW's default is not 0.
+            group["weight_decay"] = 0.0
+
+
+def _merge(singles: list[dict], names: dict[int, str]) -> list[dict]:
+    """Join groups of one parameter whose settings are equal, lowest scale first."""
+    merged: dict[tuple, dict] = {}
+    for single in singles:
+        settings = {key: value for key, value in single.items() if key != "params"}
+        # By repr, since values that come through custom_keys need not be hashable.
+        key = tuple(sorted((name, repr(value)) for name, value in settings.items()))
+        group = merged.setdefault(key, dict(settings, params=[], param_names=[]))
+        group["params"].extend(single["params"])
+        group["param_names"].extend(names[id(p)] for p in single["params"])
+    return sorted(merged.values(), key=lambda group: group["lr_scale"])
+
+
+def _table(groups: list[dict], num_frozen: int) -> str:
+    columns = f"{'lr scale':>10} {'lr':>10} {'weight decay':>12}"
+    lines = [f"{columns} {'tensors':>8} {'params':>12}"]
+    for group in groups:
+        decay = group.get("weight_decay")
+        lines.append(
+            f"{group['lr_scale']:>10.4g} {group['lr']:>10.3g} "
+            f"{'default' if decay is None else format(decay, '.3g'):>12} "
+            f"{len(group['params']):>8} {sum(p.numel() for p in group['params']):>12,}"
+        )
+    if num_frozen:
+        lines.append(f"left out: {num_frozen} tensors with requires_grad=False")
+    return "parameter groups of layer-wise learning-rate decay:\n" + "\n".join(lines)
+
+
+@contextmanager
+def _without_line_per_param() -> Iterator[None]:
+    """Keep MMEngine from logging hundreds of lines that the table sums up."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        text = str(record.msg)
+        return not (
+            text.startswith("paramwise_options -- ")
+            or text.endswith("is skipped since its requires_grad=False")
+        )
+
+    logger = MMLogger.get_current_instance()
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
