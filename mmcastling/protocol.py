@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from mmcastling.attention import CastlingAttention, MaskThreshold
+from mmcastling.attention import CastlingMixer, MaskThreshold
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -21,14 +21,14 @@ MASK_META_KEY = "mask_decay"
 """Where a checkpoint's ``meta`` holds the state of the masks."""
 
 
-def castling_modules(model: nn.Module) -> Iterator[tuple[str, CastlingAttention]]:
+def castling_modules(model: nn.Module) -> Iterator[tuple[str, CastlingMixer]]:
     """Yield ``(name, module)`` of every castling attention whose branch still exists.
 
     Args:
         model: Any module, wrapped or not.
     """
     for name, module in model.named_modules():
-        if isinstance(module, CastlingAttention) and not module.deploy:
+        if isinstance(module, CastlingMixer) and not module.deploy:
             yield name, module
 
 

@@ -1,8 +1,8 @@
-"""The attention blocks: one skeleton, three ways to mix tokens.
+"""Linear-angular attention, and the auxiliary branch that training adds to it.
 
-``SoftmaxAttention`` is the baseline, ``LinearAngularAttention`` what is deployed, and
-``CastlingAttention`` the latter plus the auxiliary branch that exists in training only.
-All take ``(B, N, C)`` tokens and hold ``qkv``, ``proj`` and ``local_conv``.
+``LinearAngularMixer`` is what is deployed. ``CastlingMixer`` is it plus a masked
+softmax branch that exists in training only; the two attention blocks put projections
+around them.
 """
 
 from __future__ import annotations
@@ -10,153 +10,37 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from mmcastling.attention.block import TokenAttention
 from mmcastling.attention.functional import (
     linear_angular_attention,
     masked_softmax_attention,
-    unit_rows,
 )
-from mmcastling.attention.local_conv import Grid, build_local_conv
+from mmcastling.attention.mixer import TokenMixer
 from mmcastling.attention.threshold import MaskThreshold
 
 
-class LayerScale(nn.Module):
-    """A learned factor per channel, named as mmpretrain names it.
+class LinearAngularMixer(TokenMixer):
+    """Linear-angular mixing with a local convolution, without auxiliary branch.
 
     Args:
-        embed_dims: Channels ``C`` of the last axis.
-        init_value: Initial factor.
-    """
-
-    def __init__(self, embed_dims: int, init_value: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((embed_dims,), float(init_value)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight
-
-
-class TokenAttention(nn.Module):
-    """The skeleton: project to q, k, v; mix; normalise; add local_conv(v); project.
-
-    Args:
-        embed_dims: Channels ``C``.
-        num_heads: Number of heads ``h``, a divisor of ``embed_dims``.
-        qkv_bias: Whether ``qkv`` has a bias. Defaults to True.
-        proj_bias: Whether ``proj`` has a bias. Defaults to True.
-        local_conv: Depthwise convolution added to the mixed values: ``'token'`` (the
-            paper's), ``'grid'`` (2-D), a dict with ``type`` and ``kernel_size``, or
-            None. Defaults to None.
-        norm_output: Whether each head's output vector is scaled to length 1 before
-            ``local_conv`` is added, as the released block does. Defaults to False.
-        layer_scale_init_value: Initial factor of a learned scale per channel after
-            ``proj``, 0 for none. Defaults to 0.
-        proj_drop: Dropout after ``proj``. Defaults to 0.
-
-    Raises:
-        ValueError: If ``embed_dims`` is not a multiple of ``num_heads``.
-    """
-
-    def __init__(
-        self,
-        embed_dims: int,
-        num_heads: int,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        local_conv: str | dict[str, Any] | None = None,
-        norm_output: bool = False,
-        layer_scale_init_value: float = 0.0,
-        proj_drop: float = 0.0,
-    ) -> None:
-        super().__init__()
-        if num_heads < 1 or embed_dims % num_heads:
-            raise ValueError(
-                f"embed_dims {embed_dims} is not a multiple of num_heads {num_heads}"
-            )
-        self.embed_dims = embed_dims
-        self.num_heads = num_heads
-        self.head_dims = embed_dims // num_heads
-        self.norm_output = norm_output
-        self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
-        self.proj = nn.Linear(embed_dims, embed_dims, bias=proj_bias)
-        self.gamma1 = (
-            LayerScale(embed_dims, layer_scale_init_value)
-            if layer_scale_init_value > 0
-            else nn.Identity()
-        )
-        self.proj_drop = nn.Dropout(proj_drop)
-        self.local_conv = build_local_conv(local_conv, num_heads, self.head_dims)
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Mix values over tokens: three ``(B, h, N, d)`` to one."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
-        """Attend.
-
-        Args:
-            x: Tokens ``(B, N, C)``; the last ``H * W`` of them fill ``grid`` row by
-                row, tokens before them (a class token) lie outside it.
-            grid: ``(H, W)`` of the tokens; needed by ``local_conv='grid'`` only.
-
-        Returns:
-            Tokens ``(B, N, C)``.
-        """
-        batch, tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dims)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, h, N, d)
-        y = self.mix(q, k, v)
-        if self.norm_output:
-            y = unit_rows(y)
-        y = y.to(v.dtype)
-        if self.local_conv is not None:
-            y = y + self.local_conv(v, grid)
-        y = y.transpose(1, 2).reshape(batch, tokens, self.embed_dims)
-        return self.gamma1(self.proj_drop(self.proj(y)))
-
-
-class SoftmaxAttention(TokenAttention):
-    """Softmax attention, torch's fused kernel: what castling replaces.
-
-    With ``local_conv`` and ``norm_output`` it is the control that separates the
-    kernel's merit from the convolution's. Arguments as in :class:`TokenAttention`.
-    """
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return nn.functional.scaled_dot_product_attention(q, k, v)
-
-
-class LinearAngularAttention(TokenAttention):
-    """Linear-angular attention with a local convolution, without auxiliary branch.
-
-    Args:
-        embed_dims: Channels ``C``.
         num_heads: Number of heads ``h``.
-        local_conv: As in :class:`TokenAttention`. Defaults to ``'token'``.
-        norm_output: As in :class:`TokenAttention`. Defaults to True.
+        head_dims: Channels per head of the values.
+        local_conv: As in :class:`TokenMixer`. Defaults to ``'token'``.
+        norm_output: As in :class:`TokenMixer`. Defaults to True.
         reference_tokens: See :func:`linear_angular_attention`. Defaults to None.
-        **kwargs: Further arguments of :class:`TokenAttention`.
     """
 
     def __init__(
         self,
-        embed_dims: int,
         num_heads: int,
-        *args: Any,
+        head_dims: int,
         local_conv: str | dict[str, Any] | None = "token",
         norm_output: bool = True,
         reference_tokens: int | None = None,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            embed_dims,
-            num_heads,
-            *args,
-            local_conv=local_conv,
-            norm_output=norm_output,
-            **kwargs,
-        )
+        super().__init__(num_heads, head_dims, local_conv, norm_output)
         if reference_tokens is not None and reference_tokens < 1:
             raise ValueError(
                 f"reference_tokens {reference_tokens!r} must be a positive number of "
@@ -168,22 +52,20 @@ class LinearAngularAttention(TokenAttention):
         return linear_angular_attention(q, k, v, reference_tokens=self.reference_tokens)
 
 
-class CastlingAttention(LinearAngularAttention):
-    """Linear-angular attention plus a masked softmax branch that training removes.
+class CastlingMixer(LinearAngularMixer):
+    """Linear-angular mixing plus a masked softmax branch that training removes.
 
     The whole state of the branch lives here, as plain numbers: no parameter and no
     buffer, so that checkpoints, EMA and distributed wrappers never see one vanish.
 
     Args:
-        embed_dims: Channels ``C``.
         num_heads: Number of heads ``h``.
-        qkv_bias: Whether ``qkv`` has a bias. Defaults to True.
-        local_conv: As in :class:`TokenAttention`. Defaults to ``'token'``.
+        head_dims: Channels per head of the values.
         mask_threshold: Smallest surviving attention probability at the start, a number
             in [0, 1] or a multiple of uniform attention such as ``'4/N'``. Defaults to
             0.02, the released value.
         deploy: Build without the branch. Defaults to False.
-        **kwargs: Further arguments of :class:`LinearAngularAttention`.
+        **kwargs: Further arguments of :class:`LinearAngularMixer`.
 
     Attributes:
         deploy: Whether the branch has been pruned.
@@ -195,17 +77,13 @@ class CastlingAttention(LinearAngularAttention):
 
     def __init__(
         self,
-        embed_dims: int,
         num_heads: int,
-        qkv_bias: bool = True,
-        local_conv: str | dict[str, Any] | None = "token",
+        head_dims: int,
         mask_threshold: float | str | MaskThreshold = 0.02,
         deploy: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            embed_dims, num_heads, qkv_bias=qkv_bias, local_conv=local_conv, **kwargs
-        )
+        super().__init__(num_heads, head_dims, **kwargs)
         self.deploy = False
         self.mask_density = torch.zeros(())
         self.set_mask(mask_threshold)
@@ -279,3 +157,20 @@ class CastlingAttention(LinearAngularAttention):
         if self.deploy:
             return "deploy=True"
         return f"mask_threshold={self.mask_threshold}, mask_weight={self.mask_weight:g}"
+
+
+class LinearAngularAttention(TokenAttention, LinearAngularMixer):
+    """What is deployed: a block of linear-angular attention and local convolution.
+
+    Takes the arguments of :class:`TokenAttention` and :class:`LinearAngularMixer`.
+    """
+
+
+class CastlingAttention(TokenAttention, CastlingMixer):
+    """The castling block: linear-angular attention that trains with a masked softmax.
+
+    Equal to the authors' released block in training form (threshold 0.02) and in
+    deployed form. Takes the arguments of :class:`TokenAttention` (``embed_dims``,
+    ``num_heads``, ``qkv_bias``, ...) and of :class:`CastlingMixer` (``local_conv``,
+    ``mask_threshold``, ``deploy``, ...).
+    """

@@ -1,0 +1,67 @@
+"""What mixes tokens: the part of an attention between its projections."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from mmcastling.attention.functional import unit_rows
+from mmcastling.attention.local_conv import Grid, build_local_conv
+
+
+class TokenMixer(nn.Module):
+    """The frame of every mixer: mix, normalise, add ``local_conv(v)``.
+
+    Subclasses define :meth:`mix`. Backbones that project in their own way (LeViT,
+    MViTv2) hold a mixer; plain attention blocks inherit from one.
+
+    Args:
+        num_heads: Number of heads ``h``.
+        head_dims: Channels per head of the values, ``e``.
+        local_conv: Depthwise convolution added to the mixed values: ``'token'`` (the
+            paper's), ``'grid'`` (2-D), a dict with ``type`` and ``kernel_size``, or
+            None. Defaults to None.
+        norm_output: Whether each head's output vector is scaled to length 1 before
+            ``local_conv`` is added, as the released block does. Defaults to False.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dims: int,
+        local_conv: str | dict[str, Any] | None = None,
+        norm_output: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dims = head_dims
+        self.norm_output = norm_output
+        self.local_conv = build_local_conv(local_conv, num_heads, head_dims)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Mix values over tokens: ``(B, h, N, d)`` twice and ``(B, h, N, e)`` to it."""
+        raise NotImplementedError
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid | None = None
+    ) -> Tensor:
+        """Mix tokens.
+
+        Args:
+            q: Queries ``(B, h, N, d)``.
+            k: Keys ``(B, h, N, d)``.
+            v: Values ``(B, h, N, e)``; the last ``H * W`` of the ``N`` tokens fill
+                ``grid`` row by row, tokens before them lie outside it.
+            grid: ``(H, W)`` of the tokens; needed by ``local_conv='grid'`` only.
+
+        Returns:
+            ``(B, h, N, e)`` in the dtype of ``v``.
+        """
+        y = self.mix(q, k, v)
+        if self.norm_output:
+            y = unit_rows(y)
+        y = y.to(v.dtype)
+        if self.local_conv is not None:
+            y = y + self.local_conv(v, grid)
+        return y
