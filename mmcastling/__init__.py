@@ -9,6 +9,7 @@ from mmcastling.compat import install_mmcv_ops
 install_mmcv_ops()  # before anything below imports mmcv.ops
 
 from mmcastling import backbones, hooks, necks, optim  # noqa: E402, F401
+from mmcastling.castle import castle, register_adapter  # noqa: E402
 from mmcastling.protocol import (  # noqa: E402
     castling_modules,
     set_mask,
@@ -16,4 +17,11 @@ from mmcastling.protocol import (  # noqa: E402
 )
 from mmcastling.version import __version__  # noqa: E402
 
-__all__ = ["__version__", "castling_modules", "set_mask", "switch_to_deploy"]
+__all__ = [
+    "__version__",
+    "castle",
+    "castling_modules",
+    "register_adapter",
+    "set_mask",
+    "switch_to_deploy",
+]

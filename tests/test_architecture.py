@@ -16,7 +16,7 @@ ROOT = PACKAGE.parent
 # own floor or above.
 FLOORS = [
     {"attention", "registry", "compat", "datasets", "checkpoint", "version"},
-    {"protocol", "necks", "optim"},
+    {"castle", "protocol", "necks", "optim"},
     {"backbones", "hooks", "analysis", "deploy"},
     {"engine"},
 ]

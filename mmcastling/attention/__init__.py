@@ -18,12 +18,26 @@ from mmcastling.attention.functional import (
     angular_attention,
     angular_similarity,
     angular_similarity_series,
+    in_full_precision,
+    kernel_attention,
     linear_angular_attention,
     masked_softmax_attention,
     unit_rows,
 )
 from mmcastling.attention.local_conv import GridConv, TokenConv
 from mmcastling.attention.mixer import TokenMixer
+from mmcastling.attention.peers import (
+    EfficientAttention,
+    EfficientMixer,
+    FocusedAttention,
+    FocusedMixer,
+    HydraAttention,
+    HydraMixer,
+    PerformerAttention,
+    PerformerMixer,
+    ReLULinearAttention,
+    ReLULinearMixer,
+)
 from mmcastling.attention.threshold import MaskThreshold
 
 __all__ = [
@@ -31,10 +45,20 @@ __all__ = [
     "MIXERS",
     "CastlingAttention",
     "CastlingMixer",
+    "EfficientAttention",
+    "EfficientMixer",
+    "FocusedAttention",
+    "FocusedMixer",
     "GridConv",
+    "HydraAttention",
+    "HydraMixer",
     "LinearAngularAttention",
     "LinearAngularMixer",
     "MaskThreshold",
+    "PerformerAttention",
+    "PerformerMixer",
+    "ReLULinearAttention",
+    "ReLULinearMixer",
     "SoftmaxAttention",
     "SoftmaxMixer",
     "TokenAttention",
@@ -45,6 +69,8 @@ __all__ = [
     "angular_similarity_series",
     "build_attention",
     "build_mixer",
+    "in_full_precision",
+    "kernel_attention",
     "linear_angular_attention",
     "masked_softmax_attention",
     "unit_rows",

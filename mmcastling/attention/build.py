@@ -13,15 +13,37 @@ from mmcastling.attention.castling import (
     LinearAngularMixer,
 )
 from mmcastling.attention.mixer import TokenMixer
+from mmcastling.attention.peers import (
+    EfficientAttention,
+    EfficientMixer,
+    FocusedAttention,
+    FocusedMixer,
+    HydraAttention,
+    HydraMixer,
+    PerformerAttention,
+    PerformerMixer,
+    ReLULinearAttention,
+    ReLULinearMixer,
+)
 
 MIXERS: dict[str, type[TokenMixer]] = {
     "castling": CastlingMixer,
+    "efficient": EfficientMixer,
+    "focused": FocusedMixer,
+    "hydra": HydraMixer,
     "linear_angular": LinearAngularMixer,
+    "performer": PerformerMixer,
+    "relu_linear": ReLULinearMixer,
     "softmax": SoftmaxMixer,
 }
 ATTENTIONS: dict[str, type[TokenAttention]] = {
     "castling": CastlingAttention,
+    "efficient": EfficientAttention,
+    "focused": FocusedAttention,
+    "hydra": HydraAttention,
     "linear_angular": LinearAngularAttention,
+    "performer": PerformerAttention,
+    "relu_linear": ReLULinearAttention,
     "softmax": SoftmaxAttention,
 }
 
@@ -45,19 +67,29 @@ def build_attention(
 
 
 def build_mixer(
-    spec: dict[str, Any] | None, *, deploy: bool = False, **defaults: Any
+    spec: dict[str, Any] | None,
+    *,
+    deploy: bool = False,
+    key_dims: int | None = None,
+    **defaults: Any,
 ) -> TokenMixer:
     """Build a mixer alone, for a backbone with projections of its own.
 
     Args:
         spec: As in :func:`build_attention`; ``type`` is a key of :data:`MIXERS`.
         deploy: Build the pruned form of a mixer that has one. Defaults to False.
+        key_dims: Channels per head of queries and keys, which matter to a mixer with
+            weights of that size. Defaults to None (those of the values).
         **defaults: Arguments that ``spec`` may override, ``num_heads`` and
             ``head_dims`` among them.
 
     Raises:
         ValueError: If the type or an option is not known.
     """
+    if key_dims is not None:
+        kind = (spec or {}).get("type", "castling")
+        if issubclass(MIXERS.get(kind, TokenMixer), (FocusedMixer, PerformerMixer)):
+            defaults["key_dims"] = key_dims
     return _build(MIXERS, spec, deploy, defaults)
 
 

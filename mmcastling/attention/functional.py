@@ -24,7 +24,7 @@ NORM_EPS = 1e-12
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _in_full_precision(function: Function) -> Function:
+def in_full_precision(function: Function) -> Function:
     """Run on float32 copies of half-precision tensors, untouched by autocast."""
 
     @functools.wraps(function)
@@ -37,7 +37,7 @@ def _in_full_precision(function: Function) -> Function:
     return wrapped  # type: ignore[return-value]
 
 
-@_in_full_precision
+@in_full_precision
 def unit_rows(x: Tensor) -> Tensor:
     """L2-normalise the last axis; a zero row stays zero, with a zero gradient.
 
@@ -49,6 +49,23 @@ def unit_rows(x: Tensor) -> Tensor:
     """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.where(norm > NORM_EPS, x / norm.clamp_min(NORM_EPS), 0.0)
+
+
+@in_full_precision
+def kernel_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention whose weights are ``<q_i, k_j> / sum_j <q_i, k_j>``, in O(N).
+
+    Args:
+        q: Features of the queries ``(B, h, N, m)``, none negative.
+        k: Features of the keys ``(B, h, M, m)``, none negative.
+        v: Values ``(B, h, M, e)``.
+
+    Returns:
+        ``(B, h, N, e)``; zero for a query that is similar to no key.
+    """
+    weighted = q @ (k.transpose(-2, -1) @ v)
+    total = q @ k.sum(dim=-2).unsqueeze(-1)  # (B, h, N, 1)
+    return torch.where(total > NORM_EPS, weighted / total.clamp_min(NORM_EPS), 0.0)
 
 
 def angular_similarity(q: Tensor, k: Tensor) -> Tensor:
@@ -88,7 +105,7 @@ def angular_similarity_series(q: Tensor, k: Tensor, order: int) -> Tensor:
     return total
 
 
-@_in_full_precision
+@in_full_precision
 def angular_attention(
     q: Tensor, k: Tensor, v: Tensor, *, literal_constant: bool = False
 ) -> Tensor:
@@ -112,7 +129,7 @@ def angular_attention(
     return 0.5 * v + (similarity - 0.5) @ v
 
 
-@_in_full_precision
+@in_full_precision
 def linear_angular_attention(
     q: Tensor, k: Tensor, v: Tensor, *, reference_tokens: int | None = None
 ) -> Tensor:
@@ -140,7 +157,7 @@ def linear_angular_attention(
     return 0.5 * v + unit_rows(q) @ (key_value * scale)
 
 
-@_in_full_precision
+@in_full_precision
 def masked_softmax_attention(
     q: Tensor,
     k: Tensor,

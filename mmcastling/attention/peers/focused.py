@@ -1,0 +1,109 @@
+"""Focused linear attention (FLatten-Transformer, Han et al., ICCV 2023)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmcastling.attention.block import TokenAttention
+from mmcastling.attention.functional import (
+    in_full_precision,
+    kernel_attention,
+    unit_rows,
+)
+from mmcastling.attention.local_conv import Grid, GridConv
+from mmcastling.attention.mixer import TokenMixer
+
+
+@in_full_precision
+def focused_features(x: Tensor, scale: Tensor, *, focus: float = 3) -> Tensor:
+    """``f_p(x) = |x| x^p / |x^p|`` of ``x = ReLU(x) / softplus(scale)`` (paper, eq. 5).
+
+    As released, the lengths are taken over all channels, before they are split into
+    heads. A row without a positive entry gives zero (the released 1e-6 is not added).
+
+    Args:
+        x: Queries or keys ``(..., N, C)``.
+        scale: ``(C,)``, before the softplus.
+        focus: The power ``p``. Defaults to 3.
+
+    Returns:
+        ``(..., N, C)``, none negative.
+    """
+    x = x.relu() / nn.functional.softplus(scale)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    # The direction comes first: a power of the entries themselves may underflow.
+    return length * unit_rows(unit_rows(x) ** focus)
+
+
+class FocusedConv(GridConv):
+    """The depthwise convolution of the paper: the heads share its kernels.
+
+    Args:
+        num_heads: Number of heads ``h``; unused, since the kernels are shared.
+        head_dims: Channels per head ``e``.
+        kernel_size: Odd size of the square kernel. Defaults to 5, the released value.
+    """
+
+    def __init__(self, num_heads: int, head_dims: int, kernel_size: int = 5) -> None:
+        super().__init__(1, head_dims, kernel_size)
+        self.bias = nn.Parameter(torch.zeros(head_dims))
+
+    def forward(self, v: Tensor, grid: Grid | None = None) -> Tensor:
+        """Convolve values ``(B, h, N, e)`` whose last tokens fill ``grid``."""
+        return super().forward(v.flatten(0, 1).unsqueeze(1), grid).reshape(v.shape)
+
+
+class FocusedMixer(TokenMixer):
+    """Focused linear attention as a mixer.
+
+    The positional encoding that the released code adds to the keys is left out, since
+    it fixes the number of tokens.
+
+    Args:
+        num_heads: Number of heads ``h``.
+        head_dims: Channels per head of the values.
+        local_conv: ``'focused'`` for the paper's own, which needs the grid, or as in
+            :class:`TokenMixer`. Defaults to ``'focused'``.
+        norm_output: As in :class:`TokenMixer`. Defaults to False.
+        focus: The power ``p`` that sharpens the features, at least 1. Defaults to 3.
+        key_dims: Channels per head of queries and keys. Defaults to None
+            (``head_dims``).
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dims: int,
+        local_conv: str | dict[str, Any] | None = "focused",
+        norm_output: bool = False,
+        focus: float = 3,
+        key_dims: int | None = None,
+    ) -> None:
+        own = local_conv == "focused"
+        super().__init__(num_heads, head_dims, None if own else local_conv, norm_output)
+        if own:
+            self.local_conv = FocusedConv(num_heads, head_dims)
+        if focus < 1:
+            raise ValueError(
+                f"focus {focus!r} must be at least 1; below, it would blur the features"
+            )
+        self.focus = focus
+        self.scale = nn.Parameter(torch.zeros(num_heads * (key_dims or head_dims)))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return kernel_attention(self._features(q), self._features(k), v)
+
+    def _features(self, x: Tensor) -> Tensor:
+        flat = x.transpose(1, 2).flatten(2)  # (B, N, h*d)
+        flat = focused_features(flat, self.scale, focus=self.focus)
+        return flat.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
+
+
+class FocusedAttention(TokenAttention, FocusedMixer):
+    """A block of focused linear attention.
+
+    Takes the arguments of :class:`TokenAttention` and :class:`FocusedMixer`.
+    """

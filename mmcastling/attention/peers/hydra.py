@@ -1,0 +1,48 @@
+"""Hydra attention (Bolya et al., 2022): as many heads as channels."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mmcastling.attention.block import TokenAttention
+from mmcastling.attention.functional import in_full_precision, unit_rows
+from mmcastling.attention.mixer import TokenMixer
+
+
+@in_full_precision
+def hydra_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``q^ * sum_j (k^_j * v_j)``, channel by channel, in O(N) and O(C).
+
+    The cosine kernel normalises a token over all its channels, before they become
+    heads of one channel each (over one channel it would only leave the sign).
+
+    Args:
+        q: Queries ``(..., N, C)``.
+        k: Keys ``(..., M, C)``.
+        v: Values ``(..., M, C)``.
+
+    Returns:
+        ``(..., N, C)``; float32 for half-precision inputs.
+    """
+    return unit_rows(q) * (unit_rows(k) * v).sum(dim=-2, keepdim=True)
+
+
+class HydraMixer(TokenMixer):
+    """Hydra attention as a mixer; ``num_heads`` only shapes its input and output.
+
+    Arguments as in :class:`TokenMixer`.
+    """
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.shape[-1] != v.shape[-1]:
+            raise ValueError(
+                f"hydra attention multiplies queries with values channel by channel: "
+                f"they need as many channels per head, not {q.shape[-1]} and "
+                f"{v.shape[-1]}"
+            )
+        y = hydra_attention(*(t.transpose(1, 2).flatten(2) for t in (q, k, v)))
+        return y.unflatten(2, (v.shape[1], v.shape[3])).transpose(1, 2)
+
+
+class HydraAttention(TokenAttention, HydraMixer):
+    """A block of Hydra attention. Arguments as in :class:`TokenAttention`."""

@@ -1,0 +1,18 @@
+"""Castle a model: swap the softmax attentions of any module for castling ones."""
+
+from mmcastling.castle import adapters  # noqa: F401, registers them
+from mmcastling.castle.attention import CastledAttention, GridFinder, MixerBuilder
+from mmcastling.castle.registry import CannotCastle, register_adapter
+from mmcastling.castle.report import Castled, CastleReport
+from mmcastling.castle.swap import castle
+
+__all__ = [
+    "CannotCastle",
+    "CastleReport",
+    "Castled",
+    "CastledAttention",
+    "GridFinder",
+    "MixerBuilder",
+    "castle",
+    "register_adapter",
+]

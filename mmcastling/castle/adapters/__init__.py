@@ -1,0 +1,6 @@
+"""Adapters of the libraries' attentions. Importing them registers them.
+
+No library is imported: classes are named by path, modules are asked for what they hold.
+"""
+
+from mmcastling.castle.adapters import levit, mvit, swin, vit  # noqa: F401

@@ -1,0 +1,87 @@
+"""LeViT's attentions, whose values are wider than their keys."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mmcastling.castle.attention import (
+    CastledAttention,
+    GridFinder,
+    MixerBuilder,
+    merge_heads,
+)
+from mmcastling.castle.registry import register_adapter
+
+# LeViT has no extra tokens and runs on squares only.
+_SQUARE = GridFinder()
+
+
+class CastledLeViTAttention(CastledAttention):
+    """LeViT's ``Attention``, castled; without attention bias."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.qkv(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        q, k, v = qkv.split([self.key_dims, self.key_dims, self.head_dims], dim=-1)
+        return q, k, v
+
+
+@register_adapter("mmpretrain.models.backbones.levit.Attention")
+def castle_levit_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
+    """The attention of a LeViT stage; its attention bias is dropped."""
+    build.find_grid = _SQUARE
+    return CastledLeViTAttention(
+        build, old.num_heads, old.d, old.key_dim, old.scale, qkv=old.qkv, proj=old.proj
+    )
+
+
+class CastledAttentionSubsample(CastledAttention):
+    """LeViT's ``AttentionSubsample``, castled; without attention bias.
+
+    All tokens attend and the output is subsampled. The projection of the queries acts
+    on each token alone, so it serves on the full grid as it is.
+
+    Attributes:
+        stride: Every how many rows and columns of the output remain.
+    """
+
+    stride: int
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        kv = self.kv(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = kv.split([self.key_dims, self.head_dims], dim=-1)
+        return q, k, v
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend and subsample, ``(B, H * W, C)`` to ``(B, H' * W', C')``.
+
+        Raises:
+            ValueError: If the tokens do not form a square.
+        """
+        grid = self.find_grid(x.shape[1])
+        if grid is None:
+            raise ValueError(
+                f"LeViT's {x.shape[1]} tokens form no square: use square images"
+            )
+        y = self.mix(*self.project(x), grid=grid).unflatten(2, grid)
+        y = y[:, :, :: self.stride, :: self.stride].flatten(2, 3)
+        return self.proj(merge_heads(y))
+
+
+@register_adapter("mmpretrain.models.backbones.levit.AttentionSubsample")
+def castle_attention_subsample(old: nn.Module, build: MixerBuilder) -> nn.Module:
+    """The attention between LeViT's stages; its attention bias is dropped."""
+    build.find_grid = _SQUARE
+    new = CastledAttentionSubsample(
+        build,
+        old.num_heads,
+        old.d,
+        old.key_dim,
+        old.scale,
+        kv=old.kv,
+        # Named q.1 as before; what subsampled the queries is gone.
+        q=nn.Sequential(nn.Identity(), old.q[1]),
+        proj=old.proj,
+    )
+    new.stride = old.stride
+    return new

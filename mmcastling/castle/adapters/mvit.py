@@ -1,0 +1,86 @@
+"""MViTv2's pooling attention, on the grid that is not subsampled.
+
+Queries, keys and values all keep the full grid, so that each token has a value of its
+own to which the identity term and the local convolution apply; a downsampling block
+drops every second row and column of the output. Queries at the tokens that remain are
+those of the original, since a padded convolution of stride 2 is one of stride 1 at
+every second token. Keys and values that the original subsampled are now more.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mmcastling.castle.attention import CastledAttention, MixerBuilder, merge_heads
+from mmcastling.castle.registry import register_adapter
+
+Grid = tuple[int, int]
+
+
+class CastledMultiScaleAttention(CastledAttention):
+    """mmpretrain's ``MultiScaleAttention``, castled.
+
+    Attributes:
+        stride: Every how many rows and columns of the output remain.
+        residual_pooling: Whether the pooled queries are added to the output.
+    """
+
+    stride: Grid
+    residual_pooling: bool
+
+    def forward(self, x: Tensor, in_size: Grid) -> tuple[Tensor, Grid]:
+        """Attend.
+
+        Args:
+            x: Tokens ``(B, H * W, C)``.
+            in_size: ``(H, W)``.
+
+        Returns:
+            Tokens ``(B, H' * W', C')`` and ``(H', W')``.
+        """
+        grid = (int(in_size[0]), int(in_size[1]))
+        q, k, v = self.project(x)
+        q = self._pool(q, self.pool_q, self.norm_q, grid)
+        k = self._pool(k, self.pool_k, self.norm_k, grid)
+        v = self._pool(v, self.pool_v, self.norm_v, grid)
+        y = self.mix(q, k, v, grid)
+        if self.residual_pooling:
+            y = y + q
+        y = y.unflatten(2, grid)[:, :, :: self.stride[0], :: self.stride[1]]
+        out_size = (y.shape[2], y.shape[3])
+        return self.proj(merge_heads(y.flatten(2, 3))), out_size
+
+    @staticmethod
+    def _pool(x: Tensor, pool: nn.Conv2d, norm: nn.Module, grid: Grid) -> Tensor:
+        """Pool ``(B, h, N, d)`` over its grid at stride 1, whatever ``pool`` has."""
+        batch = x.shape[0]
+        x = x.unflatten(2, grid).flatten(0, 1).permute(0, 3, 1, 2)  # (B*h, d, H, W)
+        x = nn.functional.conv2d(
+            x, pool.weight, pool.bias, padding=pool.padding, groups=pool.groups
+        )
+        return norm(x.flatten(2).transpose(1, 2).unflatten(0, (batch, -1)))
+
+
+@register_adapter("mmpretrain.models.backbones.mvit.MultiScaleAttention")
+def castle_multi_scale_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
+    """MViTv2's attention; its relative positions are dropped."""
+    stride = old.pool_q.stride
+    if old.pool_k.stride != stride or stride != (1, 1):
+        build.note("keys and values are no longer subsampled, only the output is")
+    new = CastledMultiScaleAttention(
+        build,
+        old.num_heads,
+        old.out_dims // old.num_heads,
+        scale=old.scale,
+        qkv=old.qkv,
+        pool_q=old.pool_q,
+        norm_q=old.norm_q,
+        pool_k=old.pool_k,
+        norm_k=old.norm_k,
+        pool_v=old.pool_v,
+        norm_v=old.norm_v,
+        proj=old.proj,
+    )
+    new.stride = stride
+    new.residual_pooling = old.residual_pooling
+    return new

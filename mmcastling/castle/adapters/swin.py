@@ -1,0 +1,162 @@
+"""Swin's attention in shifted windows.
+
+A shifted window may hold regions of the image that are no neighbours, and softmax
+attention masks the pairs across. Linear attention sums over the keys before it meets a
+query, so no mask can come between: the shifted map is cut along the regions' borders
+instead, and attention runs in rectangles that are windows or the parts of them. What a
+token attends to is the same as under the mask, exactly, for every kind of attention.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmcastling.attention import CastlingMixer
+from mmcastling.castle.attention import CastledAttention, MixerBuilder
+from mmcastling.castle.registry import CannotCastle, register_adapter
+
+Grid = tuple[int, int]
+
+
+class CastledShiftWindowMSA(nn.Module):
+    """``ShiftWindowMSA`` of mmpretrain, mmdet and mmseg, castled.
+
+    Args:
+        w_msa: The castled attention within a window.
+        drop: What is applied last.
+        window_size: Side of a window, in tokens.
+        shift_size: How far windows are shifted, in tokens.
+        pad_small_map: Whether maps smaller than a window are padded to one, and windows
+            are shifted also on maps of one window.
+    """
+
+    def __init__(
+        self,
+        w_msa: CastledAttention,
+        drop: nn.Module,
+        window_size: int,
+        shift_size: int,
+        pad_small_map: bool,
+    ) -> None:
+        super().__init__()
+        self.w_msa = w_msa
+        self.drop = drop
+        self.window_size = window_size
+        self.shift_size = shift_size
+        self.pad_small_map = pad_small_map
+
+    def forward(self, query: Tensor, hw_shape: Grid) -> Tensor:
+        """Attend within windows.
+
+        Args:
+            query: Tokens ``(B, H * W, C)``.
+            hw_shape: ``(H, W)``.
+
+        Returns:
+            ``(B, H * W, C)``.
+
+        Raises:
+            ValueError: If the map is smaller than a window and is not to be padded.
+        """
+        height, width = hw_shape
+        window, shift = self.window_size, self.shift_size
+        if min(hw_shape) <= window and not self.pad_small_map:
+            if min(hw_shape) < window:
+                raise ValueError(
+                    f"a map of {height}x{width} tokens is smaller than a window of "
+                    f"{window}x{window}: set pad_small_map=True or use larger images"
+                )
+            shift = 0
+        x = query.unflatten(1, hw_shape)  # (B, H, W, C)
+        pad = (0, 0, 0, -width % window, 0, -height % window)
+        x = nn.functional.pad(x, pad)
+        if shift:
+            x = torch.roll(x, (-shift, -shift), (1, 2))
+        x = self._attend(x, shift)
+        if shift:
+            x = torch.roll(x, (shift, shift), (1, 2))
+        return self.drop(x[:, :height, :width].flatten(1, 2))
+
+    def _attend(self, x: Tensor, shift: int) -> Tensor:
+        """Attend on a shifted map ``(B, H, W, C)`` of whole windows."""
+        attention, grid = self.w_msa, x.shape[1:3]
+        qkv = [t.unflatten(2, grid) for t in attention.project(x.flatten(1, 2))]
+        densities = []
+        rows, top = [], 0
+        for height, window_height in _bands(grid[0], self.window_size, shift):
+            columns, left = [], 0
+            for width, window_width in _bands(grid[1], self.window_size, shift):
+                window = (window_height, window_width)
+                block = [
+                    _to_windows(
+                        t[:, :, top : top + height, left : left + width], window
+                    )
+                    for t in qkv
+                ]
+                y = attention.mix(*block, grid=window)
+                columns.append(_from_windows(y, (height, width), window))
+                pairs = height * width * window_height * window_width
+                densities.append((pairs, getattr(attention.mixer, "mask_density", 0)))
+                left += width
+            rows.append(torch.cat(columns, dim=2))
+            top += height
+        mixer = attention.mixer
+        if isinstance(mixer, CastlingMixer) and mixer.training and not mixer.deploy:
+            # Each call has left the density of its own rectangles.
+            total = sum(pairs for pairs, _ in densities)
+            mixer.mask_density = sum(p * density for p, density in densities) / total
+        return attention.proj_drop(attention.proj(torch.cat(rows, dim=1)))
+
+
+def _bands(size: int, window: int, shift: int) -> list[Grid]:
+    """Lengths of the bands a shifted axis is cut into, and of windows within each.
+
+    The last window holds what the shift has brought round from the other side: its last
+    ``shift`` tokens are a region of their own.
+    """
+    if not shift:
+        return [(size, window)]
+    bands = [(size - window, window), (window - shift, window - shift), (shift, shift)]
+    return [band for band in bands if band[0]]
+
+
+def _to_windows(x: Tensor, window: Grid) -> Tensor:
+    """``(B, h, H, W, d)`` to ``(B * windows, h, tokens of a window, d)``."""
+    x = x.unflatten(3, (-1, window[1])).unflatten(2, (-1, window[0]))
+    x = x.permute(0, 2, 4, 1, 3, 5, 6)  # (B, rows, columns, h, wh, ww, d)
+    return x.flatten(4, 5).flatten(0, 2)
+
+
+def _from_windows(y: Tensor, size: Grid, window: Grid) -> Tensor:
+    """``(B * windows, h, tokens of a window, d)`` to ``(B, H, W, h * d)``."""
+    rows, columns = size[0] // window[0], size[1] // window[1]
+    y = y.unflatten(2, window).unflatten(0, (-1, rows, columns))
+    y = y.permute(0, 1, 4, 2, 5, 3, 6)  # (B, rows, wh, columns, ww, h, d)
+    return y.flatten(5, 6).flatten(3, 4).flatten(1, 2)
+
+
+@register_adapter("mmpretrain.models.utils.attention.ShiftWindowMSA")
+@register_adapter("mmdet.models.backbones.swin.ShiftWindowMSA")
+@register_adapter("mmseg.models.backbones.swin.ShiftWindowMSA")
+def castle_shift_window_msa(old: nn.Module, build: MixerBuilder) -> nn.Module:
+    """Swin's attention; its relative position bias is dropped."""
+    inner = old.w_msa
+    if type(inner).forward.__qualname__ != "WindowMSA.forward":
+        raise CannotCastle(f"its windows use {type(inner).__name__}, not WindowMSA")
+    build.note_dropout(inner.attn_drop)
+    w_msa = CastledAttention(
+        build,
+        inner.num_heads,
+        inner.embed_dims // inner.num_heads,
+        scale=inner.scale,
+        qkv=inner.qkv,
+        proj=inner.proj,
+        proj_drop=inner.proj_drop,
+    )
+    w_msa.training = inner.training
+    # mmdet's and mmseg's always pad and shift; the option is mmpretrain's.
+    pad_small_map = getattr(old, "pad_small_map", True)
+    return CastledShiftWindowMSA(
+        w_msa, old.drop, old.window_size, old.shift_size, pad_small_map
+    )

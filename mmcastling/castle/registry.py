@@ -1,0 +1,99 @@
+"""Which adapter castles which attention class.
+
+Classes of libraries are named by path and looked up only once their module has been
+imported (a model cannot hold a class of a module that nobody imported), so that no
+library needs to be installed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+Adapt = TypeVar("Adapt", bound=Callable[..., nn.Module])
+
+
+class CannotCastle(Exception):
+    """Raised by an adapter for an attention that it must leave alone, with the reason.
+
+    The attention keeps its softmax and the reason goes into the report.
+    """
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A registered adapter: see :func:`register_adapter`."""
+
+    attention: type[nn.Module] | str
+    inside: type[nn.Module] | str | None
+    adapt: Callable[..., nn.Module]
+
+
+_ADAPTERS: list[Adapter] = []
+
+
+def register_adapter(
+    attention: type[nn.Module] | str, *, inside: type[nn.Module] | str | None = None
+) -> Callable[[Adapt], Adapt]:
+    """Register the decorated function as the adapter of an attention class.
+
+    The function is called as ``adapt(attention, build)`` with a module of that class
+    and a :class:`~mmcastling.castle.MixerBuilder`, and returns the module that takes
+    its place: most simply a :class:`~mmcastling.castle.CastledAttention` that holds the
+    old one's projections. It changes nothing in the module it is given, since an error
+    elsewhere must leave the model as it was. What it keeps, it keeps as the same
+    parameters; the report follows from that.
+
+    Subclasses are castled too unless they override ``forward``, of which the adapter
+    knows nothing. Among adapters of one class the last registered wins.
+
+    Args:
+        attention: The class, or the path under which it can be imported, such as
+            ``'timm.models.vision_transformer.Attention'``.
+        inside: Class, or path, of the module that must hold the attention; for general
+            classes such as ``nn.MultiheadAttention``, which may be called with other
+            keys than queries. Defaults to None (any).
+    """
+
+    def register(adapt: Adapt) -> Adapt:
+        _ADAPTERS.append(Adapter(attention, inside, adapt))
+        return adapt
+
+    return register
+
+
+def find_adapter(module: nn.Module, parent: nn.Module | None) -> Adapter | None:
+    """The adapter of a module, or None.
+
+    Args:
+        module: Any module of a model.
+        parent: The module that holds it, if any.
+
+    Raises:
+        CannotCastle: If the module is of a subclass that overrides ``forward``.
+    """
+    for cls in type(module).__mro__:
+        for adapter in reversed(_ADAPTERS):
+            if _resolve(adapter.attention) is not cls:
+                continue
+            inside = adapter.inside and _resolve(adapter.inside)
+            if adapter.inside and not (inside and isinstance(parent, inside)):
+                continue
+            if type(module).forward is not cls.forward:
+                raise CannotCastle(
+                    f"{type(module).__name__} overrides the forward of {cls.__name__}: "
+                    "register an adapter for it"
+                )
+            return adapter
+    return None
+
+
+def _resolve(target: type[nn.Module] | str) -> type[nn.Module] | None:
+    if not isinstance(target, str):
+        return target
+    module, _, name = target.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)

@@ -1,0 +1,239 @@
+"""``castle``: find the attentions that adapters know, swap them, report."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from mmcastling.attention import TokenMixer
+from mmcastling.castle.attention import GridFinder, MixerBuilder, extra_tokens_of
+from mmcastling.castle.registry import Adapter, CannotCastle, find_adapter
+from mmcastling.castle.report import Castled, CastleReport
+
+Model = TypeVar("Model", bound=nn.Module)
+Predicate = Callable[[str, nn.Module], bool]
+
+logger = logging.getLogger("mmcastling")
+
+_LIKE_ATTENTION = re.compile(r"attention|attn|msa", re.IGNORECASE)
+
+
+@dataclass
+class _Found:
+    """An attention of the model that has an adapter."""
+
+    name: str
+    module: nn.Module
+    adapter: Adapter
+    ancestors: list[nn.Module]  # the nearest first
+    stage: int = 0
+
+
+def castle(
+    model: Model,
+    stages: Iterable[int] | None = None,
+    predicate: Predicate | None = None,
+    *,
+    grid: tuple[int, int] | None = None,
+    return_report: bool = False,
+    **attention: Any,
+) -> Model | tuple[Model, CastleReport]:
+    """Swap the softmax attentions of a model for castling ones, in place.
+
+    Knows the attentions of mmpretrain's, mmdet's and mmseg's vision transformers (plain
+    ones, BEiT, Swin, MViT, LeViT), of timm's and of torchvision's ViT; others are made
+    known by :func:`register_adapter`. All weights that keep a meaning are kept, as the
+    same parameters. What was done is logged by the logger ``mmcastling``, as a warning
+    where something of the original (a relative position bias, say) is lost. On an
+    error the model is left as it was.
+
+    Args:
+        model: Any module that holds attentions: a backbone, classifier, detector.
+        stages: Which stages to castle, by index, negative ones from the end. A stage is
+            what the attentions' names first differ in (``layers.0``, ``layers.1``),
+            counted in order. Defaults to None (all).
+        predicate: Called as ``predicate(name, attention)``; says whether to castle it.
+            Defaults to None (all).
+        grid: ``(H, W)`` of the tokens, for a convolution on the grid in models that do
+            not pass it on and whose grid is not square. Defaults to None.
+        return_report: Also return what was done. Defaults to False.
+        **attention: Options of the attention: ``type`` (``'castling'`` unless given)
+            and its arguments, such as ``local_conv`` and ``mask_threshold``; with
+            ``deploy=True`` in its pruned form, to load a deployed checkpoint.
+
+    Returns:
+        The model, or with ``return_report`` a pair of it and a :class:`CastleReport`.
+
+    Raises:
+        ValueError: If the model has been castled or deployed already, nothing in it is
+            known or selected, or an option is not known or has a bad value.
+    """
+    _check_not_castled(model)
+    found, declined = _find(model)
+    if not found:
+        raise ValueError(_nothing_found(model, declined))
+    chosen = _choose(found, stages, predicate)
+
+    options = {"type": "castling", **attention}
+    deploy = bool(options.pop("deploy", False))
+    report = CastleReport(type=options["type"], left_alone=declined)
+    swaps: dict[int, nn.Module] = {}
+    for item in found:
+        if item.name not in chosen:
+            report.left_alone[item.name] = "not selected"
+            continue
+        finder = GridFinder(grid, extra_tokens_of(item.ancestors))
+        build = MixerBuilder(options, deploy, finder, item.module)
+        try:
+            new = item.adapter.adapt(item.module, build)
+        except CannotCastle as reason:
+            report.left_alone[item.name] = str(reason)
+            continue
+        new.training = item.module.training
+        swaps[id(item.module)] = new
+        report.castled.append(
+            Castled(item.name, type(item.module).__name__, item.stage, (*build.notes,))
+        )
+    if not swaps:
+        raise ValueError(_nothing_found(model, report.left_alone))
+
+    before = model.state_dict(keep_vars=True)
+    for holder in list(model.modules()):
+        for name, child in holder._modules.items():
+            if id(child) in swaps:
+                setattr(holder, name, swaps[id(child)])
+    after = model.state_dict(keep_vars=True)
+    kept = {id(t) for t in before.values()} & {id(t) for t in after.values()}
+    report.dropped = [name for name, t in before.items() if id(t) not in kept]
+    report.new = [name for name, t in after.items() if id(t) not in kept]
+    report.num_kept = len(kept)
+    for name in _like_attention(model, [item.name for item in report.castled]):
+        if not any(_holds(other, name) for other in report.left_alone):
+            report.left_alone[name] = "no adapter"
+
+    level = logging.WARNING if report.lossy else logging.INFO
+    logger.log(level, "castled %s:\n%s", type(model).__name__, report)
+    return (model, report) if return_report else model
+
+
+def _check_not_castled(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if getattr(module, "deploy", False) is True:
+            raise ValueError(
+                f"{name or type(model).__name__} has been switched to its deployed "
+                "form already: castle a model before, not after"
+            )
+        if isinstance(module, TokenMixer):
+            raise ValueError(
+                f"{name or type(model).__name__} is castled already "
+                f"({type(module).__name__}); castle the original model once, choosing "
+                "its parts with stages or predicate"
+            )
+
+
+def _find(model: nn.Module) -> tuple[list[_Found], dict[str, str]]:
+    """Attentions with an adapter, and reasons for those whose class resembles one."""
+    found, declined = [], {}
+    for name, module, ancestors in _walk(model):
+        try:
+            adapter = find_adapter(module, ancestors[0] if ancestors else None)
+        except CannotCastle as reason:
+            declined[name] = str(reason)
+            continue
+        if adapter is not None:
+            if not ancestors:
+                raise ValueError(
+                    f"castle changes a model in place, which a {type(model).__name__} "
+                    "by itself does not allow: castle the module that holds it"
+                )
+            found.append(_Found(name, module, adapter, ancestors))
+    # An adapter of the outer module speaks for what is inside.
+    names = [item.name for item in found]
+    found = [
+        item
+        for item in found
+        if not any(_holds(n, item.name) for n in names if n != item.name)
+    ]
+    for item, stage in zip(found, _stages([i.name for i in found]), strict=True):
+        item.stage = stage
+    return found, declined
+
+
+def _walk(
+    module: nn.Module, name: str = "", ancestors: Sequence[nn.Module] = ()
+) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
+    """Every module once, with its name and the modules that hold it."""
+    modules = dict(module.named_modules())
+    for name, found in modules.items():
+        parts = name.split(".") if name else []
+        holders = [".".join(parts[:i]) for i in reversed(range(len(parts)))]
+        yield name, found, [modules[h] for h in holders if h in modules]
+
+
+def _stages(names: Sequence[str]) -> list[int]:
+    """Number what the names first differ in, in order of appearance."""
+    paths = [name.split(".") for name in names]
+    shared = 0
+    while len({tuple(path[: shared + 1]) for path in paths}) == 1 and all(
+        shared + 1 < len(path) for path in paths
+    ):
+        shared += 1
+    order = list(dict.fromkeys(path[shared] for path in paths))
+    return [order.index(path[shared]) for path in paths]
+
+
+def _choose(
+    found: Sequence[_Found], stages: Iterable[int] | None, predicate: Predicate | None
+) -> set[str]:
+    count = 1 + max(item.stage for item in found)
+    wanted = set(range(count))
+    if stages is not None:
+        stages = list(stages)
+        for stage in stages:
+            if not -count <= stage < count:
+                raise ValueError(
+                    f"stages {stages!r}: {stage} is not a stage; there are {count} "
+                    f"with attentions, numbered 0 to {count - 1} or -{count} to -1"
+                )
+        wanted = {stage % count for stage in stages}
+    chosen = {
+        item.name
+        for item in found
+        if item.stage in wanted
+        and (predicate is None or predicate(item.name, item.module))
+    }
+    if not chosen:
+        names = ", ".join(item.name for item in found)
+        raise ValueError(f"stages and predicate select none of the attentions {names}")
+    return chosen
+
+
+def _holds(outer: str, inner: str) -> bool:
+    return inner == outer or inner.startswith(f"{outer}.")
+
+
+def _like_attention(model: nn.Module, castled: Sequence[str] = ()) -> dict[str, str]:
+    """Classes, by name, of modules that resemble attentions and hold none castled."""
+    return {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if _LIKE_ATTENTION.search(type(module).__name__)
+        and not any(_holds(c, name) or _holds(name, c) for c in castled)
+    }
+
+
+def _nothing_found(model: nn.Module, left_alone: dict[str, str]) -> str:
+    met = [
+        f"{name} ({left_alone.get(name, kind)})"
+        for name, kind in _like_attention(model).items()
+    ]
+    met = ", ".join(met) if met else "none"
+    return (
+        f"castle knows no attention in {type(model).__name__}. Modules that resemble "
+        f"one: {met}. Make a class known with mmcastling.register_adapter"
+    )

@@ -1,0 +1,374 @@
+"""Every adapter on the library's own model: weights, outputs, gradients, deploy."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from mmcastling import castle, castling_modules, set_mask, switch_to_deploy
+
+PLAIN = dict(embed_dims=24, num_layers=2, num_heads=3, feedforward_channels=48)
+
+
+def mmpretrain_vit(**options):
+    from mmpretrain.models.backbones import VisionTransformer
+
+    return VisionTransformer(PLAIN, img_size=64, **options)
+
+
+def mmpretrain_deit():
+    from mmpretrain.models.backbones import DistilledVisionTransformer
+
+    return DistilledVisionTransformer(PLAIN, img_size=64)
+
+
+def mmpretrain_mae():
+    from mmpretrain.models.selfsup import MAEViT
+
+    class UnmaskedMAE(MAEViT):
+        def forward(self, x):
+            return super().forward(x, None)
+
+    return UnmaskedMAE(PLAIN, img_size=64)
+
+
+def mmpretrain_beit(shared=False):
+    from mmpretrain.models.backbones import BEiTViT
+
+    return BEiTViT(
+        PLAIN,
+        img_size=64,
+        layer_scale_init_value=0.5,
+        use_rel_pos_bias=not shared,
+        use_shared_rel_pos_bias=shared,
+    )
+
+
+def mmseg_mae():
+    from mmseg.models.backbones import MAE
+
+    return MAE(img_size=64, embed_dims=24, num_layers=2, num_heads=3, out_indices=[1])
+
+
+def mmpretrain_mvit(**options):
+    from mmpretrain.models.backbones import MViT
+
+    arch = dict(embed_dims=8, num_layers=3, num_heads=1, downscale_indices=[1])
+    return MViT(arch, img_size=64, **options)
+
+
+def mmpretrain_levit():
+    from mmpretrain.models.backbones import LeViT
+
+    class SmallLeViT(LeViT):  # mmpretrain's takes no arch of one's own
+        arch_zoo = {
+            "small": dict(
+                embed_dims=[16, 24, 32],
+                num_heads=[2, 3, 4],
+                depths=[1, 1, 1],
+                key_dims=[8, 8, 8],
+            )
+        }
+
+    model = SmallLeViT("small", img_size=64)
+    for module in model.modules():  # so that fusing it in deployment shows
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.normal_(module.running_mean, std=0.1)
+    return model
+
+
+def mmpretrain_swin(**options):
+    from mmpretrain.models.backbones import SwinTransformer
+
+    arch = dict(embed_dims=12, depths=[2, 2], num_heads=[1, 2])
+    return SwinTransformer(arch, 64, window_size=4, out_indices=(1,), **options)
+
+
+def mmdet_swin(library="mmdet"):
+    backbones = pytest.importorskip(f"{library}.models.backbones")
+    return backbones.SwinTransformer(
+        embed_dims=12,
+        depths=[2, 2],
+        num_heads=[1, 2],
+        window_size=4,
+        strides=(4, 2),
+        out_indices=(1,),
+    )
+
+
+def timm_vit(**options):
+    timm = pytest.importorskip(
+        "timm", reason="timm is not installed: pip install -r requirements-dev.txt"
+    )
+    return timm.models.vision_transformer.VisionTransformer(
+        img_size=64,
+        embed_dim=24,
+        depth=2,
+        num_heads=3,
+        dynamic_img_size=True,
+        **options,
+    )
+
+
+def torchvision_vit():
+    from torchvision.models import VisionTransformer
+
+    model = VisionTransformer(64, 16, 2, 3, 24, 48, num_classes=5)
+    nn.init.normal_(model.heads.head.weight)  # zero as torchvision leaves it
+    return model
+
+
+SIZES = [(64, 64), (96, 48)]
+
+# How to build each model, the image sizes it takes, and how many attentions it holds.
+MODELS = {
+    "vit": (mmpretrain_vit, SIZES, 2),
+    "dinov2": (lambda: mmpretrain_vit(layer_scale_init_value=0.5), SIZES, 2),
+    "deit": (mmpretrain_deit, SIZES, 2),
+    "mae": (mmpretrain_mae, SIZES[:1], 2),
+    "beit": (mmpretrain_beit, SIZES[:1], 2),
+    "beit-shared": (lambda: mmpretrain_beit(shared=True), SIZES[:1], 2),
+    "mmseg-mae": (mmseg_mae, SIZES[:1], 2),
+    "mvit": (mmpretrain_mvit, SIZES, 3),
+    "levit": (mmpretrain_levit, SIZES[:1], 5),
+    "swin": (mmpretrain_swin, [(64, 64), (72, 100)], 4),
+    "swin-padded": (lambda: mmpretrain_swin(pad_small_map=True), [(72, 100)], 4),
+    "mmdet-swin": (mmdet_swin, [(64, 64), (72, 100)], 4),
+    "mmseg-swin": (lambda: mmdet_swin("mmseg"), [(72, 100)], 4),
+    "timm": (timm_vit, SIZES, 2),
+    "timm-deit3": (
+        lambda: timm_vit(qk_norm=True, init_values=0.5, reg_tokens=2, qkv_bias=False),
+        SIZES,
+        2,
+    ),
+    "torchvision": (torchvision_vit, SIZES[:1], 2),
+}
+
+# Names, where the model has them, of what linear attention has no place for.
+BIASES = ("relative_position", "rel_pos_", "attention_bias")
+
+
+def images(size, seed=0):
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def output(model, x):
+    y = model(x)
+    while not isinstance(y, torch.Tensor):
+        y = y[-1]
+    return y
+
+
+@pytest.fixture(params=MODELS)
+def case(request):
+    build, sizes, count = MODELS[request.param]
+    torch.manual_seed(0)
+    model = build()
+    with torch.no_grad():
+        for weight in model.parameters():  # biases and scales start at zero and one
+            if weight.ndim == 1:
+                weight += 0.1 * torch.randn_like(weight)
+    return model, sizes, count
+
+
+def test_weights_that_keep_a_meaning_are_the_same_parameters(case):
+    model, _, count = case
+    before = dict(model.named_parameters())
+    castled, report = castle(model, return_report=True)
+    after = dict(model.named_parameters())
+    assert castled is model
+    assert len(report.castled) == len(list(castling_modules(model))) == count
+    kept = {id(p) for p in after.values()}
+    lost = [name for name, p in before.items() if id(p) not in kept]
+    assert all(any(bias in name for bias in BIASES) for name in lost), lost
+    assert set(lost) <= set(report.dropped)
+    had = {id(p) for p in before.values()}
+    new = [name for name, p in after.items() if id(p) not in had]
+    assert len(new) == count  # the local convolutions
+    assert all(name.endswith("mixer.local_conv.weight") for name in new), new
+
+
+def test_as_softmax_attention_the_model_computes_what_it_did(case):
+    model, sizes, _ = case
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if any(bias in name for bias in BIASES):
+                weight.zero_()
+    x = images(sizes[-1])
+    model.eval()  # mmpretrain's returns None
+    expected = output(model, x)
+    if (mvit := getattr(model, "downscale_indices", None)) is not None:
+        assert mvit  # its keys and values are no longer subsampled: see below
+        castle(model, type="softmax")
+        assert output(model, x).shape == expected.shape
+        return
+    castle(model, type="softmax")
+    assert_close(output(model, x), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_mvit_without_subsampled_keys_computes_what_it_did(size):
+    torch.manual_seed(0)
+    model = mmpretrain_mvit(rel_pos_spatial=False, adaptive_kv_stride=1)
+    model.eval()
+    expected = output(model, images(size))
+    castle(model, type="softmax")
+    assert_close(output(model, images(size)), expected, atol=1e-5, rtol=0)
+
+
+def test_the_castled_model_trains_at_every_size(case):
+    model, sizes, _ = case
+    before = dict(model.named_parameters())
+    model.train()
+    castle(model, mask_threshold=0.0)
+    inside = [name for name, _ in castling_modules(model)]
+    assert all(module.training for module in model.modules())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for size in sizes:
+        optimizer.zero_grad()
+        y = output(model, images(size))
+        (y * torch.randn_like(y)).mean().backward()
+        optimizer.step()
+        for name, module in castling_modules(model):
+            assert module.mask_density.item() == pytest.approx(1.0), name
+    for name, weight in model.named_parameters():
+        if any(name.startswith(n.removesuffix("mixer")) for n in inside):
+            assert weight.grad is not None, name
+            assert torch.isfinite(weight.grad).all(), name
+        if name in before:
+            assert weight is before[name]
+
+
+def test_deployed_equals_decayed_and_differs_from_undecayed(case):
+    model, sizes, _ = case
+    model.eval()
+    castle(model, mask_threshold=0.0)
+    for size in sizes:
+        set_mask(model, 0.0)
+        x = images(size)
+        trained = output(model, x)
+        deployed = switch_to_deploy(model)
+        assert list(castling_modules(deployed)) == []
+        assert (output(deployed, x) - trained).abs().max() > 1e-4
+        set_mask(model, 1.0)
+        assert_close(output(deployed, x), output(model, x), atol=1e-4, rtol=1e-4)
+
+
+def test_checkpoints_of_a_castled_model_load_into_a_deployed_one(case):
+    model, sizes, _ = case
+    model.eval()
+    fresh = copy.deepcopy(model)
+    castle(model, mask_threshold=1.0)
+    castle(fresh, deploy=True)
+    fresh.load_state_dict(model.state_dict())
+    x = images(sizes[0])
+    assert_close(output(fresh, x), output(model, x), atol=0, rtol=0)
+
+
+# -- what is special to one of them ----------------------------------------------------
+
+
+def test_beit_keeps_biases_of_queries_and_values_and_has_none_for_keys():
+    attention = castle(mmpretrain_beit()).layers[0].attn
+    nn.init.ones_(attention.q_bias)
+    nn.init.constant_(attention.v_bias, 2.0)
+    q, k, v = attention.project(torch.zeros(1, 17, 24))
+    assert [t.unique().tolist() for t in (q, k, v)] == [[1.0], [0.0], [2.0]]
+
+
+@pytest.mark.parametrize("conv", ["token", "grid", None])
+@pytest.mark.parametrize("kind", ["castling", "performer", "softmax"])
+def test_shifted_windows_do_not_leak_across_regions(kind, conv):
+    """A token depends on the tokens that the library's own mask lets it see."""
+    from mmpretrain.models.utils import ShiftWindowMSA
+
+    torch.manual_seed(0)
+    blocks = nn.ModuleList([ShiftWindowMSA(8, 2, window_size=4, shift_size=1)])
+    castle(blocks, type=kind, local_conv=conv)
+    size = (8, 12)
+    index = torch.arange(96).reshape(1, *size, 1).roll((-1, -1), (1, 2))
+    index = ShiftWindowMSA.window_partition(index, 4).reshape(-1, 16)
+    mask = ShiftWindowMSA.get_attn_mask(size, window_size=4, shift_size=1)
+    seen = torch.zeros(96, 96, dtype=torch.bool)
+    for window, allowed in zip(index, mask == 0, strict=True):
+        seen[window[:, None], window[None]] = allowed
+    x = torch.randn(96, 8).double()
+    changed = x + torch.diag_embed(torch.ones(96).double()).unsqueeze(-1)  # (96, 96, 8)
+    with torch.no_grad():
+        y = blocks.double()[0](torch.cat((x[None], changed)), size)
+    touched = (y[1:] - y[:1]).abs().amax(-1) > 1e-12  # by changed token, by output
+    assert_close(touched, seen)
+
+
+def test_swin_refuses_maps_smaller_than_a_window():
+    model = castle(mmpretrain_swin())
+    with pytest.raises(ValueError, match="4x2 tokens is smaller than a window of 4x4"):
+        model(images((32, 16)))
+
+
+def test_swin_v2_keeps_its_cosine_attention():
+    from mmpretrain.models.backbones import SwinTransformerV2
+
+    arch = dict(embed_dims=12, depths=[2], num_heads=[2], extra_norm_every_n_blocks=0)
+    model = SwinTransformerV2(arch, 64, window_size=[4], out_indices=(0,))
+    with pytest.raises(ValueError, match="windows use WindowMSAV2, not WindowMSA"):
+        castle(model)
+
+
+def test_a_grid_convolution_finds_the_grid_behind_class_and_register_tokens():
+    models = [mmpretrain_vit(), mmpretrain_deit(), torchvision_vit()]
+    for model, extra in zip(models, (1, 2, 1), strict=True):
+        castle(model, local_conv="grid")
+        assert output(model, images((64, 64))).isfinite().all()
+        (finder,) = {m.find_grid for m in model.modules() if hasattr(m, "find_grid")}
+        assert finder(extra + 16) == (4, 4) and finder(16 + extra + 1) is None
+
+
+def test_a_grid_that_is_not_square_must_be_given():
+    x = images((96, 48))
+    model = castle(mmpretrain_vit(), local_conv="grid")
+    with pytest.raises(ValueError, match=r"19 tokens without their grid: pass grid="):
+        model(x)
+    model = castle(mmpretrain_vit(), local_conv="grid", grid=(6, 3))
+    assert output(model, x).isfinite().all()
+    with pytest.raises(ValueError, match=r"grid=\(6, 3\), but there are 17 tokens"):
+        model(images((64, 64)))
+
+
+def test_lost_biases_and_dropouts_are_reported():
+    _, report = castle(mmpretrain_beit(), return_report=True)
+    assert "layers.0.attn.relative_position_bias_table" in report.dropped
+    _, report = castle(mmpretrain_beit(shared=True), return_report=True)
+    assert "shared by the backbone" in next(iter(report.notes))
+    vit = mmpretrain_vit(layer_cfgs=dict(attn_drop_rate=0.1))
+    _, report = castle(vit, return_report=True)
+    assert "attention dropout of 0.1 is not applied" in report.notes
+
+
+def test_torch_attention_is_castled_inside_the_vision_transformer_only():
+    with pytest.raises(ValueError, match=r"self_attn \(MultiheadAttention\)"):
+        castle(nn.TransformerDecoderLayer(8, 2, batch_first=True))
+
+
+def test_torch_attention_refuses_other_keys_and_masks():
+    attention = castle(torchvision_vit()).encoder.layers[0].self_attention
+    x = torch.randn(1, 17, 24)
+    for options in [(x, x + 1, x + 1), (x, x, x, torch.ones(1, 17) > 0)]:
+        names = ("query", "key", "value", "key_padding_mask")
+        with pytest.raises(ValueError, match="attends from tokens to themselves"):
+            attention(**dict(zip(names, options, strict=False)))
+
+
+def test_timm_attention_refuses_masks():
+    attention = castle(timm_vit()).blocks[0].attn
+    with pytest.raises(ValueError, match="takes no attn_mask"):
+        attention(torch.randn(1, 17, 24), attn_mask=torch.zeros(17, 17))
+
+
+@pytest.mark.parametrize("kind", ["focused", "efficient", "performer", "relu_linear"])
+def test_levit_takes_peers_although_its_values_are_wider_than_its_keys(kind):
+    model = castle(mmpretrain_levit(), type=kind)
+    output(model, images((64, 64))).sum().backward()

@@ -1,0 +1,240 @@
+"""castle() itself: choosing, reporting, refusing, and adapters of one's own."""
+
+import ast
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from mmcastling import castle, castling_modules, register_adapter, switch_to_deploy
+from mmcastling.attention import SoftmaxAttention, TokenMixer
+from mmcastling.castle import CannotCastle, CastledAttention, registry
+
+
+class ToyAttention(nn.Module):
+    """What a user might have: names of its own, nothing of any library."""
+
+    def __init__(self, dims=12, heads=3):
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Linear(dims, 3 * dims)
+        self.to_out = nn.Linear(dims, dims)
+        self.bias = nn.Parameter(torch.zeros(heads, 1, 1))
+
+    def forward(self, x):
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for t in self.to_qkv(x).chunk(3, dim=-1)
+        )
+        scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5 + self.bias
+        return self.to_out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class ToyModel(nn.Module):
+    def __init__(self, depth=4, attention=ToyAttention):
+        super().__init__()
+        self.blocks = nn.ModuleList(attention() for _ in range(depth))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.fixture(autouse=True)
+def adapter(monkeypatch):
+    """The adapter that the documentation shows, for the length of a test."""
+    monkeypatch.setattr(registry, "_ADAPTERS", list(registry._ADAPTERS))
+
+    @register_adapter(ToyAttention)
+    def castle_toy_attention(old, build):
+        return CastledAttention(
+            build,
+            num_heads=old.heads,
+            head_dims=old.to_out.in_features // old.heads,
+            qkv=old.to_qkv,
+            proj=old.to_out,
+        )
+
+
+def mixers(model):
+    return [name for name, m in model.named_modules() if isinstance(m, TokenMixer)]
+
+
+def test_an_adapter_of_ten_lines_makes_a_class_known():
+    torch.manual_seed(0)
+    model, x = ToyModel(), torch.randn(2, 9, 12)
+    expected = model(x)
+    names = ["blocks.0.proj.weight", "blocks.0.mixer.local_conv.weight"]
+    assert set(names) <= set(castle(ToyModel()).state_dict())
+    assert_close(castle(model, type="softmax")(x), expected)
+
+
+def test_a_later_adapter_replaces_an_earlier_one_and_may_decline():
+    @register_adapter(ToyAttention)
+    def decline(old, build):
+        raise CannotCastle("not today")
+
+    with pytest.raises(ValueError, match=r"blocks\.0 \(not today\)"):
+        castle(ToyModel())
+
+
+def test_classes_may_be_named_by_a_path_that_need_not_exist():
+    class Sigmoid2(nn.Sigmoid):
+        pass
+
+    @register_adapter("a_library_that.nobody_installed.Attention")
+    @register_adapter("torch.nn.Sigmoid")
+    def castle_sigmoid(old, build):
+        return CastledAttention(build, 1, 4, qkv=nn.Linear(4, 12), proj=nn.Identity())
+
+    model = nn.Sequential(Sigmoid2())
+    assert mixers(castle(model)) == ["0.mixer"]
+
+
+def test_an_attention_may_be_castled_inside_some_modules_only():
+    registry._ADAPTERS.pop()
+
+    @register_adapter(ToyAttention, inside=nn.ModuleList)
+    def castle_toy_attention(old, build):
+        return CastledAttention(build, 3, 4, qkv=old.to_qkv, proj=old.to_out)
+
+    model = nn.ModuleDict(dict(a=ToyModel(1), b=ToyAttention()))
+    _, report = castle(model, return_report=True)
+    assert [item.name for item in report.castled] == ["a.blocks.0"]
+    assert report.left_alone == {"b": "no adapter"}
+
+
+def test_subclasses_are_castled_unless_they_override_forward():
+    class Renamed(ToyAttention):
+        pass
+
+    class Cross(ToyAttention):
+        def forward(self, x):
+            return -super().forward(x)
+
+    model = nn.ModuleList([Renamed(), Cross()])
+    _, report = castle(model, return_report=True)
+    assert [item.was for item in report.castled] == ["Renamed"]
+    assert "Cross overrides the forward of ToyAttention" in report.left_alone["1"]
+
+
+def test_modules_that_occur_twice_stay_one():
+    shared = ToyAttention()
+    model = nn.ModuleDict(dict(first=shared, second=nn.Sequential(shared)))
+    castle(model)
+    assert model["first"] is model["second"][0]
+    assert isinstance(model["first"], CastledAttention)
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        (dict(stages=[0, -1]), [0, 3]),
+        (dict(stages=range(2)), [0, 1]),
+        (dict(predicate=lambda name, module: name.endswith("2")), [2]),
+        (dict(stages=[1, 2], predicate=lambda name, module: "2" in name), [2]),
+    ],
+    ids=["ends", "first", "predicate", "both"],
+)
+def test_a_part_of_the_model_can_be_chosen(options, chosen):
+    model = nn.Sequential(ToyModel())  # stages are found behind what wraps the model
+    _, report = castle(model, return_report=True, **options)
+    assert mixers(model) == [f"0.blocks.{i}.mixer" for i in chosen]
+    assert [item.stage for item in report.castled] == chosen
+    assert len(report.left_alone) == 4 - len(chosen)
+    assert set(report.left_alone.values()) == {"not selected"}
+
+
+def test_stages_are_what_names_first_differ_in():
+    model = nn.ModuleDict(dict(a=ToyModel(2), b=ToyModel(3)))
+    castle(model, stages=[1])
+    assert mixers(model) == [f"b.blocks.{i}.mixer" for i in range(3)]
+
+
+def test_the_report_tells_what_was_kept_dropped_and_new():
+    model = ToyModel(2)
+    model.other_attention = nn.MultiheadAttention(12, 3)
+    _, report = castle(model, return_report=True)
+    assert report.dropped == ["blocks.0.bias", "blocks.1.bias"]
+    assert report.new == [f"blocks.{i}.mixer.local_conv.weight" for i in range(2)]
+    assert report.num_kept == 8 + 4
+    assert report.left_alone == {"other_attention": "no adapter"}
+    assert str(report).splitlines() == [
+        "castled     blocks.* (x2)                          ToyAttention -> castling",
+        "left alone  other_attention                        no adapter",
+        "dropped     blocks.*.bias (x2)",
+        "new         blocks.*.mixer.local_conv.weight (x2)",
+        "kept        12 weights and buffers",
+    ]
+
+
+def test_the_report_is_logged_as_a_warning_when_something_is_lost(caplog):
+    with caplog.at_level(logging.INFO, logger="mmcastling"):
+        castle(ToyModel())
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "castled ToyModel" in record.message and "dropped" in record.message
+
+
+def test_options_reach_the_mixer():
+    model = castle(ToyModel(), mask_threshold="4/N", local_conv=None)
+    for _, module in castling_modules(model):
+        assert str(module.mask_threshold) == "4/N" and module.local_conv is None
+
+
+def test_the_mixer_has_the_precision_and_mode_of_the_attention():
+    model = castle(ToyModel().double().eval())
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert not any(module.training for module in model.modules())
+    assert model(torch.randn(1, 5, 12).double()).dtype == torch.float64
+
+
+def test_a_deployed_form_can_be_built():
+    model = castle(ToyModel(), deploy=True)
+    assert list(castling_modules(model)) == [] and len(mixers(model)) == 4
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda: castle(ToyModel()), {}, "castled already"),
+        (lambda: nn.Sequential(SoftmaxAttention(8, 2)), {}, "castled already"),
+        (lambda: switch_to_deploy(castle(ToyModel())), {}, "deployed form already"),
+        (ToyModel, dict(type="mean"), "'mean' is not known: choose one of.*castling"),
+        (ToyModel, dict(window=7), "unexpected keyword argument 'window'"),
+        (ToyModel, dict(mask_threshold=2), "2.* is outside"),
+        (ToyModel, dict(local_conv="line"), "'line' is not known"),
+        (ToyModel, dict(stages=[4]), "4 is not a stage; there are 4"),
+        (ToyModel, dict(stages=[]), "select none of the attentions blocks.0"),
+        (ToyModel, dict(predicate=lambda *_: False), "select none"),
+        (ToyAttention, {}, "castle the module that holds it"),
+        (
+            lambda: nn.ModuleList([nn.MultiheadAttention(8, 2)]),
+            {},
+            r"resemble one: 0 \(MultiheadAttention\)",
+        ),
+        (lambda: nn.Linear(2, 2), {}, "knows no attention in Linear.*: none"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_changes_nothing(make, options, message):
+    model = make()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=message):
+        castle(model, **options)
+    assert {n: type(m) for n, m in model.named_modules()} == before
+
+
+def test_no_library_is_imported():
+    folder = Path(registry.__file__).parent
+    roots = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                roots |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                roots.add(node.module.split(".")[0])
+    assert not roots & {"mmpretrain", "mmdet", "mmseg", "mmcv", "timm", "torchvision"}
