@@ -52,23 +52,25 @@ def load_checkpoint(
         CheckpointError: If the file is missing, truncated, holds code or is not a
             checkpoint.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist: check the path")
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(f"checkpoint {path} may not be read: check its mode")
     try:
         with torch.serialization.safe_globals(_safe_globals()):
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        if not zipfile.is_zipfile(path) and path.read_bytes()[:2] == b"PK":
+        if _is_broken_archive(path):
             raise CheckpointError(_damaged(path)) from error
         reason = str(error).partition("GLOBAL ")[2].split(" was not")[0]
-        what = f"the object {reason}" if reason else "objects other than tensors"
+        what = f"the object {reason}" if reason else "something other than tensors"
         raise CheckpointError(
             f"checkpoint {path} is refused: it asks to run code or holds {what}, which "
             "a file of weights does not need. If you trust its origin, load it with "
             "its own library and save {'state_dict': model.state_dict()}"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever the parsers say of damaged bytes
         raise CheckpointError(_damaged(path)) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(
@@ -76,6 +78,16 @@ def load_checkpoint(
             "with 'state_dict'"
         )
     return checkpoint
+
+
+def _is_broken_archive(path: Path) -> bool:
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            return False
+    try:
+        return not zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return True
 
 
 def _damaged(path: Path) -> str:
@@ -92,24 +104,23 @@ def safe_mmengine_loading() -> Iterator[None]:
     MMEngine falls back to unpickling when a file asks for it; inside this context
     ``--resume``, ``load_from`` and ``init_cfg`` do not.
     """
-    schemes = CheckpointLoader._schemes
-    before = dict(schemes)
-    forced = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    schemes = CheckpointLoader._schemes.copy()  # registering replaces the attribute
+    # torch's own switch covers what is downloaded rather than read from disk. Beside
+    # its opposite, which old recipes set, torch refuses to load anything.
+    switches = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    forced = {name: os.environ.pop(name, None) for name in switches}
 
     def local(filename: str, map_location: Any = None) -> dict[str, Any]:
         return load_checkpoint(filename, map_location)
 
     CheckpointLoader.register_scheme(prefixes="", loader=local, force=True)
-    # torch's own switch covers what is downloaded rather than read from disk.
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    os.environ[switches[0]] = "1"
     try:
         yield
     finally:
-        schemes.clear()
-        schemes.update(before)
-        os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-        if forced is not None:
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = forced
+        CheckpointLoader._schemes = schemes
+        os.environ.pop(switches[0])
+        os.environ.update({k: v for k, v in forced.items() if v is not None})
 
 
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -204,9 +215,10 @@ def save_atomically(checkpoint: dict[str, Any], path: str | os.PathLike[str]) ->
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path}: {error}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)  # nothing is there once it was renamed
 
 
 def _umask() -> int:

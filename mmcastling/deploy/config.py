@@ -16,8 +16,13 @@ def drop_training_hooks(cfg: Config) -> None:
     """Remove the hooks that act on weights or masks while training, in place."""
     hooks = cfg.get("custom_hooks") or []
     cfg.custom_hooks = [
-        hook for hook in hooks if str(hook["type"]).split(".")[-1] not in TRAINING_HOOKS
+        hook for hook in hooks if _name(hook["type"]) not in TRAINING_HOOKS
     ]
+
+
+def _name(kind: str | type) -> str:
+    name = kind if isinstance(kind, str) else kind.__name__
+    return name.split(".")[-1]
 
 
 def deploy_config(cfg: Config) -> Config:
@@ -39,9 +44,10 @@ def deploy_config(cfg: Config) -> Config:
 
 def _set_deploy(node: Any) -> None:
     if isinstance(node, dict):
-        if isinstance(node.get("type"), str):
-            kind = MODELS.get(node["type"])
-            if kind and "deploy" in inspect.signature(kind).parameters:
+        kind = node.get("type")
+        if kind is not None:
+            kind = MODELS.get(kind) if isinstance(kind, str) else kind
+            if callable(kind) and "deploy" in inspect.signature(kind).parameters:
                 node["deploy"] = True
                 node.pop("init_cfg", None)
         for value in node.values():

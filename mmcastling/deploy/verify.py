@@ -44,12 +44,13 @@ def largest_difference(
 
     Returns:
         The largest difference, and the largest magnitude in the reference, both over
-        all batches.
+        all batches. NaN where a feature is not finite.
     """
-    difference = magnitude = 0.0
+    differences, magnitudes = [torch.zeros(())], [torch.zeros(())]
     for images in batches:
         pairs = zip(features(model, images), features(other, images), strict=True)
         for a, b in pairs:
-            difference = max(difference, (a - b).abs().max().item())
-            magnitude = max(magnitude, a.abs().max().item())
-    return difference, magnitude
+            differences.append((a - b).abs().max().cpu())
+            magnitudes.append(a.abs().max().cpu())
+    # Python's max() would pass over a NaN.
+    return torch.stack(differences).max().item(), torch.stack(magnitudes).max().item()

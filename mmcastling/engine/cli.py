@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import Any
 
 from mmengine.config import Config, DictAction
 
 from mmcastling.engine.config import DATA_VARIABLE, load_config
+
+
+class KeyValueAction(DictAction):
+    """MMEngine's reading of ``KEY=VALUE``, with a usage error for what is not."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__call__(*args, **kwargs)
+        except (ValueError, AssertionError) as error:
+            message = f"expected KEY=VALUE with balanced brackets ({error})"
+            raise argparse.ArgumentError(self, message) from error
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +28,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cfg-options",
         nargs="+",
-        action=DictAction,
+        action=KeyValueAction,
         metavar="KEY=VALUE",
         help="override settings of the config; data_root=FOLDER moves its data. The "
         f"environment variable {DATA_VARIABLE} stands for the folder data/",

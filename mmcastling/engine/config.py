@@ -69,12 +69,27 @@ def load_config(
         cfg.merge_from_dict(options)
     except (TypeError, KeyError, AssertionError, IndexError) as error:
         raise ConfigError(f"--cfg-options do not fit {path}: {error}") from error
+    require(cfg, "model")
     if work_dir is not None:
         cfg.work_dir = work_dir
     elif cfg.get("work_dir") is None:
         cfg.work_dir = str(Path("work_dirs") / path.stem)
     _import_toolbox(cfg)
     return cfg
+
+
+def require(cfg: Config, *keys: str) -> None:
+    """Raise unless a config has each of these settings.
+
+    Raises:
+        ConfigError: If one is missing or None.
+    """
+    missing = [key for key in keys if cfg.get(key) is None]
+    if missing:
+        raise ConfigError(
+            f"config {cfg.filename} lacks {', '.join(missing)}: start from a config "
+            "that has them, by _base_=[...]"
+        )
 
 
 def _import_toolbox(cfg: Config) -> None:

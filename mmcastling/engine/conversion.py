@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from mmcastling.deploy import (
     largest_difference,
     select_weights,
 )
-from mmcastling.engine.config import check_data, has_data
+from mmcastling.engine.config import check_data, has_data, require
 from mmcastling.engine.errors import ConfigError
 from mmcastling.protocol import castling_modules, restore_mask, switch_to_deploy
 
@@ -88,10 +89,18 @@ def convert(
         raise CheckpointError(f"checkpoint {source} has been deployed already")
     if out.suffix != ".pth":
         raise ConfigError(f"output {out} must end in .pth: its config goes beside it")
+    config_path = out.with_suffix(".py")
     if out.resolve() == source.resolve():
         raise CheckpointError(
             f"output {out} is the input: training state would be lost"
         )
+    if cfg.filename and config_path.resolve() == Path(cfg.filename).resolve():
+        raise ConfigError(
+            f"output {out} would put its config in place of the training config "
+            f"{cfg.filename}: choose another name"
+        )
+    if out.is_dir() or config_path.is_dir():
+        raise CheckpointError(f"cannot write {out} and {config_path}: one is a folder")
     if not out.parent.is_dir():
         raise CheckpointError(
             f"cannot write {out}: the folder {out.parent} does not exist: create it"
@@ -112,15 +121,19 @@ def convert(
     still_on = any(module.mask_is_on for _, module in castling_modules(model))
     deployed = switch_to_deploy(model)
 
-    difference = None
+    images, difference = [], None
     if verify or (verify is None and has_data(cfg, "test")):
+        require(cfg, "test_dataloader")
         check_data(cfg, "test")
         images = list(_test_images(cfg, model, num_images))
+    if images:
         difference, magnitude = largest_difference(model, deployed, images)
-        still_on = difference > TOLERANCE * max(1.0, magnitude)
-        num_images = len(images)
-    else:
-        num_images = 0
+        still_on = not difference <= TOLERANCE * max(1.0, magnitude)  # also where NaN
+    if difference is not None and math.isnan(difference) and not force:
+        raise CheckpointError(
+            f"the features of {source} are not finite: training diverged. Use an "
+            "earlier checkpoint, or write it anyway with --force"
+        )
     if still_on and not force:
         measured = (
             "its state says that the branch is on"
@@ -132,11 +145,10 @@ def convert(
             "MaskDecayHook has finished, or write it anyway with --force"
         )
 
-    config_path = out.with_suffix(".py")
     facts = dict(source=source.name, max_abs_diff=difference)
-    result = deploy_checkpoint(deployed, checkpoint.get("meta", {}), **facts)
+    result = deploy_checkpoint(deployed, checkpoint.get("meta") or {}, **facts)
     _write_both(deploy_config(cfg), config_path, result, out)
-    return ConversionReport(out, config_path, pruned, difference, num_images)
+    return ConversionReport(out, config_path, pruned, difference, len(images))
 
 
 def _test_images(cfg: Config, model: nn.Module, count: int) -> Iterator[Tensor]:
@@ -157,5 +169,5 @@ def _write_both(cfg: Config, config_path: Path, checkpoint: dict, out: Path) -> 
             load_checkpoint(weights)  # proves that it loads with weights_only=True
             config.replace(config_path)
             weights.replace(out)
-    except OSError as error:
+    except (OSError, CheckpointError) as error:
         raise CheckpointError(f"cannot write {out}: {error}") from error

@@ -8,9 +8,12 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import mmengine.registry
+
 TRACEBACK_VARIABLE = "MMCASTLING_TRACEBACK"
 
 _PACKAGE = str(Path(__file__).resolve().parents[1])
+_REGISTRY = str(Path(mmengine.registry.__file__).resolve().parent)
 
 
 class ConfigError(ValueError):
@@ -18,22 +21,44 @@ class ConfigError(ValueError):
 
 
 def is_meant_for_the_user(error: BaseException | None) -> bool:
-    """Whether this package raised the error, as a message to the person who runs it.
+    """Whether an error is a message to the person who runs a command.
 
-    MMEngine's registries raise what a constructor raised anew with the class's name in
-    front, so the chain of causes is searched. An error from anywhere else is a defect
-    and keeps its traceback.
+    It is where this package raised it, or where MMEngine's registries do not know a
+    type or its arguments. They may raise what a constructor raised anew with the
+    class's name in front, so the chain of causes is searched. An error from anywhere
+    else, torch's in our lines included, is a defect and keeps its traceback.
     """
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
-        if (
-            isinstance(error, (ValueError, RuntimeError))
-            and frames
-            and frames[-1].filename.startswith(_PACKAGE)
+        if frames and (
+            _is_raised_here(error, frames[-1]) or _is_unbuildable(error, frames[-1])
         ):
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _is_raised_here(error: BaseException, frame: traceback.FrameSummary) -> bool:
+    return (
+        isinstance(error, (ValueError, RuntimeError))
+        and frame.filename.startswith(_PACKAGE)
+        and (frame.line or "raise").startswith("raise")
+    )
+
+
+def _is_unbuildable(error: BaseException, frame: traceback.FrameSummary) -> bool:
+    return isinstance(error, (KeyError, TypeError)) and frame.filename.startswith(
+        _REGISTRY
+    )
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, (KeyError, TypeError)):
+        return (
+            f"the config cannot be built: {error.args[0]}; correct that name, or "
+            "remove it"
+        )
+    return str(error)
 
 
 def run_cli(main: Callable[[], None]) -> None:
@@ -44,10 +69,10 @@ def run_cli(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        sys.exit(130)
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE) or not is_meant_for_the_user(error):
             raise
         sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_message(error)}", file=sys.stderr)
         sys.exit(1)

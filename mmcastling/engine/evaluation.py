@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
+from mmengine.model import BaseTTAModel
 from mmengine.runner import Runner
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmcastling.analysis import ForwardTimer, count_macs
 from mmcastling.checkpoint import load_checkpoint, load_weights
 from mmcastling.deploy import drop_training_hooks, is_deployed
-from mmcastling.engine.config import check_data, check_work_dir, datasets_of
+from mmcastling.engine.config import check_data, check_work_dir, datasets_of, require
 from mmcastling.engine.errors import ConfigError
 from mmcastling.engine.runner import build_runner, core_model
 from mmcastling.protocol import (
@@ -68,7 +70,8 @@ class Evaluation:
 
     Attributes:
         metrics: What the config's evaluator returned.
-        seconds_per_image: Median forward time over batches, divided by their size.
+        seconds_per_image: Median forward time over batches, divided by their size;
+            of one view with test-time augmentation.
         pruning: What deploying removed, or None where nothing was.
     """
 
@@ -92,6 +95,7 @@ def evaluate(
         DatasetError, CocoFormatError: If the data is missing or malformed.
         ConfigError: If the work directory cannot be written.
     """
+    require(cfg, "test_dataloader", "test_cfg", "test_evaluator")
     check_data(cfg, "test")
     checkpoint = load_checkpoint(source)
     check_work_dir(cfg.work_dir)
@@ -107,16 +111,27 @@ def evaluate(
     model = core_model(runner.model)
     load_weights(model, checkpoint, str(source))
     restore_mask(model, checkpoint)
+    if is_deployed(checkpoint):  # pruned, whatever the config says
+        switch_to_deploy(model, inplace=True)
+    if isinstance(runner.model, BaseTTAModel):
+        _leave_out_masks(model)
 
     pruning = None
     if deploy:
         pruning = _deploy(runner, model)
         if is_main_process():
             print(pruning or _nothing_pruned(checkpoint), flush=True)
-    with ForwardTimer(runner.model) as timer:
+    with ForwardTimer(model) as timer:  # wrappers pass their own forward by
         metrics = runner.test()
     batch_size = cfg.test_dataloader.get("batch_size", 1)
     return Evaluation(metrics, timer.median / batch_size, pruning)
+
+
+def _leave_out_masks(model: nn.Module) -> None:
+    # mmdet's test-time augmentation merges boxes and refuses predictions with masks.
+    roi_head = getattr(model, "roi_head", None)
+    if getattr(roi_head, "with_mask", False):
+        roi_head.mask_head = None
 
 
 def _nothing_pruned(checkpoint: dict[str, Any]) -> str:
@@ -160,11 +175,12 @@ def branch_on_macs(backbone: nn.Module, shape: tuple[int, int]) -> int:
 
 
 def _macs(backbone: nn.Module, shape: tuple[int, int]) -> int:
-    # On the meta device nothing is computed, so any resolution is counted at once.
-    return count_macs(
-        copy.deepcopy(backbone).to("meta"),
-        torch.empty(1, 3, *shape, device="meta"),
-    ).macs
+    # With fake tensors nothing is computed, so any resolution is counted at once. They
+    # keep their device, unlike the meta device's, for which torch has no autocast.
+    copied = copy.deepcopy(backbone)
+    device = next(copied.parameters()).device
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return count_macs(copied, torch.empty(1, 3, *shape, device=device)).macs
 
 
 # -- options of the command line -------------------------------------------------------
@@ -186,9 +202,16 @@ def enable_tta(cfg: Config) -> None:
     mmdet merges boxes only, so masks are left out of its metric.
 
     Raises:
-        ConfigError: If the toolbox has no default and the config none of its own.
+        ConfigError: If the toolbox has no default and the config none of its own, or
+            cannot draw augmented images.
     """
     scope = cfg.get("default_scope")
+    hook = cfg.get("default_hooks", {}).get("visualization") or {}
+    if scope == "mmpretrain" and hook.get("enable"):
+        raise ConfigError(
+            "--tta: mmpretrain cannot draw augmented images; leave --show and "
+            "--show-dir out, or evaluate without --tta"
+        )
     if "tta_model" not in cfg:
         if scope not in _TTA_MODELS:
             raise ConfigError(
@@ -230,7 +253,7 @@ def enable_drawing(
         )
     hook.update(show=show, wait_time=wait_time)
     if cfg.get("default_scope") == "mmpretrain":
-        hook.update(enable=True, out_dir=show_dir)
+        hook.update(enable=True, out_dir=show_dir, interval=1)
     else:
         hook.draw = True
     if show_dir is not None:

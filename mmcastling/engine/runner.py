@@ -21,6 +21,8 @@ def build_runner(cfg: Config) -> Runner:
         _set_classification_loaders(cfg)
     name = os.path.basename(os.path.normpath(cfg.work_dir))
     cfg.experiment_name = f"{name}_{time.strftime('%Y%m%d_%H%M%S')}_{next(_count)}"
+    if cfg.get("visualizer"):  # mmdet's configs name theirs alike in every run
+        cfg.visualizer.name = cfg.experiment_name
     if "runner_type" in cfg:
         return RUNNERS.build(cfg)
     return Runner.from_cfg(cfg)

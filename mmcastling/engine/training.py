@@ -14,7 +14,7 @@ from mmcastling.checkpoint import (
     safe_mmengine_loading,
 )
 from mmcastling.deploy import is_deployed
-from mmcastling.engine.config import check_data, check_work_dir
+from mmcastling.engine.config import check_data, check_work_dir, require
 from mmcastling.engine.errors import ConfigError
 from mmcastling.engine.runner import build_runner, core_model
 
@@ -37,7 +37,7 @@ def enable_auto_scale_lr(cfg: Config) -> None:
     Raises:
         ConfigError: If the config does not say for which batch size it was written.
     """
-    if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
+    if "base_batch_size" not in (cfg.get("auto_scale_lr") or {}):
         raise ConfigError(
             "--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the "
             "config"
@@ -67,10 +67,12 @@ def train(cfg: Config) -> nn.Module:
         The trained model.
 
     Raises:
-        ConfigError: If the work directory cannot be written.
+        ConfigError: If the config has nothing to train, or the work directory cannot
+            be written.
         DatasetError, CocoFormatError: If the data is missing or malformed.
         CheckpointError: If what to resume or start from cannot be used.
     """
+    require(cfg, "train_dataloader", "train_cfg", "optim_wrapper")
     check_data(cfg, "train", "val")
     source = cfg.get("load_from")
     if cfg.get("resume") and source is None:

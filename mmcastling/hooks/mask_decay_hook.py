@@ -165,7 +165,8 @@ class MaskDecayHook(Hook):
         data_batch: Any = None,
         outputs: Any = None,
     ) -> None:
-        if self.every_n_train_iters(runner, self.interval) or runner.iter == 0:
+        due = self.every_n_train_iters(runner, self.interval)
+        if due or runner.iter == 0 or self.is_last_train_iter(runner):
             self._log(runner)
 
     def before_val_epoch(self, runner: Runner) -> None:

@@ -5,14 +5,9 @@ Example:
 """
 
 import argparse
-import sys
-import textwrap
-from pathlib import Path
 
-# So that the tool also runs from a clone that was not installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from mmcastling.datasets import DatasetError, SplitSummary, prepare_nuclei
+from mmcastling.datasets import SplitSummary, prepare_nuclei
+from mmcastling.engine import run_cli
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,26 +35,14 @@ def describe(name: str, part: SplitSummary) -> str:
     )
 
 
-def main() -> int:
+def main() -> None:
     args = parse_args()
-    try:
-        summary = prepare_nuclei(args.out, args.cache, args.wheel, args.force)
-    except (DatasetError, OSError) as error:
-        # Paths stay in one piece, so that they can be copied.
-        message = textwrap.fill(
-            f"error: {error}", 88, break_long_words=False, break_on_hyphens=False
-        )
-        print(message, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted; nothing was left behind.", file=sys.stderr)
-        return 130
+    summary = prepare_nuclei(args.out, args.cache, args.wheel, args.force)
     state = "written and checked" if summary.created else "already complete"
     print(f"{summary.out_dir}: {state}")
     print(describe("train", summary.train))
     print(describe("val", summary.val))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_cli(main)

@@ -1,0 +1,307 @@
+"""What the tests share: real data, a tiny detector and classifier, and the commands."""
+
+import json
+import logging
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The nano detector of the demo at 128x128 (256 tokens), one class and four iterations.
+# The branch's weight is 1, 0.63, 0.26 and 0 in them.
+DETECTOR = """
+_base_ = [{base!r}]
+data_root = {data_root!r}
+size = (128, 128)
+metainfo = dict(classes=("person",))
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(type="Resize", scale=size, keep_ratio=False),
+    dict(type="PackDetInputs"),
+]
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=size, keep_ratio=False),
+    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(
+        type="PackDetInputs",
+        meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"),
+    ),
+]
+train_dataloader = dict(
+    num_workers=0,
+    persistent_workers=False,
+    dataset=dict(
+        metainfo=metainfo,
+        data_root=data_root,
+        ann_file="annotations/train.json",
+        data_prefix=dict(img="train/"),
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    num_workers=0,
+    persistent_workers=False,
+    dataset=dict(
+        metainfo=metainfo,
+        data_root=data_root,
+        ann_file="annotations/val.json",
+        data_prefix=dict(img="val/"),
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+# A detector that has seen eight pictures finds persons by chance, which is enough here.
+val_evaluator = dict(
+    ann_file=data_root + "/annotations/val.json",
+    metric_items=["mAP", "AR@100"],
+)
+test_evaluator = val_evaluator
+# Without a score threshold an untrained detector still predicts.
+model = dict(
+    backbone=dict(img_size=128),
+    rpn_head=dict(anchor_generator=dict(scales=[8])),
+    test_cfg=dict(rcnn=dict(score_thr=0.0, max_per_img=30)),
+)
+train_cfg = dict(max_iters=4, val_interval=10)
+param_scheduler = [dict(type="ConstantLR", factor=1.0, by_epoch=False)]
+default_hooks = dict(
+    logger=dict(interval=1), checkpoint=dict(interval=2, max_keep_ckpts=-1)
+)
+custom_hooks = [
+    dict(
+        type="MaskDecayHook",
+        mode="weight",
+        start="0.5/N",
+        curve="linear",
+        finish=0.9,
+        interval=1,
+    )
+]
+"""
+
+# Four 64x64 pictures a class, two iterations an epoch.
+CLASSIFIER = """
+_base_ = [{base!r}]
+data_root = {data_root!r}
+pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=64),
+    dict(type="PackInputs"),
+]
+dataset = dict(
+    _delete_=True,
+    type="CustomDataset",
+    data_root=data_root,
+    data_prefix="images",
+    pipeline=pipeline,
+)
+data_preprocessor = dict(num_classes=2)
+train_dataloader = dict(batch_size=4, num_workers=0, dataset=dataset)
+val_dataloader = dict(batch_size=4, num_workers=0, dataset=dataset)
+test_dataloader = val_dataloader
+val_evaluator = dict(topk=(1,))
+test_evaluator = val_evaluator
+model = dict(
+    backbone=dict(arch="nano", img_size=64),
+    head=dict(num_classes=2, in_channels=128),
+    train_cfg=None,
+)
+train_cfg = dict(max_epochs=2)
+param_scheduler = [dict(type="CosineAnnealingLR", T_max=2, by_epoch=True)]
+custom_hooks = [
+    dict(type="MaskDecayHook", begin=0.7, finish=0.9),
+    dict(type="EMAHook", momentum=0.5),
+]
+"""
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_data_variable():
+    """Keep a developer's own data out of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MMCASTLING_DATA", raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data for development, which a user's machine does not have."""
+    fallback = ROOT.parent / "shared" / "data"
+    folder = Path(os.environ.get("MMCASTLING_SHARED_DATA", fallback))
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder}: set MMCASTLING_SHARED_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_coco(shared_data: Path) -> Path:
+    """50 + 50 images of COCO 2017 in COCO's layout, 80 categories."""
+    folder = shared_data / "tiny_coco"
+    if not folder.is_dir():
+        pytest.skip(f"no tiny_coco in {shared_data}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_people(tiny_coco):
+    """Make a data root of a few images of tiny_coco with the persons in them."""
+
+    def make(folder: Path, images: int = 4) -> Path:
+        (folder / "annotations").mkdir(parents=True)
+        for split in ("train", "val"):
+            (folder / split).symlink_to(tiny_coco / f"{split}2017")
+            source = tiny_coco / "annotations" / f"instances_{split}2017.json"
+            data = json.loads(source.read_text())
+            (person,) = [c for c in data["categories"] if c["name"] == "person"]
+            boxes = [
+                annotation
+                for annotation in data["annotations"]
+                if annotation["category_id"] == person["id"]
+            ]
+            kept = sorted({annotation["image_id"] for annotation in boxes})[:images]
+            small = dict(
+                images=[image for image in data["images"] if image["id"] in kept],
+                annotations=[box for box in boxes if box["image_id"] in kept],
+                categories=[person],
+            )
+            (folder / "annotations" / f"{split}.json").write_text(json.dumps(small))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def people(make_people, tmp_path_factory) -> Path:
+    """The data root of :func:`detector_config`; tests that damage it make their own."""
+    return make_people(tmp_path_factory.mktemp("data") / "people")
+
+
+@pytest.fixture(scope="session")
+def detector_config(people, tmp_path_factory) -> Path:
+    """Config of a Mask R-CNN that trains in seconds on tiny_coco."""
+    path = tmp_path_factory.mktemp("configs") / "tiny_detector.py"
+    base = str(ROOT / "configs" / "mask_rcnn_castling_nano_nuclei.py")
+    path.write_text(DETECTOR.format(base=base, data_root=str(people)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def classifier_config(tmp_path_factory) -> Path:
+    """Config of a classifier with EMA that trains in seconds on made-up pictures."""
+    import mmcv
+
+    folder = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0)
+    for label, level in (("dark", 60), ("light", 180)):
+        for index in range(4):
+            picture = noise.integers(level - 50, level + 50, (64, 64, 3), np.uint8)
+            mmcv.imwrite(picture, str(folder / f"images/{label}/{index}.png"))
+    path = folder / "tiny_classifier.py"
+    base = str(ROOT / "configs" / "castling_tiny_in1k.py")
+    path.write_text(CLASSIFIER.format(base=base, data_root=str(folder)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_command():
+    """Run a command of ``tools/`` as a person does, in a process of its own."""
+
+    def run(tool: str, *arguments, cwd: Path = ROOT, **environment):
+        return subprocess.run(
+            [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(detector_config, run_command, tmp_path_factory):
+    """The detector after two iterations, masks on, and after four, masks off."""
+    work_dir = tmp_path_factory.mktemp("detector")
+    process = run_command("train.py", detector_config, "--work-dir", work_dir)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return SimpleNamespace(
+        config=detector_config,
+        work_dir=work_dir,
+        masks_on=work_dir / "iter_2.pth",
+        masks_off=work_dir / "iter_4.pth",
+    )
+
+
+@pytest.fixture(scope="session")
+def trained_classifier(classifier_config, tmp_path_factory):
+    """The classifier after one epoch, masks on, and after two, masks off; with EMA."""
+    from mmcastling.engine import load_config, train
+
+    work_dir = tmp_path_factory.mktemp("classifier")
+    train(load_config(classifier_config, work_dir=str(work_dir)))
+    return SimpleNamespace(
+        config=classifier_config,
+        work_dir=work_dir,
+        masks_on=work_dir / "epoch_1.pth",
+        masks_off=work_dir / "epoch_2.pth",
+    )
+
+
+class _Opener:
+    """Pickled as a call that creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.fixture
+def attack(tmp_path):
+    """A checkpoint that creates the file ``trace`` when it is unpickled."""
+    import torch
+
+    path, trace = tmp_path / "attack.pth", tmp_path / "trace"
+    weights = {"weight": torch.zeros(2)}
+    torch.save({"state_dict": weights, "meta": _Opener(trace)}, path)
+    return SimpleNamespace(path=path, trace=trace, payload=_Opener(trace))
+
+
+@pytest.fixture
+def run_main(monkeypatch, capfd):
+    """Run a command of ``tools/`` inside this process, as ``run_command`` does."""
+
+    def run(tool: str, *arguments):
+        path = str(ROOT / "tools" / tool)
+        # Loggers of earlier runs in this process write to what pytest has closed.
+        monkeypatch.setattr(logging, "raiseExceptions", False)
+        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as error:
+            code = error.code
+        captured = capfd.readouterr()
+        return SimpleNamespace(
+            returncode=code, stdout=captured.out, stderr=captured.err
+        )
+
+    return run
