@@ -29,7 +29,7 @@ model = dict(
         stem="conv",
         with_cls_token=False,
         out_type="featmap",
-        attention=dict(type="castling", local_conv="token", mask_threshold="4/N"),
+        attention=dict(type="castling", local_conv="grid", mask_threshold="4/N"),
     ),
     neck=dict(
         _delete_=True,

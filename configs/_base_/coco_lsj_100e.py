@@ -1,14 +1,13 @@
 # COCO 2017 with large-scale jitter at 1024x1024 for 100 epochs: the ViTDet recipe for
 # 8 GPUs with 2 images each.
 #
-# ViTDet trains with 64 images per iteration, we with 8 x 2 = 16, a quarter:
-#   learning rate   1e-4 * 16 / 64 = 2.5e-5 (linear rule, as --auto-scale-lr applies it)
-#   warm-up         250 iterations of 64 = 16,000 images = 1,000 iterations of 16
-#   epochs          117,266 images with annotations / 16 = 7,330 iterations; one epoch
-#                   here repeats the set 4 times, so 25 of them are 100 epochs, 732,950
-#                   iterations
-#   steps           ViTDet divides by 10 at 163,889 and 177,546 of 184,375 iterations,
-#                   88.9% and 96.3%: at 0.889 * 25 = 22.2 and 0.963 * 25 = 24.1 epochs
+# ViTDet trains 184,375 iterations of 64 images; we have 8 x 2 = 16, a quarter:
+#   learning rate  1e-4 * 16 / 64 = 2.5e-5 (linear rule, as --auto-scale-lr applies it)
+#   warm-up        250 iterations of 64 = 16,000 images = 1,000 iterations of 16
+#   iterations     100 epochs * 117,266 images with annotations / 16 = 732,913
+#   steps          ViTDet divides by 10 after 163,889 and 177,546 of 184,375 iterations,
+#                  88.9% and 96.3%: 651,479 and 705,767 of 732,913
+#   validation     every 36,646 iterations, 5 epochs
 _base_ = ["mmdet::common/lsj-100e_coco-instance.py"]
 
 image_size = (1024, 1024)
@@ -25,19 +24,38 @@ test_pipeline = [
         meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"),
     ),
 ]
+train_dataloader = dict(
+    batch_size=2,
+    sampler=dict(type="InfiniteSampler", shuffle=True),
+    dataset=dict(
+        _delete_=True,  # mmdet repeats the set per epoch; iterations need no epochs
+        type="CocoDataset",
+        data_root="data/coco/",
+        ann_file="annotations/instances_train2017.json",
+        data_prefix=dict(img="train2017/"),
+        filter_cfg=dict(filter_empty_gt=True, min_size=32),
+        pipeline={{_base_.train_pipeline}},
+    ),
+)
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-max_epochs = 25
-iters_per_epoch = 4 * 7330
+max_iters = 732_913
+val_interval = 36_646
+train_cfg = dict(
+    _delete_=True,
+    type="IterBasedTrainLoop",
+    max_iters=max_iters,
+    val_interval=val_interval,
+)
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=1000),
     dict(
         type="MultiStepLR",
         by_epoch=False,
         begin=0,
-        end=max_epochs * iters_per_epoch,  # 733,000
-        milestones=[651_637, 705_879],  # 88.9% and 96.3% of it
+        end=max_iters,
+        milestones=[651_479, 705_767],
         gamma=0.1,
     ),
 ]
@@ -50,3 +68,8 @@ optim_wrapper = dict(
 )
 # 8 GPUs x 2 images; enable=True comes from --auto-scale-lr.
 auto_scale_lr = dict(enable=False, base_batch_size=16)
+
+default_hooks = dict(
+    checkpoint=dict(by_epoch=False, interval=val_interval, max_keep_ckpts=2)
+)
+log_processor = dict(by_epoch=False)
