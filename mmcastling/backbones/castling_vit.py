@@ -13,14 +13,19 @@ from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLay
 from mmpretrain.models.utils import build_norm_layer, resize_pos_embed
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from mmcastling.attention import build_attention
+from mmcastling.backbones.common import (
+    CastledBackbone,
+    Grid,
+    check_arch,
+    check_ffn_conv,
+    check_image,
+    check_out_indices,
+)
 from mmcastling.backbones.conv_ffn import ConvFFN
 from mmcastling.backbones.stem import ConvStem
 from mmcastling.registry import MODELS
-
-Grid = tuple[int, int]
 
 
 class CastlingEncoderLayer(TransformerEncoderLayer):
@@ -79,7 +84,7 @@ class CastlingEncoderLayer(TransformerEncoderLayer):
 
 @MODELS.register_module()
 @MMPRETRAIN_MODELS.register_module()
-class CastlingViT(VisionTransformer):
+class CastlingViT(CastledBackbone, VisionTransformer):
     """Vision transformer with linear-angular attention and a vanishing softmax branch.
 
     From "Castling-ViT: Compressing Self-Attention via Switching Towards Linear-Angular
@@ -90,8 +95,8 @@ class CastlingViT(VisionTransformer):
 
     Args:
         arch: ``'nano'`` (tests and demos), ``'tiny'``, ``'small'``, ``'base'`` (DeiT's
-            sizes), or a dict with ``embed_dims``, ``num_layers``, ``num_heads`` and
-            ``feedforward_channels``. Defaults to ``'small'``.
+            sizes), ``'large'`` (ViT-L), or a dict with ``embed_dims``, ``num_layers``,
+            ``num_heads`` and ``feedforward_channels``. Defaults to ``'small'``.
         img_size: Usual image size, for the position embedding; an int or ``(H, W)``.
             Defaults to 224.
         patch_size: Stride of the tokens. Defaults to 16.
@@ -125,6 +130,7 @@ class CastlingViT(VisionTransformer):
         "tiny": VisionTransformer.arch_zoo["deit-tiny"],
         "small": VisionTransformer.arch_zoo["deit-small"],
         "base": VisionTransformer.arch_zoo["deit-base"],
+        "large": VisionTransformer.arch_zoo["large"],
     }
 
     def __init__(
@@ -141,25 +147,15 @@ class CastlingViT(VisionTransformer):
         deploy: bool = False,
         **kwargs: Any,
     ) -> None:
-        arch = self._check_arch(arch)
-        if ffn_conv not in (0, 3, 5, 7):
-            raise ValueError(
-                f"ffn_conv {ffn_conv!r} must be 0 (no convolution), 3, 5 or 7"
-            )
+        needed = {"embed_dims", "num_layers", "num_heads", "feedforward_channels"}
+        arch = check_arch(arch, self.arch_zoo, needed)
+        check_ffn_conv(ffn_conv)
         if stem not in ("patch", "conv"):
             raise ValueError(f"stem {stem!r} is not known: choose 'patch' or 'conv'")
         if isinstance(img_size, Sequence):
             img_size = tuple(img_size)
-        indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
         num_layers = arch["num_layers"]
-        for index in indices:
-            if not -num_layers <= index < num_layers:
-                raise ValueError(
-                    f"out_indices {out_indices!r}: {index} is not a layer; there are "
-                    f"{num_layers}, numbered 0 to {num_layers - 1} or -{num_layers} "
-                    "to -1"
-                )
-        indices = sorted({index % num_layers for index in indices})
+        indices = check_out_indices(out_indices, num_layers, "layer")
         try:
             super().__init__(
                 arch=arch,
@@ -169,7 +165,7 @@ class CastlingViT(VisionTransformer):
                 out_indices=indices,
                 **kwargs,
             )
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{type(self).__name__}: {error}") from error
 
         if stem == "conv":
@@ -191,21 +187,7 @@ class CastlingViT(VisionTransformer):
             if index != num_layers - 1:  # the last layer's norm is ln1
                 norm = build_norm_layer(norm_cfg, self.embed_dims)
                 self.add_module(f"out_norm{index}", norm)
-        if self.frozen_stages > 0:
-            self._freeze_stages()
-
-    def _check_arch(self, arch: str | dict[str, int]) -> dict[str, int]:
-        needed = {"embed_dims", "num_layers", "num_heads", "feedforward_channels"}
-        if isinstance(arch, str):
-            if arch.lower() not in self.arch_zoo:
-                raise ValueError(
-                    f"arch {arch!r} is not known: choose one of "
-                    f"{list(self.arch_zoo)}, or a dict with {sorted(needed)}"
-                )
-            return self.arch_zoo[arch.lower()]
-        if missing := needed - set(arch):
-            raise ValueError(f"arch {arch!r} lacks {sorted(missing)}")
-        return dict(arch)
+        self._freeze_stages()
 
     def _castle_layers(
         self, attention: dict[str, Any] | None, ffn_conv: int, kwargs: dict[str, Any]
@@ -244,11 +226,7 @@ class CastlingViT(VisionTransformer):
         Raises:
             ValueError: If the image is smaller than a patch.
         """
-        if min(x.shape[-2:]) < self.patch_size:
-            raise ValueError(
-                f"image of {x.shape[-2]}x{x.shape[-1]} pixels is smaller than a patch "
-                f"of {self.patch_size}x{self.patch_size}; enlarge it"
-            )
+        check_image(x, self.patch_size, "a patch")
         x, grid = self.patch_embed(x)  # (B, H*W, C)
         if self.cls_token is not None:
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
@@ -263,10 +241,7 @@ class CastlingViT(VisionTransformer):
 
         outs = []
         for i, layer in enumerate(self.layers):
-            if self.with_cp and x.requires_grad:
-                x = checkpoint(layer, x, grid, use_reentrant=False)
-            else:
-                x = layer(x, grid)
+            x = self._run(layer, x, grid)
             if i in self.out_indices:
                 outs.append(self._format_output(self._norm_output(i, x), grid))
         return tuple(outs)
@@ -276,21 +251,6 @@ class CastlingViT(VisionTransformer):
             return getattr(self, f"out_norm{index}")(x)
         return self.ln1(x) if self.final_norm else x
 
-    def switch_to_deploy(self) -> None:
-        """Prune the auxiliary branch of every layer. Idempotent."""
-        for layer in self.layers:
-            switch = getattr(layer.attn, "switch_to_deploy", None)
-            if switch is not None:
-                switch()
-        self.deploy = True
-
-    def train(self, mode: bool = True) -> CastlingViT:
-        """Set the mode; frozen stages stay in evaluation. Returns the backbone."""
-        super().train(mode)
-        if mode and self.frozen_stages > 0:
-            self._freeze_stages()
-        return self
-
-    def eval(self) -> CastlingViT:
-        """Set evaluation mode. Returns the backbone."""
-        return self.train(False)
+    def _freeze_stages(self) -> None:
+        if self.frozen_stages > 0:
+            super()._freeze_stages()

@@ -1,27 +1,63 @@
-"""An MLP with a depthwise convolution on the grid of tokens in its hidden layer."""
+"""MLPs with a depthwise convolution on the grid of tokens in their hidden layer.
+
+``fc1 -> depthwise k x k on the grid -> activation -> fc2``: with a 5x5 kernel the costs
+of castled models match the published ones. One class per MLP that the backbones
+inherit from, with its parameters' names, so that the weights of plain MLPs load.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from mmcv.cnn.bricks.transformer import FFN
+from mmpretrain.models.backbones.levit import MLP as LeViTMLP
+from mmpretrain.models.backbones.mvit import MLP as MViTMLP
 from torch import Tensor, nn
 
 from mmcastling.attention import GridConv
 
 
-class ConvFFN(FFN):
-    """``fc1 -> depthwise k x k on the grid -> activation -> fc2``.
+class HiddenConv(GridConv):
+    """Depthwise convolution of hidden tokens, which starts as the identity.
 
-    With a 5x5 kernel the costs of a castled model match the published ones. Class
-    tokens are not on the grid and keep their value. The parameters keep mmcv's names,
-    so that the weights of a plain MLP load; the convolution starts as the identity.
+    Args:
+        channels: Channels of the hidden layer.
+        kernel_size: Odd kernel size. Defaults to 5.
+    """
+
+    def __init__(self, channels: int, kernel_size: int = 5) -> None:
+        super().__init__(1, channels, kernel_size)
+        nn.init.zeros_(self.weight)  # nn.init.dirac_ takes seconds for this
+        with torch.no_grad():
+            self.weight[:, :, kernel_size // 2, kernel_size // 2] = 1.0
+
+    def forward(self, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Convolve ``(B, N, channels)``; class tokens before the grid keep their value.
+
+        Raises:
+            ValueError: If ``grid`` holds more than ``N`` tokens.
+        """
+        mixed = super().forward(hidden.unsqueeze(1), grid).squeeze(1)
+        extra = hidden.shape[1] - grid[0] * grid[1]
+        if extra:  # the convolution gives zero outside the grid
+            mixed = mixed + nn.functional.pad(
+                hidden[:, :extra], (0, 0, 0, hidden.shape[1] - extra)
+            )
+        return mixed
+
+
+class ConvFFN(FFN):
+    """The MLP of a plain vision transformer, with a convolution.
 
     Args:
         embed_dims: Channels ``C`` of the tokens.
         feedforward_channels: Channels of the hidden layer.
         kernel_size: Odd kernel size. Defaults to 5.
         **kwargs: Further arguments of :class:`mmcv.cnn.bricks.transformer.FFN`.
+
+    Raises:
+        ValueError: If ``num_fcs`` is not 2.
     """
 
     def __init__(
@@ -38,23 +74,66 @@ class ConvFFN(FFN):
             raise ValueError(
                 f"ConvFFN has two linear layers, got num_fcs={self.num_fcs}"
             )
-        self.dwconv = GridConv(1, feedforward_channels, kernel_size)
-        nn.init.dirac_(self.dwconv.weight, groups=feedforward_channels)
+        self.dwconv = HiddenConv(feedforward_channels, kernel_size)
 
     def forward(
         self, x: Tensor, identity: Tensor | None = None, grid: tuple[int, int] = ()
     ) -> Tensor:
         """Apply to tokens ``(B, N, C)`` on ``grid``, and add ``identity``."""
         (fc1, activation, drop1), fc2, drop2 = self.layers
-        hidden = fc1(x)  # (B, N, hidden)
-        mixed = self.dwconv(hidden.unsqueeze(1), grid).squeeze(1)
-        extra = hidden.shape[1] - grid[0] * grid[1]
-        if extra:  # the convolution gives zero outside the grid
-            mixed = mixed + nn.functional.pad(
-                hidden[:, :extra], (0, 0, 0, hidden.shape[1] - extra)
-            )
-        out = self.gamma2(drop2(fc2(drop1(activation(mixed)))))
+        hidden = self.dwconv(fc1(x), grid)  # (B, N, hidden)
+        out = self.gamma2(drop2(fc2(drop1(activation(hidden)))))
         out = self.dropout_layer(out)
         if not self.add_identity:
             return out
         return out + (x if identity is None else identity)
+
+
+class ConvMViTMLP(MViTMLP):
+    """MViTv2's MLP on a grid, with or without a convolution.
+
+    Args:
+        in_channels: Channels of the tokens.
+        kernel_size: Odd kernel size, 0 for no convolution. Defaults to 5.
+        **kwargs: Further arguments of mmpretrain's MLP of MViT.
+    """
+
+    def __init__(self, in_channels: int, kernel_size: int = 5, **kwargs: Any) -> None:
+        super().__init__(in_channels, **kwargs)
+        if kernel_size:
+            self.dwconv = HiddenConv(self.fc1.out_features, kernel_size)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Apply to tokens ``(B, H * W, in_channels)``."""
+        hidden = self.fc1(x)
+        if hasattr(self, "dwconv"):
+            hidden = self.dwconv(hidden, grid)
+        return self.fc2(self.act(hidden))
+
+
+class ConvLeViTMLP(LeViTMLP):
+    """LeViT's MLP on a grid, with or without a convolution.
+
+    The convolution follows the batch norm of the first layer and has none of its own:
+    at deployment that norm folds into the layer, and nothing remains to fold.
+
+    Args:
+        embed_dims: Channels ``C`` of the tokens.
+        mlp_ratio: Channels of the hidden layer in units of ``embed_dims``.
+        kernel_size: Odd kernel size, 0 for no convolution. Defaults to 5.
+        **kwargs: Further arguments of mmpretrain's MLP of LeViT.
+    """
+
+    def __init__(
+        self, embed_dims: int, mlp_ratio: int, kernel_size: int = 5, **kwargs: Any
+    ) -> None:
+        super().__init__(embed_dims, mlp_ratio, **kwargs)
+        if kernel_size:
+            self.dwconv = HiddenConv(self.linear1.linear.out_features, kernel_size)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Apply to tokens ``(B, H * W, C)``."""
+        hidden = self.linear1(x)
+        if hasattr(self, "dwconv"):
+            hidden = self.dwconv(hidden, grid)
+        return self.linear2(self.activation(hidden))

@@ -1,0 +1,129 @@
+"""The configs and what ships with them: all build, twins differ in what they say."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+from mmengine.registry import HOOKS, MODELS
+
+from mmcastling.deploy import deploy_config
+from mmcastling.engine import load_config
+from mmcastling.protocol import castling_modules, switch_to_deploy
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+MAIN = "mask_rcnn_castling_s_coco.py"
+
+
+def load(name):
+    return load_config(ROOT / "configs" / name)
+
+
+def flat(node, prefix=""):
+    """A config as one level of dotted keys."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from flat(value, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, node
+
+
+def differences(name, reference=MAIN):
+    """Dotted keys in which a config differs from another, ``work_dir`` apart."""
+    one, two = (dict(flat(load(n)._cfg_dict.to_dict())) for n in (name, reference))
+    missing = object()
+    keys = {k for k in {*one, *two} if one.get(k, missing) != two.get(k, missing)}
+    return keys - {"work_dir"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_builds_and_deploys(path):
+    cfg = load_config(path)
+    model = MODELS.build(copy.deepcopy(cfg.model))
+    attentions = len(list(castling_modules(model)))
+    assert (attentions > 0) == ("castling" in path.stem)
+    for hook in cfg.get("custom_hooks", []):
+        HOOKS.build(hook)
+    if attentions:
+        # What is built pruned has the parameters that pruning leaves.
+        deployed = MODELS.build(deploy_config(cfg).model)
+        assert not list(castling_modules(deployed))
+        deployed.load_state_dict(switch_to_deploy(model, inplace=True).state_dict())
+    elif "softmax" in path.stem:
+        built = MODELS.build(deploy_config(cfg).model)
+        built.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_that_castles_decays_its_masks(path):
+    hooks = [hook["type"] for hook in load_config(path).get("custom_hooks", [])]
+    assert ("MaskDecayHook" in hooks) == ("castling" in path.stem)
+
+
+def test_the_softmax_twin_differs_in_its_attention_only():
+    changed = differences("mask_rcnn_softmax_s_coco.py")
+    assert all(
+        key.startswith("model.backbone.attention.") or key == "custom_hooks"
+        for key in changed
+    )
+    assert load("mask_rcnn_softmax_s_coco.py").model.backbone.attention == dict(
+        type="softmax"
+    )
+
+
+def test_the_local_attention_twin_keeps_data_and_schedule():
+    changed = differences("mask_rcnn_swin_t_coco.py")
+    assert changed
+    own = ("model.", "optim_wrapper.", "custom_hooks", "norm_cfg")
+    assert all(key.startswith(own) for key in changed), changed
+    twins = [load(name) for name in ("mask_rcnn_swin_t_coco.py", MAIN)]
+    for key in ("train_dataloader", "param_scheduler", "train_cfg", "auto_scale_lr"):
+        assert twins[0][key] == twins[1][key]
+    assert twins[0].optim_wrapper.optimizer == twins[1].optim_wrapper.optimizer
+    augments = [twin.model.data_preprocessor.batch_augments for twin in twins]
+    assert augments[0] == augments[1]
+
+
+def test_the_short_schedule_differs_in_its_schedule_only():
+    changed = differences("mask_rcnn_castling_s_1x_coco.py")
+    schedule = ("max_", "val_interval", "train_cfg.", "param_scheduler")
+    schedule += ("default_hooks.checkpoint.interval",)
+    assert changed and all(key.startswith(schedule) for key in changed), changed
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_no_schedule_steps_after_the_end_of_training(path):
+    cfg = load_config(path)
+    steps = [s for s in cfg.param_scheduler if s["type"] == "MultiStepLR"]
+    for scheduler in steps:
+        unit = "max_epochs" if scheduler.get("by_epoch", True) else "max_iters"
+        if unit in cfg.train_cfg:
+            assert max(scheduler["milestones"]) < cfg.train_cfg[unit]
+            assert scheduler["end"] == cfg.train_cfg[unit]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_name_no_absolute_path(path):
+    texts = [value for _, value in flat(Config.fromfile(path)._cfg_dict.to_dict())]
+    assert texts
+    assert not [text for text in texts if isinstance(text, str) and text[:1] == "/"]
+
+
+def test_what_ships_names_no_folder_of_a_developer():
+    files = [
+        path
+        for folder in ("mmcastling", "configs", "tools")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix in (".py", ".sh", ".md", ".json", ".yml")
+    ]
+    assert len(files) > 40
+    pattern = re.compile(r"\.\./shared|[\"' =](/root|/home|/work|/tmp|/data)\b")
+    found = {
+        str(path.relative_to(ROOT)): match[0]
+        for path in files
+        if (match := pattern.search(path.read_text(encoding="utf-8")))
+    }
+    assert not found
