@@ -72,7 +72,7 @@ def restore_mask(model: nn.Module, checkpoint: dict[str, Any]) -> bool:
     Returns:
         Whether a state was found and set.
     """
-    state = checkpoint.get("meta", {}).get(MASK_META_KEY)
+    state = (checkpoint.get("meta") or {}).get(MASK_META_KEY)
     if state is None or not any(True for _ in castling_modules(model)):
         return False
     set_mask(model, state["threshold"], state["weight"])

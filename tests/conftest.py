@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import mmcastling  # noqa: F401, before any toolbox, which keep placeholders for ops
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # The nano detector of the demo at 128x128 (256 tokens), one class and four iterations.

@@ -39,6 +39,8 @@ def is_meant_for_the_user(error: BaseException | None) -> bool:
 
 
 def _is_raised_here(error: BaseException, frame: traceback.FrameSummary) -> bool:
+    if isinstance(error, ConfigError):  # a command may raise it too
+        return True
     return (
         isinstance(error, (ValueError, RuntimeError))
         and frame.filename.startswith(_PACKAGE)

@@ -37,6 +37,7 @@ def image(height=32, width=32, batch=2):
         ("tiny", 5_524_416 + 12 * 9 * 3),
         ("small", 21_665_664 + 12 * 9 * 6),
         ("base", 85_798_656 + 12 * 9 * 12),
+        ("large", 303_301_632 + 24 * 9 * 16),
     ],
 )
 def test_archs_have_the_sizes_of_deit(arch, params):
