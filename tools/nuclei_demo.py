@@ -226,7 +226,7 @@ def compare(
         pruned = evaluate(deploy_cfg, deployed).metrics
     with console.status("counting and timing"), quiet(log):
         model = build(cfg, checkpoint)
-        set_mask(model, "4/N")
+        set_mask(model, "1/N")
         lean = switch_to_deploy(model)
         dataset = DATASETS.build(cfg.test_dataloader.dataset)
         batch = model.data_preprocessor(pseudo_collate([dataset[0]]), False)

@@ -21,8 +21,9 @@ from mmcastling.protocol import (
 )
 from mmcastling.registry import HOOKS
 
-# The smaller end of an exponential curve is this fraction of its larger end.
-_EXP_RANGE = math.exp(-5.0)
+# The smaller end of an exponential curve is this fraction of its larger end: about 1/N
+# at the 1,024 tokens of a small dense task.
+_EXP_RANGE = math.exp(-7.0)
 
 
 def _exp_growth(t: float) -> float:
