@@ -72,10 +72,10 @@ optim_wrapper = dict(
 # 8 GPUs x 2 images; enable=True comes from --auto-scale-lr.
 auto_scale_lr = dict(enable=False, base_batch_size=16)
 
-# The threshold starts in units of uniform attention: the released 0.02 is 84 times
-# uniform at 4,200 tokens. The last 30% train exactly what is deployed.
+# The threshold starts at uniform attention (1/N): the released 0.02 is 84 times
+# that at 4,200 tokens. The last 30% train exactly what is deployed.
 custom_hooks = [
-    dict(type="MaskDecayHook", mode="threshold", start="4/N", end=1.0, finish=0.7)
+    dict(type="MaskDecayHook", mode="threshold", start="1/N", end=1.0, finish=0.7)
 ]
 default_hooks = dict(
     checkpoint=dict(by_epoch=False, interval=val_interval, max_keep_ckpts=2)

@@ -173,7 +173,8 @@ param_scheduler = [
 ]
 auto_scale_lr = dict(enable=False, base_batch_size=2)
 
-# At first attention is close to uniform: half of the pairs exceed 1/N, none 4/N.
+# At first attention is close to uniform: almost half of the pairs exceed 1/N (measured
+# 44 to 48% per layer), none 4/N.
 custom_hooks = [
     dict(type="MaskDecayHook", mode="threshold", start="1/N", end=1.0, finish=0.7)
 ]

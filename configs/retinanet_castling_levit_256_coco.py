@@ -44,8 +44,8 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=1.0),
 )
 
-# The threshold starts in units of uniform attention: the released 0.02 is 84 times
-# uniform at 4,200 tokens. The last 30% train exactly what is deployed.
+# The threshold starts at uniform attention (1/N): the released 0.02 is 84 times
+# that at 4,200 tokens. The last 30% train exactly what is deployed.
 custom_hooks = [
-    dict(type="MaskDecayHook", mode="threshold", start="4/N", end=1.0, finish=0.7)
+    dict(type="MaskDecayHook", mode="threshold", start="1/N", end=1.0, finish=0.7)
 ]
