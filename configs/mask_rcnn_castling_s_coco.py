@@ -34,9 +34,9 @@ optim_wrapper = dict(
 
 # The masks fall to zero over the first 70% of training; the last 30%, lowered learning
 # rates included, train exactly what is deployed. The threshold starts at uniform
-# attention, which almost half of the pairs exceed at initialisation; the released 0.02 is 82
-# times that at 4,096 tokens and leaves the branch empty. From pretrained weights, whose
-# attention is sharper, a few times that (start='4/N') suits better.
+# attention, which almost half of the pairs exceed at initialisation; the released 0.02
+# is 82 times that at 4,096 tokens and leaves the branch empty. From pretrained weights,
+# whose attention is sharper, a few times that (start='4/N') suits better.
 custom_hooks = [
     dict(type="MaskDecayHook", mode="threshold", start="1/N", end=1.0, finish=0.7)
 ]
