@@ -18,7 +18,7 @@ import torch
 from mmengine.model import BaseModel, is_model_wrapper
 from mmengine.structures import BaseDataElement, InstanceData
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 #: Key in ``by_module`` for what the model computes outside its children.
 SELF = "(self)"
@@ -235,6 +235,9 @@ def _extra_formulas() -> dict[Any, Callable[..., int]]:
     def dot(a, b, *args, out_shape=None, **kwargs) -> int:
         return 2 * prod(a)
 
+    def attention(q, k, v, *args, out_shape=None, **kwargs) -> int:
+        return sdpa_flop_count(q, k, v)
+
     def deform_conv2d(x, weight, *args, out_shape=None, **kwargs) -> int:
         return 2 * prod(out_shape) * prod(weight[1:])
 
@@ -243,6 +246,8 @@ def _extra_formulas() -> dict[Any, Callable[..., int]]:
         aten.addmv: add_matrix_vector,
         aten.dot: dot,
         aten.vdot: dot,
+        # Unknown to the counter of torch 2.14.
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
     }
     torchvision = torch.ops.torchvision
     if hasattr(torchvision, "deform_conv2d"):  # only where torchvision is imported
