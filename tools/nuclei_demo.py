@@ -178,14 +178,14 @@ def progress_bar() -> Progress:
 
 
 def latest_state(log: Path) -> dict[str, Any]:
-    lines = re.findall(r"Iter\(train\) +\[ *(\d+)/.*", log.read_text(errors="replace"))
-    if not lines:
-        return {}
     text = log.read_text(errors="replace")
-    line = [line for line in text.splitlines() if "Iter(train)" in line][-1]
-    values = dict(re.findall(r"(\w+): ([\d.e+-]+)", line))
+    lines = [line for line in text.splitlines() if "Iter(train)" in line]
+    done = re.search(r"Iter\(train\) +\[ *(\d+)/", lines[-1]) if lines else None
+    if done is None:
+        return {}
+    values = dict(re.findall(r"(\w+): ([\d.e+-]+)", lines[-1]))
     return {
-        "completed": int(lines[-1]),
+        "completed": int(done[1]),
         "state": f"loss {values.get('loss')}  density {values.get('mask_density')}",
     }
 
