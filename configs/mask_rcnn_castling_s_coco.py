@@ -15,9 +15,6 @@ model = dict(
         with_cls_token=False,
         out_type="featmap",
         drop_path_rate=0.1,
-        # The auxiliary branch holds (heads, 4096, 4096) matrices while it is on:
-        # recomputing layer by layer keeps one layer's at a time.
-        with_cp=True,
         attention=dict(type="castling", local_conv="token"),
         # From scratch; to finetune use init_cfg=dict(type='Pretrained',
         # checkpoint=...) with weights of mmpretrain's VisionTransformer.

@@ -33,15 +33,20 @@ def castling_modules(model: nn.Module) -> Iterator[tuple[str, CastlingMixer]]:
 
 
 def set_mask(
-    model: nn.Module, threshold: float | str | MaskThreshold, weight: float = 1.0
+    model: nn.Module,
+    threshold: float | str | MaskThreshold,
+    weight: float = 1.0,
+    penalty: float = 0.0,
 ) -> int:
-    """Set the auxiliary branch's threshold and weight in the whole model.
+    """Set the auxiliary branch's threshold, weight and penalty in the whole model.
 
     Args:
         model: Any module with castling attentions.
         threshold: A probability in [0, 1], or text such as ``'4/N'``; 1 turns the
             branch off.
         weight: Factor of the branch; 0 turns it off. Defaults to 1.
+        penalty: Factor of the penalty on surviving probabilities, see
+            :func:`mmcastling.attention.masked_softmax_attention`. Defaults to 0.
 
     Returns:
         The number of attentions that were set.
@@ -58,7 +63,7 @@ def set_mask(
             "branch: it was never castled, or has been deployed already"
         )
     for module in modules:
-        module.set_mask(threshold, weight)
+        module.set_mask(threshold, weight, penalty)
     return len(modules)
 
 

@@ -248,6 +248,8 @@ def _extra_formulas() -> dict[Any, Callable[..., int]]:
         aten.vdot: dot,
         # Unknown to the counter of torch 2.14.
         aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        # As for fused attention, both products count as dense.
+        torch.ops.mmcastling.masked_softmax: attention,
     }
     torchvision = torch.ops.torchvision
     if hasattr(torchvision, "deform_conv2d"):  # only where torchvision is imported

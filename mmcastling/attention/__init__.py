@@ -21,10 +21,11 @@ from mmcastling.attention.functional import (
     in_full_precision,
     kernel_attention,
     linear_angular_attention,
-    masked_softmax_attention,
+    naive_masked_softmax_attention,
     unit_rows,
 )
 from mmcastling.attention.local_conv import GridConv, TokenConv
+from mmcastling.attention.masked_softmax import masked_softmax_attention
 from mmcastling.attention.mixer import TokenMixer
 from mmcastling.attention.peers import (
     EfficientAttention,
@@ -73,5 +74,6 @@ __all__ = [
     "kernel_attention",
     "linear_angular_attention",
     "masked_softmax_attention",
+    "naive_masked_softmax_attention",
     "unit_rows",
 ]

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from mmcastling.attention.block import TokenAttention
-from mmcastling.attention.functional import (
-    linear_angular_attention,
-    masked_softmax_attention,
+from mmcastling.attention.functional import linear_angular_attention
+from mmcastling.attention.masked_softmax import (
+    mask_state,
+    masked_softmax_with_state,
 )
 from mmcastling.attention.mixer import TokenMixer
 from mmcastling.attention.threshold import MaskThreshold
@@ -55,8 +56,8 @@ class LinearAngularMixer(TokenMixer):
 class CastlingMixer(LinearAngularMixer):
     """Linear-angular mixing plus a masked softmax branch that training removes.
 
-    The whole state of the branch lives here, as plain numbers: no parameter and no
-    buffer, so that checkpoints, EMA and distributed wrappers never see one vanish.
+    The whole state of the branch lives here, neither as parameter nor as buffer, so
+    that checkpoints, EMA and distributed wrappers never see one vanish.
 
     Args:
         num_heads: Number of heads ``h``.
@@ -71,8 +72,10 @@ class CastlingMixer(LinearAngularMixer):
         deploy: Whether the branch has been pruned.
         mask_threshold: The threshold in force, a :class:`MaskThreshold`.
         mask_weight: The branch's factor in force.
+        mask_penalty: The factor of the penalty on surviving probabilities in force.
+        mask_is_on: Whether the auxiliary branch contributes to the output.
         mask_density: Fraction of pairs that survived the mask in the last training
-            forward, a scalar tensor; zero when the branch was off.
+            forward, a scalar tensor; zero once the branch is off.
     """
 
     def __init__(
@@ -85,15 +88,18 @@ class CastlingMixer(LinearAngularMixer):
     ) -> None:
         super().__init__(num_heads, head_dims, **kwargs)
         self.deploy = False
-        self.mask_density = torch.zeros(())
+        self.mask_density = torch.zeros((), device="cpu")
         self.set_mask(mask_threshold)
         if deploy:
             self.switch_to_deploy()
 
     def set_mask(
-        self, threshold: float | str | MaskThreshold, weight: float = 1.0
+        self,
+        threshold: float | str | MaskThreshold,
+        weight: float = 1.0,
+        penalty: float = 0.0,
     ) -> None:
-        """Set the auxiliary branch's threshold and weight.
+        """Set the auxiliary branch's threshold, weight and penalty.
 
         The branch is off, and computes nothing, when the threshold reaches 1 or the
         weight is 0.
@@ -101,16 +107,20 @@ class CastlingMixer(LinearAngularMixer):
         Args:
             threshold: A probability in [0, 1], or text such as ``'4/N'``.
             weight: Factor of the branch, not negative. Defaults to 1.
+            penalty: Factor of the penalty on surviving probabilities, not negative;
+                see :func:`masked_softmax_attention`. Defaults to 0.
 
         Raises:
             ValueError: If a value is out of range.
             RuntimeError: If the branch has been pruned.
         """
         threshold = MaskThreshold.parse(threshold)
-        if not 0.0 <= weight < float("inf"):
-            raise ValueError(
-                f"mask weight {weight!r} must be a finite number that is not negative"
-            )
+        for name, value in (("weight", weight), ("penalty", penalty)):
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(
+                    f"mask {name} {value!r} must be a finite number that is not "
+                    "negative"
+                )
         if self.deploy:
             raise RuntimeError(
                 "the auxiliary branch of this attention has been pruned by "
@@ -118,37 +128,28 @@ class CastlingMixer(LinearAngularMixer):
             )
         self.mask_threshold = threshold
         self.mask_weight = float(weight)
-
-    @property
-    def mask_is_on(self) -> bool:
-        """Whether the auxiliary branch contributes to the output."""
-        return (
-            not self.deploy
-            and self.mask_weight > 0.0
-            and not self.mask_threshold.rejects_all
-        )
+        self.mask_penalty = float(penalty)
+        # What the forward pass reads: a flag, and values in a tensor. torch.compile
+        # guards on the one and not on the other, so that a schedule recompiles once.
+        self.mask_is_on = weight > 0.0 and not threshold.rejects_all
+        self._mask_state = mask_state(threshold, weight, penalty)
+        if not self.mask_is_on:
+            self.mask_density = torch.zeros_like(self.mask_density)
 
     def switch_to_deploy(self) -> None:
         """Prune the auxiliary branch. Idempotent."""
         if self.deploy:
             return
         self.deploy = True
-        del self.mask_threshold, self.mask_weight, self.mask_density
+        self.mask_is_on = False
+        del self.mask_threshold, self.mask_weight, self.mask_penalty
+        del self.mask_density, self._mask_state
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         y = super().mix(q, k, v)
         if not self.mask_is_on:
-            if self.training and not self.deploy:
-                self.mask_density = y.new_zeros(())
             return y
-        branch, density = masked_softmax_attention(
-            q,
-            k,
-            v,
-            threshold=self.mask_threshold,
-            weight=self.mask_weight,
-            return_density=True,
-        )
+        branch, density = masked_softmax_with_state(q, k, v, state=self._mask_state)
         if self.training:
             self.mask_density = density
         return branch + y

@@ -158,7 +158,7 @@ def linear_angular_attention(
 
 
 @in_full_precision
-def masked_softmax_attention(
+def naive_masked_softmax_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -167,21 +167,18 @@ def masked_softmax_attention(
     weight: float = 1.0,
     return_density: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The auxiliary branch ``weight * ([P > threshold] * P) v`` (paper, section 3.3).
+    """The auxiliary branch as the paper writes it: the oracle for the bounded form.
 
-    ``P = softmax(q k^T / sqrt(d))`` of the un-normalised queries and keys. The mask is
-    a constant to the gradient and the rows are not renormalised. This readable form
-    keeps ``(B, h, N, M)`` matrices.
+    Keeps ``(B, h, N, M)`` matrices for the backward pass.
 
     Args:
         q: Queries ``(B, h, N, d)``.
         k: Keys ``(B, h, M, d)``.
         v: Values ``(B, h, M, e)``.
-        threshold: A probability, or a multiple of uniform attention such as ``'4/N'``.
-            Defaults to 0.02, the released value.
+        threshold: As in :func:`masked_softmax_attention`. Defaults to 0.02.
         weight: Factor of the branch. Defaults to 1.
-        return_density: Also return the fraction of pairs that survive, as a tensor
-            without a synchronisation. Defaults to False.
+        return_density: Also return the fraction of pairs that survive. Defaults to
+            False.
 
     Returns:
         ``(B, h, N, e)``; float32 for half-precision inputs. With ``return_density`` a

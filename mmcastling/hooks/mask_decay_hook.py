@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mmengine.dist import master_only
+from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.runner import Runner
 
@@ -64,6 +65,12 @@ class MaskDecayHook(Hook):
             last part to training exactly what will be deployed.
         curve: ``'linear'``, ``'cosine'`` or ``'exp'`` (the value itself grows or falls
             exponentially). Defaults to ``'exp'``.
+        mask_penalty: Add the gradient of ``mask_penalty`` times the sum of all
+            surviving probabilities, while the branch is on: the masks are pushed
+            towards zero as well as cut. The sum runs over images, heads, queries and
+            keys, so with ``B`` images of ``N`` tokens it is at most ``B h N`` per
+            attention. It follows loss scaling and gradient accumulation as a term of
+            the loss would, and appears in no log. Defaults to 0.
         val_deployed: Validate with the branch off, so that the metric in the log is the
             one that ships. Defaults to True.
         interval: Iterations between two records of the state in the log. Defaults to
@@ -84,6 +91,7 @@ class MaskDecayHook(Hook):
         begin: float = 0.0,
         finish: float = 0.7,
         curve: str = "exp",
+        mask_penalty: float = 0.0,
         val_deployed: bool = True,
         interval: int = 10,
     ) -> None:
@@ -104,6 +112,11 @@ class MaskDecayHook(Hook):
                 f"begin={begin!r} is after finish={finish!r}: the decay must begin "
                 "before it finishes"
             )
+        if not 0.0 <= mask_penalty < math.inf:
+            raise ValueError(
+                f"mask_penalty={mask_penalty!r} must be a finite number that is not "
+                "negative"
+            )
         if interval < 1:
             raise ValueError(f"interval={interval!r} must be at least 1 iteration")
         self.mode = mode
@@ -112,9 +125,10 @@ class MaskDecayHook(Hook):
         self.begin = begin
         self.finish = finish
         self.curve = curve
+        self.mask_penalty = mask_penalty
         self.val_deployed = val_deployed
         self.interval = interval
-        self._masks_before_val: list[tuple[Any, MaskThreshold, float]] = []
+        self._masks_before_val: list[tuple[Any, tuple[Any, ...]]] = []
 
     def state_at(self, progress: float) -> tuple[MaskThreshold, float]:
         """The masks' state at a point of training: a pure function.
@@ -174,15 +188,19 @@ class MaskDecayHook(Hook):
         self._masks_before_val = []
         if self.val_deployed:
             for _, module in castling_modules(runner.model):
-                state = (module, module.mask_threshold, module.mask_weight)
-                self._masks_before_val.append(state)
+                state = (
+                    module.mask_threshold,
+                    module.mask_weight,
+                    module.mask_penalty,
+                )
+                self._masks_before_val.append((module, state))
                 module.set_mask(1.0)
 
     def after_val_epoch(
         self, runner: Runner, metrics: dict[str, float] | None = None
     ) -> None:
-        for module, threshold, weight in self._masks_before_val:
-            module.set_mask(threshold, weight)
+        for module, state in self._masks_before_val:
+            module.set_mask(*state)
         self._masks_before_val = []
 
     def before_save_checkpoint(
@@ -216,13 +234,17 @@ class MaskDecayHook(Hook):
         return self.state_at(self.progress(runner.iter, runner.max_iters))
 
     def _apply(self, runner: Runner) -> None:
-        set_mask(runner.model, *self._state(runner))
+        penalty = self.mask_penalty
+        if penalty:
+            penalty *= _loss_factor(runner.optim_wrapper)
+        set_mask(runner.model, *self._state(runner), penalty)
 
-    @master_only
     def _log(self, runner: Runner) -> None:
         threshold, weight = self._state(runner)
         modules = [module for _, module in castling_modules(runner.model)]
-        densities = torch.stack([module.mask_density for module in modules]).tolist()
+        density = torch.stack([module.mask_density for module in modules])
+        all_reduce(density, "mean")  # over processes, all of which are here
+        densities = density.tolist()
         scalars = dict(
             threshold=threshold.probability, weight=weight, density=_mean(densities)
         )
@@ -235,6 +257,13 @@ class MaskDecayHook(Hook):
         for name, value in scalars.items():
             # LoggerHook hands every scalar under 'train/' to all visualizer backends.
             runner.message_hub.update_scalar(f"train/mask_{name}", value)
+
+
+def _loss_factor(optim_wrapper: OptimWrapper) -> float:
+    """What the optimizer wrapper multiplies the loss by before its backward pass."""
+    factor = optim_wrapper.scale_loss(torch.ones(())).item()
+    scaler = getattr(optim_wrapper, "loss_scaler", None)
+    return factor if scaler is None else factor * scaler.get_scale()
 
 
 def _mean(values: list[float]) -> float:

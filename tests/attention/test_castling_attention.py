@@ -80,7 +80,7 @@ def test_an_off_branch_computes_nothing(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("the branch was computed")
 
-    monkeypatch.setattr("mmcastling.attention.castling.masked_softmax_attention", fail)
+    monkeypatch.setattr("mmcastling.attention.castling.masked_softmax_with_state", fail)
     attention.set_mask(1.0)
     attention(x)
     with pytest.raises(AssertionError, match="was computed"):

@@ -1,4 +1,4 @@
-"""Angular attention and the masked branch against their definitions."""
+"""Angular attention against its definition."""
 
 import math
 
@@ -13,7 +13,6 @@ from mmcastling.attention import (
     angular_similarity,
     angular_similarity_series,
     linear_angular_attention,
-    masked_softmax_attention,
     unit_rows,
 )
 
@@ -120,11 +119,10 @@ def test_direction_alone_matters_whatever_the_magnitude(scale):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype):
     q, k, v = (100 * t.to(dtype) for t in qkv(tokens=4096, dtype=torch.float32))
-    for function in (linear_angular_attention, masked_softmax_attention):
-        out = function(q, k, v)
-        assert out.dtype == torch.float32
-        assert torch.isfinite(out).all()
-        assert_close(out, function(q.float(), k.float(), v.float()))
+    out = linear_angular_attention(q, k, v)
+    assert out.dtype == torch.float32
+    assert torch.isfinite(out).all()
+    assert_close(out, linear_angular_attention(q.float(), k.float(), v.float()))
 
 
 def test_autocast_does_not_reach_inside():
@@ -132,86 +130,3 @@ def test_autocast_does_not_reach_inside():
     expected = linear_angular_attention(q, k, v)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_close(linear_angular_attention(q, k, v), expected, rtol=0, atol=0)
-
-
-# -- the auxiliary branch --------------------------------------------------------------
-
-
-def naive_masked_softmax(q, k, v, threshold):
-    """The branch entry by entry; also the mask."""
-    batch, heads, tokens, _ = q.shape
-    out = torch.zeros_like(v[:, :, :1]).repeat(1, 1, tokens, 1)
-    mask = torch.zeros(batch, heads, tokens, k.shape[2], dtype=torch.bool)
-    for b in range(batch):
-        for h in range(heads):
-            for i in range(tokens):
-                scores = (k[b, h] * q[b, h, i]).sum(-1) / math.sqrt(q.shape[-1])
-                p = scores.exp() / scores.exp().sum()
-                for j in range(k.shape[2]):
-                    if p[j] > threshold:
-                        mask[b, h, i, j] = True
-                        out[b, h, i] = out[b, h, i] + p[j] * v[b, h, j]
-    return out, mask
-
-
-@pytest.mark.parametrize("threshold", [0.0, 0.05, 0.2, 0.6, 1.0])
-def test_branch_equals_its_definition_forward_and_backward(threshold):
-    inputs = [t.requires_grad_() for t in qkv(heads=2, tokens=6)]
-    out, density = masked_softmax_attention(
-        *inputs, threshold=threshold, return_density=True
-    )
-    expected, mask = naive_masked_softmax(*inputs, threshold)
-    assert_close(out, expected)
-    assert_close(density.item(), mask.double().mean().item(), check_dtype=False)
-    if mask.any():
-        weights = torch.randn_like(out)
-        grads = torch.autograd.grad((out * weights).sum(), inputs)
-        expected_grads = torch.autograd.grad((expected * weights).sum(), inputs)
-        assert_close(grads, expected_grads)
-
-
-def test_without_threshold_the_branch_is_softmax_attention():
-    q, k, v = qkv()
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    assert_close(masked_softmax_attention(q, k, v, threshold=0.0), expected)
-
-
-def test_rows_are_not_renormalised():
-    q, k, v = qkv(tokens=9)
-    ones = torch.ones_like(v)
-    rows = masked_softmax_attention(q, k, ones, threshold=0.15)[..., 0]
-    assert (rows < 1.0).all()
-    assert rows.max() > 0.15
-
-
-def test_weight_is_a_factor():
-    q, k, v = qkv()
-    full = masked_softmax_attention(q, k, v)
-    assert_close(masked_softmax_attention(q, k, v, weight=0.25), 0.25 * full)
-
-
-def test_a_row_keeps_at_most_one_over_the_threshold_entries():
-    q, k, v = qkv(batch=1, heads=1, tokens=200, dtype=torch.float32)
-    _, density = masked_softmax_attention(
-        3 * q, 3 * k, v, threshold=0.1, return_density=True
-    )
-    assert 0 < density * 200 <= 10
-
-
-def test_uniform_units_follow_the_number_of_keys():
-    for tokens in (10, 1000):
-        q, k, v = qkv(tokens=tokens)
-        _, relative = masked_softmax_attention(
-            q, k, v, threshold="4/N", return_density=True
-        )
-        _, absolute = masked_softmax_attention(
-            q, k, v, threshold=4 / tokens, return_density=True
-        )
-        assert relative == absolute
-
-
-def test_key_grid_may_differ_from_query_grid():
-    q, k, v = qkv(tokens=12)
-    out = masked_softmax_attention(q, k[:, :, ::3], v[:, :, ::3], threshold=0.1)
-    expected, _ = naive_masked_softmax(q, k[:, :, ::3], v[:, :, ::3], 0.1)
-    assert_close(out, expected)

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,12 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
+from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from mmcastling.attention import CastlingAttention, MaskThreshold
+from mmcastling.attention import (
+    CastlingAttention,
+    MaskThreshold,
+    naive_masked_softmax_attention,
+)
 from mmcastling.hooks import MaskDecayHook
 from mmcastling.protocol import castling_modules, set_mask, switch_to_deploy
 
@@ -78,6 +86,8 @@ def test_thresholds_in_units_of_uniform_attention_rise_to_a_probability():
         (dict(end=-0.1), r"-0\.1 is outside \[0, 1\]"),
         (dict(start="4/M"), "'4/M' is not understood"),
         (dict(interval=0), "interval=0"),
+        (dict(mask_penalty=-0.1), r"mask_penalty=-0\.1 must be a finite number"),
+        (dict(mask_penalty=math.inf), "mask_penalty=inf must be a finite number"),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -115,7 +125,16 @@ class Nothing(BaseMetric):
         return {"nothing": 0.0}
 
 
-def run(tmp_path, model=None, max_iters=8, resume=False, val=None, epochs=None, **hook):
+def run(
+    tmp_path,
+    model=None,
+    max_iters=8,
+    resume=False,
+    val=None,
+    epochs=None,
+    optim_wrapper=None,
+    **hook,
+):
     data = [{"inputs": torch.randn(6, 8)} for _ in range(4)]
     loop = dict(by_epoch=False, max_iters=max_iters, val_interval=val or 10**6)
     if epochs is not None:
@@ -130,7 +149,9 @@ def run(tmp_path, model=None, max_iters=8, resume=False, val=None, epochs=None, 
         val_dataloader=DataLoader(data, batch_size=1) if val else None,
         val_cfg=dict() if val else None,
         val_evaluator=Evaluator(Nothing()) if val else None,
-        optim_wrapper=dict(optimizer=dict(type="SGD", lr=1e-3)),
+        optim_wrapper=dict(
+            optimizer=dict(type="SGD", lr=1e-3), **(optim_wrapper or {})
+        ),
         custom_hooks=[options],
         default_hooks=dict(
             checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=4),
@@ -195,6 +216,63 @@ def test_validation_can_keep_the_branch(tmp_path):
     model = Toy()
     run(tmp_path, model, max_iters=2, val=1, mode="none", val_deployed=False)
     assert {t.probability for _, t, _ in model.seen} == {0.02}
+
+
+class Penalised(Toy):
+    """One castling attention, and a penalty that is written into the loss."""
+
+    def __init__(self, penalty):
+        super().__init__()
+        self.second = nn.Identity()
+        self.penalty = penalty
+
+    def forward(self, inputs, mode="tensor"):
+        result = super().forward(inputs, mode)
+        if mode == "loss":
+            qkv = self.first.qkv(inputs).reshape(len(inputs), -1, 3, 2, 4)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            rows = naive_masked_softmax_attention(
+                q, k, torch.ones_like(v), threshold=self.first.mask_threshold
+            )
+            result["penalty"] = self.penalty * rows[..., 0].sum()
+            result["loss"] = result["loss"] + result["penalty"]
+        return result
+
+
+@pytest.mark.parametrize("counts", [1, 2], ids=["plain", "accumulated"])
+def test_penalty_trains_as_a_term_of_the_loss_does(tmp_path, counts):
+    def weights(penalty_in_loss, **hook):
+        torch.manual_seed(0)
+        model = Penalised(penalty_in_loss)
+        run(
+            tmp_path / str(penalty_in_loss) / str(bool(hook)),
+            model,
+            max_iters=5,
+            optim_wrapper=dict(accumulative_counts=counts),
+            start=0.1,
+            **hook,
+        )
+        return model.first.qkv.weight.detach()
+
+    by_hook, in_loss = weights(0.0, mask_penalty=5.0), weights(5.0)
+    assert_close(by_hook, in_loss)
+    assert (by_hook - weights(0.0)).abs().max() > 1e-4
+
+
+def test_penalty_follows_the_loss_scale_of_mixed_precision():
+    class Wrapper(OptimWrapper):
+        loss_scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+    model = Toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    runner = SimpleNamespace(
+        model=model,
+        iter=0,
+        max_iters=9,
+        optim_wrapper=Wrapper(optimizer, accumulative_counts=4),
+    )
+    MaskDecayHook(mask_penalty=0.5).before_train_iter(runner, 0)
+    assert model.first.mask_penalty == model.second.mask_penalty == 0.5 * 8 / 4
 
 
 def test_state_is_logged_to_every_backend(tmp_path):
