@@ -1,7 +1,9 @@
 """Packaging: the wheel holds the package, and configs and tools in ``mmcastling/.mim``.
 
-``.mim`` is where the OpenMMLab tools look for them: ``mmcastling::NAME.py`` in a
-``_base_``, or ``mim`` on the command line.
+``.mim`` is where the OpenMMLab tools look for them. MMEngine wants a folder between the
+package and a config's name, and ours are flat, so that they are there twice: in
+``.mim/configs``, where ``model-index.yml`` says, and in ``.mim/configs/castling``, for
+``mmcastling::castling/NAME.py`` in a ``_base_``.
 """
 
 import os
@@ -13,7 +15,8 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-SHIPPED = ("configs", "tools")
+SHIPPED = {"configs": "configs", "configs/castling": "configs", "tools": "tools"}
+INDEX = "model-index.yml"
 
 
 class BuildWithMim(build_py):
@@ -22,19 +25,40 @@ class BuildWithMim(build_py):
     def run(self):
         super().run()
         if getattr(self, "editable_mode", False):
-            mim = ROOT / "mmcastling" / ".mim"
-            mim.mkdir(exist_ok=True)
-            for name in SHIPPED:
-                link = mim / name
-                if not link.is_symlink():
-                    link.symlink_to(os.path.relpath(ROOT / name, mim))
+            link_mim(ROOT / "mmcastling" / ".mim")
             return
         mim = Path(self.build_lib) / "mmcastling" / ".mim"
-        for name in SHIPPED:
-            shutil.rmtree(mim / name, ignore_errors=True)
+        shutil.rmtree(mim, ignore_errors=True)
+        for name, source in SHIPPED.items():
             shutil.copytree(
-                ROOT / name, mim / name, ignore=shutil.ignore_patterns("__pycache__")
+                ROOT / source,
+                mim / name,
+                ignore=shutil.ignore_patterns("__pycache__"),
+                dirs_exist_ok=True,
             )
+        shutil.copy(ROOT / INDEX, mim / INDEX)
+
+
+def link_mim(mim):
+    """Fill ``.mim`` with links: folders as such, so that a new config is seen at once.
+
+    What ``model-index.yml`` names is linked one by one, beside the link to the folder.
+    """
+    for old in (mim / "configs", mim / "tools"):
+        if old.is_symlink():
+            old.unlink()
+    (mim / "configs").mkdir(parents=True, exist_ok=True)
+    sources = {mim / "tools": ROOT / "tools", mim / INDEX: ROOT / INDEX}
+    sources[mim / "configs" / "castling"] = ROOT / "configs"
+    for path in (ROOT / "configs").iterdir():
+        if path.name != "__pycache__":
+            sources[mim / "configs" / path.name] = path
+    for stale in (mim / "configs").iterdir():
+        if stale.is_symlink() and not stale.exists():
+            stale.unlink()
+    for link, source in sources.items():
+        if not link.is_symlink():
+            link.symlink_to(os.path.relpath(source, link.parent))
 
 
 def requirements():

@@ -59,3 +59,8 @@ auto_scale_lr = dict(enable=False, base_batch_size=1024)
 custom_hooks = [
     dict(type="MaskDecayHook", mode="threshold", start=0.02, end=1.0, finish=0.7)
 ]
+# A killed run goes on with --resume to the weights that it would have had.
+default_hooks = dict(
+    checkpoint=dict(type="AtomicCheckpointHook"),
+    exact_resume=dict(type="ExactResumeHook"),
+)

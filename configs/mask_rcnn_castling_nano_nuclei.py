@@ -178,9 +178,13 @@ auto_scale_lr = dict(enable=False, base_batch_size=2)
 custom_hooks = [
     dict(type="MaskDecayHook", mode="threshold", start="1/N", end=1.0, finish=0.7)
 ]
+# A killed run goes on with --resume to the weights that it would have had.
 default_hooks = dict(
     logger=dict(interval=20),
-    checkpoint=dict(by_epoch=False, interval=max_iters, max_keep_ckpts=1),
+    checkpoint=dict(
+        type="AtomicCheckpointHook", by_epoch=False, interval=100, max_keep_ckpts=1
+    ),
+    exact_resume=dict(type="ExactResumeHook"),
 )
 log_processor = dict(window_size=20, by_epoch=False)
 randomness = dict(seed=0)

@@ -29,8 +29,6 @@ model = dict(
         # The depthwise convolution with which the cost at 224x224 meets the published
         # 1.41 GMACs (inferred by arithmetic, no code of this variant is public).
         ffn_conv=5,
-        # At 800x1344 the branch holds (heads, 4200, 4200) matrices while it is on.
-        with_cp=True,
         # From scratch; batch norms see 2 images of thousands of tokens. To finetune use
         # init_cfg=dict(type='Pretrained', checkpoint=...) and norm_eval=True.
     ),
@@ -49,3 +47,8 @@ optim_wrapper = dict(
 custom_hooks = [
     dict(type="MaskDecayHook", mode="threshold", start="1/N", end=1.0, finish=0.7)
 ]
+# A killed run goes on with --resume to the weights that it would have had.
+default_hooks = dict(
+    checkpoint=dict(type="AtomicCheckpointHook"),
+    exact_resume=dict(type="ExactResumeHook"),
+)

@@ -8,8 +8,9 @@ from mmcastling.compat import install_mmcv_ops
 
 install_mmcv_ops()  # before anything below imports mmcv.ops
 
-from mmcastling import backbones, hooks, necks, optim  # noqa: E402, F401
+from mmcastling import backbones, classifiers, hooks, necks, optim  # noqa: E402, F401
 from mmcastling.castle import castle, register_adapter  # noqa: E402
+from mmcastling.model_index import find_config, register_names  # noqa: E402
 from mmcastling.protocol import (  # noqa: E402
     castling_modules,
     set_mask,
@@ -17,10 +18,13 @@ from mmcastling.protocol import (  # noqa: E402
 )
 from mmcastling.version import __version__  # noqa: E402
 
+register_names()
+
 __all__ = [
     "__version__",
     "castle",
     "castling_modules",
+    "find_config",
     "register_adapter",
     "set_mask",
     "switch_to_deploy",

@@ -8,18 +8,25 @@ import os
 import pickle
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader, get_torch_safe_globals
 from torch import nn
 
+_TEMPORARY = ".mmcastling-tmp"
+"""How the name of a file ends while it is written."""
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read, does not fit, or cannot be written."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A file that is truncated or no checkpoint at all."""
 
 
 def _history_statistic(owner: type, name: str) -> Any:
@@ -49,8 +56,8 @@ def load_checkpoint(
         map_location: As in :func:`torch.load`. Defaults to ``'cpu'``.
 
     Raises:
-        CheckpointError: If the file is missing, truncated, holds code or is not a
-            checkpoint.
+        DamagedCheckpointError: If the file is truncated or is not a checkpoint.
+        CheckpointError: If the file is missing or holds code.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -62,7 +69,7 @@ def load_checkpoint(
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         if _is_broken_archive(path):
-            raise CheckpointError(_damaged(path)) from error
+            raise DamagedCheckpointError(_damaged(path)) from error
         reason = str(error).partition("GLOBAL ")[2].split(" was not")[0]
         what = f"the object {reason}" if reason else "something other than tensors"
         raise CheckpointError(
@@ -71,7 +78,7 @@ def load_checkpoint(
             "its own library and save {'state_dict': model.state_dict()}"
         ) from error
     except Exception as error:  # whatever the parsers say of damaged bytes
-        raise CheckpointError(_damaged(path)) from error
+        raise DamagedCheckpointError(_damaged(path)) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(
             f"checkpoint {path} holds a {type(checkpoint).__name__}, expected a dict "
@@ -197,6 +204,23 @@ def save_atomically(checkpoint: dict[str, Any], path: str | os.PathLike[str]) ->
         CheckpointError: If it cannot be written, for example on a full disk. Nothing is
             left behind, and a previous file stays as it was.
     """
+    write_atomically(path, lambda file: torch.save(checkpoint, file))
+
+
+def write_atomically(
+    path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any]
+) -> None:
+    """Write a file so that at any moment it is the previous one or the new one, whole.
+
+    Args:
+        path: Destination; its folder must exist.
+        write: Called with the open temporary file, which lies beside the destination
+            until it is on the disk.
+
+    Raises:
+        CheckpointError: If it cannot be written, for example on a full disk. Nothing is
+            left behind, and a previous file stays as it was.
+    """
     path = Path(path)
     if not path.parent.is_dir():
         raise CheckpointError(
@@ -206,19 +230,47 @@ def save_atomically(checkpoint: dict[str, Any], path: str | os.PathLike[str]) ->
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", delete=False
+            dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY, delete=False
         ) as file:
             temporary = Path(file.name)
-            torch.save(checkpoint, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"cannot write {path}: {error}") from error
+        raise CheckpointError(
+            f"cannot write {path}: {error}; what was saved before is untouched"
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)  # nothing is there once it was renamed
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
+    """Remove what :func:`write_atomically` left in a folder when it was killed.
+
+    Args:
+        folder: A folder in which no other process is saving.
+
+    Returns:
+        The removed files.
+    """
+    leftovers = sorted(Path(folder).glob(f".*{_TEMPORARY}"))
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return leftovers
+
+
+def _sync_folder(folder: Path) -> None:
+    # Without it a renaming may be lost with the power, though the file is on the disk.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # not every file system can
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

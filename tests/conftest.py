@@ -307,3 +307,37 @@ def run_main(monkeypatch, capfd):
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def assert_same_training():
+    """Compare all of two checkpoints that training goes on from, bit for bit."""
+    import torch
+
+    def same(one, other, where):
+        assert type(one) is type(other), where
+        if isinstance(one, dict):
+            assert one.keys() == other.keys(), where
+            for key in one:
+                same(one[key], other[key], f"{where}.{key}")
+        elif isinstance(one, (list, tuple)):
+            assert len(one) == len(other), where
+            for index, pair in enumerate(zip(one, other, strict=True)):
+                same(*pair, f"{where}.{index}")
+        elif isinstance(one, torch.Tensor):
+            assert torch.equal(one, other), where
+        else:
+            assert one == other, where
+
+    def check(one, other):
+        assert one.keys() == other.keys()
+        for key in one.keys() - {"meta", "message_hub"}:
+            same(one[key], other[key], key)
+        assert one["meta"]["mask_decay"] == other["meta"]["mask_decay"]
+        logs = [checkpoint["message_hub"]["log_scalars"] for checkpoint in (one, other)]
+        assert logs[0].keys() == logs[1].keys() >= {"train/loss", "train/mask_weight"}
+        for key in logs[0]:
+            if not key.endswith("time"):
+                assert logs[0][key].data[0].tolist() == logs[1][key].data[0].tolist()
+
+    return check

@@ -1,15 +1,34 @@
 #!/usr/bin/env bash
-# Train on several GPUs of one machine, or of several.
+# Train with one process per GPU on one machine, or on several. Without a GPU the
+# processes share the CPU and talk over gloo.
 #
 #   tools/dist_train.sh CONFIG GPUS [arguments of tools/train.py]
 #
-# For several machines set NNODES, NODE_RANK, MASTER_ADDR and PORT on each.
+# GPUS counts the processes of this machine. PORT=29600 moves the rendezvous, which two
+# jobs on one machine need. For several machines run it on each, with
+#
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=<address of the first machine>
 set -euo pipefail
-[ $# -ge 2 ] || { echo "usage: $0 CONFIG GPUS [arguments of tools/train.py]" >&2; exit 2; }
+usage() {
+    echo "usage: $0 CONFIG GPUS [arguments of tools/train.py]" >&2
+    [ $# -eq 0 ] || echo "error: $1" >&2
+    exit 2
+}
+[ $# -ge 2 ] || usage
 config=$1 gpus=$2
 shift 2
+nodes=${NNODES:-1} rank=${NODE_RANK:-0} port=${PORT:-29500}
+[[ $gpus =~ ^[1-9][0-9]*$ ]] || usage "GPUS must be a number of processes, got '$gpus'"
+[[ $nodes =~ ^[1-9][0-9]*$ ]] || usage "NNODES must be a number of machines, got '$nodes'"
+[[ $rank =~ ^(0|[1-9][0-9]*)$ && $rank -lt $nodes ]] ||
+    usage "NODE_RANK must be from 0 to NNODES - 1 = $((nodes - 1)), got '$rank'"
+[[ $port =~ ^[1-9][0-9]*$ ]] || usage "PORT must be a free port, got '$port'"
+[[ $nodes -eq 1 || -n ${MASTER_ADDR:-} ]] ||
+    usage "NNODES=$nodes needs MASTER_ADDR, the address of the first machine"
+command -v torchrun >/dev/null ||
+    usage "torchrun was not found: activate the environment, which has it"
 exec torchrun \
-    --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" \
-    --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}" \
+    --nnodes="$nodes" --node_rank="$rank" \
+    --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="$port" \
     --nproc_per_node="$gpus" \
     "$(dirname "$0")/train.py" "$config" --launcher pytorch "$@"

@@ -8,7 +8,8 @@ from mmcastling.engine.cli import (
     add_run_arguments,
     config_from_arguments,
 )
-from mmcastling.engine.training import enable_amp, enable_auto_scale_lr, set_resume
+from mmcastling.engine.precision import enable_amp, enable_auto_scale_lr
+from mmcastling.engine.training import set_resume
 
 
 def parse_args() -> argparse.Namespace:
@@ -20,11 +21,16 @@ def parse_args() -> argparse.Namespace:
         nargs="?",
         const="auto",
         metavar="PATH",
-        help="resume from a checkpoint, or without PATH from the latest one in the "
-        "work directory",
+        help="resume from a checkpoint, or without PATH from the newest whole one in "
+        "the work directory",
     )
     parser.add_argument(
-        "--amp", action="store_true", help="automatic mixed precision (needs CUDA)"
+        "--amp",
+        nargs="?",
+        const=True,
+        choices=["float16", "bfloat16"],
+        help="automatic mixed precision, without a name in the device's usual one "
+        "(float16 on CUDA, bfloat16 on a CPU); put it after CONFIG",
     )
     parser.add_argument(
         "--auto-scale-lr",
@@ -38,8 +44,8 @@ def main() -> None:
     args = parse_args()
     cfg = config_from_arguments(args)
     set_resume(cfg, args.resume)
-    if args.amp:
-        enable_amp(cfg)
+    if args.amp is not None:
+        enable_amp(cfg, None if args.amp is True else args.amp)
     if args.auto_scale_lr:
         enable_auto_scale_lr(cfg)
     train(cfg)

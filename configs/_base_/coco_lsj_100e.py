@@ -69,7 +69,14 @@ optim_wrapper = dict(
 # 8 GPUs x 2 images; enable=True comes from --auto-scale-lr.
 auto_scale_lr = dict(enable=False, base_batch_size=16)
 
+# A killed run goes on with --resume to the weights that it would have had.
 default_hooks = dict(
-    checkpoint=dict(by_epoch=False, interval=val_interval, max_keep_ckpts=2)
+    checkpoint=dict(
+        type="AtomicCheckpointHook",
+        by_epoch=False,
+        interval=val_interval,
+        max_keep_ckpts=2,
+    ),
+    exact_resume=dict(type="ExactResumeHook"),
 )
 log_processor = dict(by_epoch=False)

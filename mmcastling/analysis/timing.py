@@ -72,25 +72,37 @@ def _synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def paired_medians(
+def paired_seconds(
     passes: dict[str, Callable[[], Any]], repeats: int
-) -> dict[str, float]:
-    """Median seconds of several contenders, timed in turns.
+) -> dict[str, list[float]]:
+    """Seconds of several contenders, timed in turns.
 
-    Taking turns lets a machine that grows slower or busier hit all of them alike.
+    Taking turns lets a machine that grows slower or busier hit all of them alike; the
+    order is reversed every other round.
 
     Args:
         passes: What to time, by name; each is called once unmeasured.
         repeats: Rounds.
+
+    Returns:
+        One entry per round, by name.
     """
     for run in passes.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in passes}
-    for _ in range(repeats):
-        for name, run in passes.items():
+    for turn in range(repeats):
+        for name in list(passes) if turn % 2 == 0 else reversed(passes):
             _synchronise()
             start = time.perf_counter()
-            run()
+            passes[name]()
             _synchronise()
             seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def paired_medians(
+    passes: dict[str, Callable[[], Any]], repeats: int
+) -> dict[str, float]:
+    """Medians of :func:`paired_seconds`."""
+    seconds = paired_seconds(passes, repeats)
     return {name: statistics.median(values) for name, values in seconds.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,13 @@ NORM_EPS = 1e-12
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which autocast leaves operations on a device as they are."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()  # the meta device has none
+
+
 def in_full_precision(function: Function) -> Function:
     """Run on float32 copies of half-precision tensors, untouched by autocast."""
 
@@ -31,7 +39,7 @@ def in_full_precision(function: Function) -> Function:
     def wrapped(*tensors: Tensor, **options: Any) -> Any:
         half = (torch.float16, torch.bfloat16)
         tensors = tuple(t.float() if t.dtype in half else t for t in tensors)
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        with without_autocast(tensors[0].device):
             return function(*tensors, **options)
 
     return wrapped  # type: ignore[return-value]

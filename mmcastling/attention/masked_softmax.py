@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmcastling.attention.functional import in_full_precision
+from mmcastling.attention.functional import in_full_precision, without_autocast
 from mmcastling.attention.threshold import MaskThreshold
 
 # Probabilities per tile. On a CPU a tile's few matrices stay in the last-level cache;
@@ -120,7 +120,7 @@ def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
     # Autocast reaches into a custom operator, and a backward pass may run under it.
     @functools.wraps(kernel)
     def wrapped(*tensors: Tensor) -> Any:
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        with without_autocast(tensors[0].device):
             return kernel(*tensors)
 
     return wrapped

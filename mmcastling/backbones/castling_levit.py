@@ -269,6 +269,33 @@ class CastlingLeViT(CastledBackbone, BaseBackbone):
                 outs.append(out if norm is None else norm(out))
         return tuple(outs)
 
+    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
+        """The layer of a parameter, for layer-wise learning-rate decay.
+
+        A layer is an attention and the MLP behind it, within a stage or between two.
+
+        Args:
+            param_name: Name of the parameter, ``prefix`` included.
+            prefix: Name of the backbone in the model. Defaults to ``''``.
+
+        Returns:
+            The layer, 0 for the stem and the last for norms of the outputs and whatever
+            is outside the backbone, and the number of layers.
+        """
+        depths = [
+            depth + (i > 0) for i, depth in enumerate(self.arch_settings["depths"])
+        ]
+        num_layers = sum(depths) + 2
+        if not param_name.startswith(prefix):
+            return num_layers - 1, num_layers
+        part, *place = param_name[len(prefix) :].split(".")
+        if part == "patch_embed":
+            return 0, num_layers
+        if part == "stages":
+            stage, block = int(place[0]), int(place[1])
+            return sum(depths[:stage]) + block // 2 + 1, num_layers
+        return num_layers - 1, num_layers
+
     def _freeze_stages(self) -> None:
         if self.frozen_stages >= 0:
             freeze([self.patch_embed, *self.stages[: self.frozen_stages]])

@@ -211,6 +211,27 @@ class CastlingMViT(CastledBackbone, MViT):
                 outs.append(out.transpose(1, 2).unflatten(2, grid).contiguous())
         return tuple(outs)
 
+    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
+        """The layer of a parameter, for layer-wise learning-rate decay.
+
+        Args:
+            param_name: Name of the parameter, ``prefix`` included.
+            prefix: Name of the backbone in the model. Defaults to ``''``.
+
+        Returns:
+            The layer, 0 for patch and position embedding and the last for norms of the
+            outputs and whatever is outside the backbone, and the number of layers.
+        """
+        num_layers = self.num_layers + 2
+        if not param_name.startswith(prefix):
+            return num_layers - 1, num_layers
+        part, *place = param_name[len(prefix) :].split(".")
+        if part in ("patch_embed", "pos_embed"):
+            return 0, num_layers
+        if part == "blocks":
+            return int(place[0]) + 1, num_layers
+        return num_layers - 1, num_layers
+
     def _freeze_stages(self) -> None:
         if self.frozen_stages < 0:
             return

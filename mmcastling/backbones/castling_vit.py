@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from mmpretrain.models.backbones import VisionTransformer
 from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLayer
 from mmpretrain.models.utils import build_norm_layer, resize_pos_embed
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmcastling.attention import build_attention
 from mmcastling.backbones.common import (
@@ -214,6 +215,20 @@ class CastlingViT(CastledBackbone, VisionTransformer):
             options = {**shared, "drop_path_rate": drop_path_rates[i], **options}
             self.layers[i] = CastlingEncoderLayer(**options)
 
+    def _prepare_pos_embed(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # Where the grids differ, mmpretrain's hook expects a class token's position in
+        # the file exactly if this model has one.
+        name = f"{prefix}pos_embed"
+        if name in state_dict and state_dict[name].shape != self.pos_embed.shape:
+            table = state_dict[name]  # (1, N, C)
+            if self.with_cls_token and _is_square(table.shape[1]):
+                state_dict[name] = nn.functional.pad(table, (0, 0, 1, 0))
+            elif not self.with_cls_token and _is_square(table.shape[1] - 1):
+                state_dict[name] = table[:, 1:]
+        super()._prepare_pos_embed(state_dict, prefix, *args, **kwargs)
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Extract features.
 
@@ -254,3 +269,7 @@ class CastlingViT(CastledBackbone, VisionTransformer):
     def _freeze_stages(self) -> None:
         if self.frozen_stages > 0:
             super()._freeze_stages()
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and math.isqrt(number) ** 2 == number

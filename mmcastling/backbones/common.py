@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
+from mmengine.model import initialize
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
+
+from mmcastling.backbones.pretrained import check_pretrained, pretrained_cfgs
 
 Grid = tuple[int, int]
 Backbone = TypeVar("Backbone", bound="CastledBackbone")
 
 
 class CastledBackbone:
-    """Modes and deployment, mixed into a backbone in front of mmpretrain's class.
+    """Modes, weights and deployment, mixed into a backbone before mmpretrain's class.
 
     Expects the attributes ``deploy`` and ``with_cp``, and ``_freeze_stages()``, which
     puts what is frozen in evaluation and is called whenever training begins.
@@ -21,6 +27,21 @@ class CastledBackbone:
 
     deploy: bool
     with_cp: bool
+
+    def init_weights(self) -> None:
+        """Initialise, and load what ``init_cfg`` names.
+
+        Raises:
+            CheckpointError: If ``init_cfg=dict(type='Pretrained', ...)`` names a file
+                with less than half of the backbone's parameters.
+        """
+        cfgs = [] if self.is_init else list(pretrained_cfgs(self.init_cfg))
+        for cfg in cfgs:
+            check_pretrained(self, cfg["checkpoint"], cfg.get("prefix"))
+        super().init_weights()
+        if cfgs and not isinstance(self.init_cfg, dict):
+            # mmpretrain draws position embeddings anew after it has loaded a list's.
+            initialize(self, cfgs)
 
     def switch_to_deploy(self) -> None:
         """Prune the auxiliary branch of every attention. Idempotent."""
@@ -41,11 +62,39 @@ class CastledBackbone:
         """Set evaluation mode. Returns the backbone."""
         return self.train(False)
 
-    def _run(self, layer: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+    def _run(self, layer: nn.Module, x: Tensor, *args: Any) -> Any:
         """Call a layer; ``with_cp`` recomputes it in the backward pass."""
-        if self.with_cp and x.requires_grad:
-            return checkpoint(layer, x, *args, use_reentrant=False)
-        return layer(x, *args)
+        if not (self.with_cp and x.requires_grad):
+            return layer(x, *args)
+        if any(isinstance(module, _BatchNorm) for module in layer.modules()):
+            return _checkpoint_once_counted(layer, x, *args)
+        return checkpoint(layer, x, *args, use_reentrant=False)
+
+
+@torch.compiler.disable(recursive=False)  # it knows no context_fn
+def _checkpoint_once_counted(layer: nn.Module, x: Tensor, *args: Any) -> Any:
+    def contexts() -> tuple[Any, Any]:
+        return contextlib.nullcontext(), _kept_statistics(layer)
+
+    return checkpoint(layer, x, *args, use_reentrant=False, context_fn=contexts)
+
+
+@contextlib.contextmanager
+def _kept_statistics(layer: nn.Module) -> Iterator[None]:
+    """Keep batch norms from counting a batch twice, which recomputing would."""
+    buffers = [
+        buffer
+        for module in layer.modules()
+        if isinstance(module, _BatchNorm) and module.training
+        for buffer in module.buffers(recurse=False)
+    ]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
 
 
 def freeze(modules: Iterable[nn.Module]) -> None:

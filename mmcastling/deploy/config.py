@@ -28,7 +28,8 @@ def _name(kind: str | type) -> str:
 def deploy_config(cfg: Config) -> Config:
     """A copy of a config whose model is built pruned.
 
-    Sets ``deploy=True`` wherever a registered module takes it, and removes the training
+    Sets ``deploy=True`` wherever a registered module takes it, puts what a class that
+    offers ``deployed_config(config)`` becomes in its place, and removes the training
     hooks and what names a checkpoint to start from.
 
     Args:
@@ -47,6 +48,11 @@ def _set_deploy(node: Any) -> None:
         kind = node.get("type")
         if kind is not None:
             kind = MODELS.get(kind) if isinstance(kind, str) else kind
+            if callable(deployed := getattr(kind, "deployed_config", None)):
+                kept = deployed(dict(node))
+                node.clear()
+                node.update(kept)
+                kind = MODELS.get(node["type"])
             if callable(kind) and "deploy" in inspect.signature(kind).parameters:
                 node["deploy"] = True
                 node.pop("init_cfg", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import tempfile
@@ -107,7 +108,7 @@ def convert(
         )
 
     weights = select_weights(checkpoint, ema)
-    model = MODELS.build(cfg.model)
+    model = _build(cfg)
     check_weights_fit(model, {"state_dict": weights}, str(source))
     model.load_state_dict(weights)
     model.eval()
@@ -149,6 +150,14 @@ def convert(
     result = deploy_checkpoint(deployed, checkpoint.get("meta") or {}, **facts)
     _write_both(deploy_config(cfg), config_path, result, out)
     return ConversionReport(out, config_path, pruned, difference, len(images))
+
+
+def _build(cfg: Config) -> nn.Module:
+    # A preprocessor beside the model is the runner's to put into it.
+    model = copy.deepcopy(cfg.model)
+    if cfg.get("data_preprocessor") is not None:
+        model.setdefault("data_preprocessor", cfg.data_preprocessor)
+    return MODELS.build(model)
 
 
 def _test_images(cfg: Config, model: nn.Module, count: int) -> Iterator[Tensor]:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import mmengine.registry
+from mmengine.dist import get_dist_info
+from torch.distributed import DistError
 
 TRACEBACK_VARIABLE = "MMCASTLING_TRACEBACK"
 
 _PACKAGE = str(Path(__file__).resolve().parents[1])
 _REGISTRY = str(Path(mmengine.registry.__file__).resolve().parent)
+
+
+_RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+# What gloo says, in a plain RuntimeError, of a process that has ended.
+_LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 class ConfigError(ValueError):
@@ -63,6 +71,22 @@ def _message(error: Exception) -> str:
     return str(error)
 
 
+def _let_the_first_speak(error: Exception) -> None:
+    """Wait where another process will have said what is wrong.
+
+    Launchers end all processes when one has failed. Those that meet the same error as
+    the first, or only lost contact to one that failed, are ended while they wait, so
+    that one message is left.
+    """
+    ranks = (os.environ[name] for name in _RANK_VARIABLES if name in os.environ)
+    if int(next(ranks, "0")) > 0:
+        time.sleep(5.0)
+    several = get_dist_info()[1] > 1
+    lost = several and any(text in str(error) for text in _LOST_CONTACT)
+    if lost or isinstance(error, DistError):
+        time.sleep(10.0)
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run a command: a user's error ends it with one paragraph and exit status 1.
 
@@ -73,8 +97,11 @@ def run_cli(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        _let_the_first_speak(error)
         if os.environ.get(TRACEBACK_VARIABLE) or not is_meant_for_the_user(error):
             raise
+        rank, size = get_dist_info()
+        where = f"[process {rank + 1} of {size}] " if size > 1 else ""
         sys.stdout.flush()
-        print(f"error: {_message(error)}", file=sys.stderr)
+        print(f"error: {where}{_message(error)}", file=sys.stderr)
         sys.exit(1)

@@ -107,6 +107,8 @@ def evaluate(
     for key in ("val_dataloader", "val_cfg", "val_evaluator"):
         cfg[key] = None
     cfg.auto_scale_lr = None
+    for key in ("runner_type", "strategy"):  # of training; every rank holds all here
+        cfg.pop(key, None)
     runner = build_runner(cfg)
     model = core_model(runner.model)
     load_weights(model, checkpoint, str(source))

@@ -12,11 +12,19 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
+from mmcastling.engine.distributed import setup_distributed
+
 _count = itertools.count()
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build a runner from a config, under a name that no other in the process has."""
+    """Build a runner from a config, under a name that no other in the process has.
+
+    Raises:
+        ConfigError: If the config's launcher cannot work here; see
+            :func:`mmcastling.engine.distributed.setup_distributed`.
+    """
+    setup_distributed(cfg)
     if cfg.get("default_scope") == "mmpretrain":
         _set_classification_loaders(cfg)
     name = os.path.basename(os.path.normpath(cfg.work_dir))

@@ -72,9 +72,9 @@ def find_layered_backbones(model: nn.Module) -> dict[str, nn.Module]:
         if (
             name.rpartition(".")[2] == "backbone"
             and callable(getattr(module, "get_layer_depth", None))
-            and not name.startswith(tuple(found))
+            and not _unwrapped(name).startswith(tuple(found))
         ):
-            found[f"{name}."] = module
+            found[f"{_unwrapped(name)}."] = module
     if found:
         return found
     # Last, because an image classifier has the method too, but only passes it on.
@@ -170,7 +170,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         singles: list[dict] = []
         with _without_line_per_param():
             super().add_params(singles, module, **kwargs)
-        names = {id(param): name for name, param in module.named_parameters()}
+        names = {id(p): _unwrapped(name) for name, p in module.named_parameters()}
         self._check_unique(singles, names)
         for single in singles:
             (param,) = single["params"]
@@ -211,6 +211,11 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if name.rpartition(".")[2] in no_decay:
             # Also where the config gives no weight decay: AdamW's default is not 0.
             group["weight_decay"] = 0.0
+
+
+def _unwrapped(name: str) -> str:
+    """A name without what FSDP puts into those of modules, and not of parameters."""
+    return name.replace("_fsdp_wrapped_module.", "")
 
 
 def _merge(singles: list[dict], names: dict[int, str]) -> list[dict]:

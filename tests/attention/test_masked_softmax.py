@@ -329,6 +329,13 @@ def test_a_block_stays_finite_at_the_edges(case, dtype, weight):
     assert 0.0 <= block.mask_density.item() <= 1.0
 
 
+def test_shapes_are_inferred_on_the_meta_device():
+    with torch.device("meta"):
+        block = CastlingAttention(8, 2)
+        assert block(torch.empty(2, 5, 8)).shape == (2, 5, 8)
+        assert block.mask_density.shape == ()
+
+
 def test_compiles_whole_and_recompiles_once_when_the_branch_goes_off():
     """A schedule changes the threshold at every step; only its end is a new graph."""
     graphs = []

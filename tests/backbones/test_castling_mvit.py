@@ -355,7 +355,10 @@ def test_detector_config_trains_and_predicts(root, attention):
     backbone = detector.backbone
     assert [n for n, p in backbone.named_parameters() if p.grad is None] == []
     wrapper.step()
-    assert sum(1 for _ in castling_modules(detector)) == (attention == "castling")
+    # All but those that attend on the first scale, where there are too many pairs.
+    castled = [name for name, _ in castling_modules(backbone)]
+    expected = ["blocks.2.attn.mixer", "blocks.3.attn.mixer"]
+    assert castled == (expected if attention == "castling" else [])
     detector.eval()
     with torch.no_grad():
         assert len(detector.test_step(batch)) == 2

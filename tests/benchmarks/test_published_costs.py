@@ -1,6 +1,5 @@
 """benchmarks/published_costs.py, its stored result and the page made from it."""
 
-import importlib.util
 import json
 import sys
 
@@ -8,14 +7,8 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def benchmark(root):
-    path = root / "benchmarks" / "published_costs.py"
-    spec = importlib.util.spec_from_file_location("published_costs", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def benchmark(load_benchmark):
+    return load_benchmark("published_costs")
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,7 @@ from torch.testing import assert_close
 
 from mmcastling.checkpoint import CheckpointError, load_checkpoint
 from mmcastling.engine import ConfigError, load_config, train
-from mmcastling.engine.training import (
-    enable_amp,
-    enable_auto_scale_lr,
-    set_resume,
-)
+from mmcastling.engine.training import set_resume
 from mmcastling.protocol import castling_modules
 
 pytestmark = pytest.mark.slow
@@ -200,38 +196,6 @@ def test_load_from_starts_at_zero_with_those_weights(trained, tmp_path):
 
 
 # -- options ---------------------------------------------------------------------------
-
-
-def test_the_learning_rate_follows_the_batch_size(classifier_config, tmp_path):
-    cfg = load_config(
-        classifier_config,
-        {"train_cfg.max_epochs": 1, "auto_scale_lr.base_batch_size": 16},
-        work_dir=str(tmp_path),
-    )
-    enable_auto_scale_lr(cfg)
-    train(cfg)
-    assert log_of(tmp_path)[0]["lr"] == pytest.approx(1e-3 * 4 / 16)
-
-
-@pytest.mark.parametrize("value", [None, {"enable": True}])
-def test_a_batch_size_that_the_config_does_not_give_is_an_error(
-    value, classifier_config
-):
-    cfg = load_config(classifier_config)
-    cfg.auto_scale_lr = value
-    with pytest.raises(ConfigError, match=r"base_batch_size=\.\.\."):
-        enable_auto_scale_lr(cfg)
-
-
-def test_mixed_precision_needs_a_device(classifier_config, monkeypatch):
-    cfg = load_config(classifier_config)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="--amp needs a CUDA device"):
-        enable_amp(cfg)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    enable_amp(cfg)
-    assert cfg.optim_wrapper.type == "AmpOptimWrapper"
-    assert cfg.optim_wrapper.loss_scale == "dynamic"
 
 
 def test_a_config_without_training_says_so(classifier_config, tmp_path):

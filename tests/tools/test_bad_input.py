@@ -102,14 +102,25 @@ def test_settings_of_the_model_and_the_hook_are_named(
     )
 
 
-def test_mixed_precision_without_a_device(refused, detector_config, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused("train.py", detector_config, "--amp", parts=["--amp needs a CUDA device"])
-
-
 def test_an_unknown_launcher_is_a_usage_error(refused, detector_config):
     arguments = ("train.py", detector_config, "--launcher", "ssh")
     refused(*arguments, status=2, parts=["usage: ", "'ssh'", "slurm"])
+
+
+def test_a_launcher_that_did_not_start_the_command(
+    refused, detector_config, monkeypatch
+):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    parts = ["--launcher pytorch: the environment lacks RANK", "tools/dist_train.sh"]
+    arguments = ("train.py", detector_config, "--launcher", "pytorch")
+    refused(*arguments, parts=parts, may_write=True)
+
+
+def test_a_learning_rate_without_its_batch_size(refused, detector_config):
+    options = ("--cfg-options", "auto_scale_lr=None")
+    parts = ["--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...)"]
+    refused("train.py", detector_config, "--auto-scale-lr", *options, parts=parts)
 
 
 @pytest.mark.parametrize("below", ["", "below"])

@@ -1,0 +1,94 @@
+"""``init_cfg=dict(type='Pretrained', ...)`` of a backbone, and no silence about it.
+
+MMEngine loads such weights with ``strict=False`` and logs what did not fit: weights of
+another architecture or with another library's names leave a backbone as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine.model import PretrainedInit
+from mmengine.runner.checkpoint import CheckpointLoader
+from torch import Tensor, nn
+
+from mmcastling.checkpoint import CheckpointError, weights_of
+
+REQUIRED_SHARE = 0.5
+"""Share of a backbone's parameters that weights for it must hold."""
+
+_ADVICE = (
+    "Import weights of other libraries with tools/model_converters/import_vit.py, "
+    "import_levit.py or import_mvit.py"
+)
+
+
+def pretrained_cfgs(init_cfg: Any) -> Iterator[dict[str, Any]]:
+    """Yield the entries of an ``init_cfg`` that load weights."""
+    for cfg in init_cfg if isinstance(init_cfg, list | tuple) else [init_cfg]:
+        if cfg and cfg.get("type") in ("Pretrained", "PretrainedInit", PretrainedInit):
+            yield cfg
+
+
+def check_pretrained(
+    backbone: nn.Module, checkpoint: str, prefix: str | None = None
+) -> None:
+    """Raise if a checkpoint holds less than half of a backbone's parameters.
+
+    Args:
+        backbone: The backbone that is about to load it.
+        checkpoint: Path or URL, as in MMEngine's ``PretrainedInit``.
+        prefix: What stands before the backbone's names. Defaults to None.
+
+    Raises:
+        CheckpointError: If it does, or its position embedding cannot be resized.
+    """
+    whose = f"init_cfg of {type(backbone).__name__}: {checkpoint}"
+    loaded = CheckpointLoader.load_checkpoint(checkpoint, "cpu", "silent")
+    try:
+        weights = weights_of(loaded)
+    except CheckpointError as error:
+        raise CheckpointError(f"{whose}: {error}. {_ADVICE}") from error
+    start = "" if prefix is None else prefix.removesuffix(".") + "."
+    found = {
+        name.removeprefix(start): value
+        for name, value in weights.items()
+        if name.startswith(start) and isinstance(value, Tensor)
+    }
+    try:
+        found = _prepared(backbone, found)
+    except AssertionError as error:  # mmpretrain's, of the position embedding
+        raise CheckpointError(
+            f"{whose}: its position embedding cannot be resized, as it is of no square "
+            "image. Import it with the --img-size of the backbone"
+        ) from error
+    own = dict(backbone.named_parameters())
+    fits = {n for n, p in own.items() if n in found and found[n].shape == p.shape}
+    total = sum(p.numel() for p in own.values())
+    share = sum(own[name].numel() for name in fits) / max(1, total)
+    if share >= REQUIRED_SHARE:
+        return
+    shapes = [
+        f"{n} is {tuple(found[n].shape)}, expected {tuple(p.shape)}"
+        for n, p in own.items()
+        if n in found and n not in fits
+    ]
+    missing = [f"no {name}" for name in own if name not in found]
+    named = f" under the prefix {prefix!r}" if prefix is not None else ""
+    raise CheckpointError(
+        f"{whose} has only {len(fits)} of its {len(own)} parameters{named} "
+        f"({share:.1%} of their elements; at least {REQUIRED_SHARE:.0%} are needed): "
+        f"{'; '.join((shapes + missing)[:4])}; the file's names begin with "
+        f"{list(weights)[:2]}. {_ADVICE}, and check arch and prefix"
+    )
+
+
+def _prepared(backbone: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights as the modules' own hooks, which resize tables, would pass them."""
+    weights = dict(weights)
+    for name, module in backbone.named_modules():
+        prefix = f"{name}." if name else ""
+        for hook in module._load_state_dict_pre_hooks.values():
+            hook(weights, prefix, {}, False, [], [], [])
+    return weights

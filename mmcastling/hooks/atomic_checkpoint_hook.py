@@ -1,0 +1,141 @@
+"""AtomicCheckpointHook: at any moment of saving a whole checkpoint is on the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.fileio.backends import prefix_to_backends
+from mmengine.hooks import CheckpointHook
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.runner import Runner
+
+from mmcastling.checkpoint import remove_leftovers, write_atomically
+from mmcastling.registry import HOOKS
+
+
+class AtomicLocalBackend(LocalBackend):
+    """MMEngine's local files, each of which appears whole or not at all.
+
+    Raises:
+        CheckpointError: Where a file cannot be written, for example on a full disk.
+    """
+
+    def put(self, obj: bytes, filepath: str | os.PathLike[str]) -> None:
+        Path(filepath).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(filepath, lambda file: file.write(obj))
+
+    def put_text(
+        self, obj: str, filepath: str | os.PathLike[str], encoding: str = "utf-8"
+    ) -> None:
+        self.put(obj.encode(encoding), filepath)
+
+
+@MMENGINE_HOOKS.register_module()
+@HOOKS.register_module()
+class AtomicCheckpointHook(CheckpointHook):
+    """MMEngine's ``CheckpointHook``, of which a kill leaves a usable checkpoint.
+
+    Checkpoints, and ``last_checkpoint`` which names the newest, are written under
+    temporary names and renamed when they are on the disk. Outdated ones
+    (``max_keep_ckpts``, the former best) are removed after that, not before, so for the
+    time of saving there is one more. A full disk ends training with the checkpoint's
+    name. What a killed run left half-written is removed when the next one starts.
+
+    It takes the arguments of ``CheckpointHook`` and its place in a config of any
+    toolbox. Storage that is not local (``backend_args``) keeps its own way of writing::
+
+        default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook', interval=1))
+
+    Raises:
+        CheckpointError: While training, if a checkpoint cannot be written.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        super().before_train(runner)
+        if is_main_process():
+            for folder in {str(self.out_dir), str(runner.work_dir)}:
+                for path in remove_leftovers(folder):  # nothing, if it is not local
+                    runner.logger.info(f"removed {path}, which a kill left unfinished")
+
+    def after_train(self, runner: Runner) -> None:
+        with _whole_local_files():
+            super().after_train(runner)
+
+    def _save_checkpoint_with_step(
+        self, runner: Runner, step: int, meta: dict[str, Any]
+    ) -> None:
+        # Differs from MMEngine's in the order: save, name as the last one, remove.
+        outdated = None
+        if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
+            if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
+                outdated = self._path_of(self.keep_ckpt_ids[0])
+            self.keep_ckpt_ids.append(step)  # drops the first one if it is full
+            runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
+        self.last_ckpt = self._path_of(step)
+        runner.message_hub.update_info("last_ckpt", self.last_ckpt)
+        with _whole_local_files():
+            runner.save_checkpoint(
+                self.out_dir,
+                self.filename_tmpl.format(step),
+                self.file_client_args,
+                save_optimizer=self.save_optimizer,
+                save_param_scheduler=self.save_param_scheduler,
+                meta=meta,
+                by_epoch=self.by_epoch,
+                backend_args=self.backend_args,
+                **self.args,
+            )
+        if is_main_process():
+            write_atomically(
+                Path(runner.work_dir) / "last_checkpoint",
+                lambda file: file.write(self.last_ckpt.encode()),
+            )
+            if outdated is not None:
+                _remove(self.file_backend, outdated)
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, float]) -> None:
+        with _whole_local_files(), self._removals_last():
+            super()._save_best_checkpoint(runner, metrics)
+
+    def _path_of(self, step: int) -> str:
+        name = self.filename_tmpl.format(step)
+        return self.file_backend.join_path(self.out_dir, name)
+
+    @contextlib.contextmanager
+    def _removals_last(self) -> Iterator[None]:
+        """Put off what is removed until all is saved."""
+        backend, outdated = self.file_backend, []
+        self.file_backend = copy.copy(backend)
+        self.file_backend.remove = self.file_backend.rmtree = outdated.append
+        try:
+            yield
+        finally:
+            self.file_backend = backend
+        for path in outdated:
+            _remove(backend, path)
+
+
+def _remove(backend: Any, path: str) -> None:
+    if backend.isfile(path):
+        backend.remove(path)
+    elif backend.isdir(path):  # of FSDP or DeepSpeed
+        backend.rmtree(path)
+
+
+@contextlib.contextmanager
+def _whole_local_files() -> Iterator[None]:
+    # Of the ways to save only Runner's takes backend_args; FlexibleRunner's strategies
+    # ask the registry for the backend of local paths, as every other does.
+    usual = prefix_to_backends[""]
+    register_backend("local", AtomicLocalBackend, force=True, prefixes="")
+    try:
+        yield
+    finally:
+        register_backend("local", usual, force=True, prefixes="")

@@ -1,0 +1,81 @@
+"""Our configs by name: for MMEngine's ``mmcastling::...``, mmpretrain and scripts.
+
+The configs lie beside the package in a checkout, and in ``mmcastling/.mim`` where it
+was installed, with ``model-index.yml`` and the metafiles that it names.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.fileio import load
+from mmpretrain.apis.model import ModelHub
+
+PACKAGE = Path(__file__).resolve().parent
+FOLDERS = (PACKAGE.parent, PACKAGE / ".mim")
+CLASSIFIERS = "configs/metafile_classification.yml"
+
+
+def root() -> Path:
+    """The folder that holds ``configs/`` and ``model-index.yml``.
+
+    Raises:
+        FileNotFoundError: If there is none: the installation is not complete.
+    """
+    for folder in FOLDERS:
+        if (folder / "model-index.yml").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"no model-index.yml beside {PACKAGE} nor in its .mim: install mmcastling again"
+    )
+
+
+def models() -> dict[str, dict[str, Any]]:
+    """What the metafile says of each model, by name."""
+    folder = root()
+    index = load(folder / "model-index.yml")
+    entries = [
+        entry for part in index["Import"] for entry in load(folder / part)["Models"]
+    ]
+    return {entry["Name"]: entry for entry in entries}
+
+
+def find_config(name: str) -> str:
+    """The path of a model's config, for whatever takes one.
+
+    mmdet's ``DetInferencer`` looks names up in mmdet's own index alone; it is given
+    ``DetInferencer(find_config('mask_rcnn_castling_s_coco'), 'weights.pth')``.
+
+    Args:
+        name: Name of a model, as in the metafile; ``.py`` may follow.
+
+    Raises:
+        ValueError: If there is no such model; says which names are close.
+    """
+    known = models()
+    entry = known.get(name.removesuffix(".py"))
+    if entry is None:
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(close)}?" if close else "see configs/"
+        raise ValueError(f"no model of mmcastling is called {name!r}: {hint}")
+    return str(root() / entry["Config"])
+
+
+def register_names() -> None:
+    """Make our configs known by name where a toolbox allows it. Idempotent.
+
+    MMEngine then resolves ``mmcastling::castling/NAME.py`` in a ``_base_`` and in
+    ``mmengine.hub.get_config``, mmpretrain the names in ``get_model``, ``list_models``
+    and its inferencers.
+    """
+    MODULE2PACKAGE.setdefault("mmcastling", "mmcastling")
+    for folder in FOLDERS:
+        file = folder / CLASSIFIERS
+        if file.is_file():
+            first = load(file)["Models"][0]["Name"]
+            if not ModelHub.has(first):
+                ModelHub.register_model_index(file, folder)
+            return  # where the package stands without configs, there is nothing to name
