@@ -1,0 +1,81 @@
+"""Read the tensors of a checkpoint, wherever in the file they are."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmcastling.checkpoint import CheckpointError, load_checkpoint
+
+Container = dict[str, Tensor]
+"""Tensors by name, as one dictionary of a checkpoint holds them."""
+
+
+def read_source(path: str | os.PathLike[str]) -> dict[str, Container]:
+    """Read a checkpoint of any library without unpickling code.
+
+    Args:
+        path: A file of ``torch.save``, or ``.safetensors``.
+
+    Returns:
+        The dictionaries of tensors in the file by their dotted path: ``''`` for the top
+        level, ``'model'``, ``'state_dict'``, ``'teacher'`` and so on.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, holds code or no tensors.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        files = sorted(p.name for p in path.iterdir() if p.suffix in _SUFFIXES)
+        raise CheckpointError(
+            f"source {path} is a folder: name the file of weights inside it"
+            + (f", such as {files[0]}" if files else "")
+        )
+    if path.suffix == ".safetensors":
+        containers = {"": _read_safetensors(path)}
+    else:
+        # Training scripts of DeiT, MAE, DINO and timm save their arguments beside the
+        # weights; a Namespace only holds values, which must be safe themselves.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            containers = dict(_containers(load_checkpoint(path)))
+    if not any(containers.values()):
+        raise CheckpointError(f"source {path} holds no tensors")
+    return containers
+
+
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+def _containers(node: dict[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    tensors = {k: v for k, v in node.items() if isinstance(k, str)}
+    direct = {k: v.detach() for k, v in tensors.items() if isinstance(v, Tensor)}
+    if direct:
+        yield path, direct
+    for name, value in tensors.items():
+        if isinstance(value, dict):
+            yield from _containers(value, f"{path}.{name}" if path else name)
+
+
+def _read_safetensors(path: Path) -> Container:
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist: check the path")
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise CheckpointError(
+            f"reading {path} needs the package safetensors: pip install safetensors"
+        ) from error
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} ({path.stat().st_size} bytes) is truncated or not a "
+            f"safetensors file ({error}): copy or download it again"
+        ) from error
