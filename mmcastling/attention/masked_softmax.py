@@ -29,7 +29,7 @@ from mmcastling.attention.threshold import MaskThreshold
 
 # Probabilities per tile. On a CPU a tile's few matrices stay in the last-level cache;
 # on an accelerator it keeps the device busy.
-_TILE_CPU = 2**20
+_TILE_CPU = 2**19
 _TILE_DEVICE = 2**25
 # Fewer rows than this make poor matrix products, however many keys there are.
 _MIN_ROWS = 64
