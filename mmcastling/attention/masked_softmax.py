@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from mmcastling.attention.functional import in_full_precision, without_autocast
 from mmcastling.attention.threshold import MaskThreshold
@@ -206,7 +206,7 @@ class _Tiles:
         return torch.bmm(rows, columns.transpose(1, 2), out=out)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "mmcastling::masked_softmax",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor state) -> (Tensor, Tensor, Tensor)",
@@ -247,7 +247,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, T
     )
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "mmcastling::masked_softmax_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor peak, Tensor state)"

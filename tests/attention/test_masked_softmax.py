@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -195,7 +196,7 @@ def test_gradients_by_finite_differences(tiling):
 
 def test_keeps_the_contract_of_a_torch_operator():
     q, k, v = qkv(1, 2, 5, 6)
-    torch.library.opcheck(module._masked_softmax, (q, k, v, module.mask_state(0.1)))
+    library.opcheck(module._masked_softmax, (q, k, v, module.mask_state(0.1)))
 
 
 def test_no_tokens_give_no_output():
