@@ -29,6 +29,7 @@ from mmcastling.attention import (
     naive_masked_softmax_attention,
 )
 from mmcastling.backbones import CastlingViT
+from mmcastling.checkpoint import write_text_atomically
 from mmcastling.protocol import set_mask
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -393,12 +394,12 @@ def main() -> None:
             step=measure_step(args.device),
         )
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_text_atomically(args.json, json.dumps(result, indent=2) + "\n")
     result = json.loads(args.json.read_text())
     for claim, measured, reached in targets(result):
         print(f"{'reached' if reached else 'MISSED '}  {claim}: {measured}")
     if args.docs:
-        PAGE.write_text(page(result))
+        write_text_atomically(PAGE, page(result))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from mmcastling.analysis import environment
-from mmcastling.checkpoint import load_checkpoint, save_atomically
+from mmcastling.checkpoint import (
+    load_checkpoint,
+    save_atomically,
+    write_text_atomically,
+)
 from mmcastling.engine import ConfigError, run_cli
 from mmcastling.protocol import switch_to_deploy
 
@@ -414,7 +418,8 @@ def command(options: list[str]) -> str:
 def main() -> None:
     args = parse_args()
     if args.docs:
-        PAGE.write_text(page_with(json.loads(args.json.read_text()), PAGE.read_text()))
+        stored = json.loads(args.json.read_text())
+        write_text_atomically(PAGE, page_with(stored, PAGE.read_text()))
         return
     data = find_data(args.data_root, args.download)
     started = time.perf_counter()
@@ -439,9 +444,7 @@ def main() -> None:
         environment=environment(),
     )
     print(f"\n{table(result)}")
-    partial = args.json.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    partial.replace(args.json)
+    write_text_atomically(args.json, json.dumps(result, indent=2) + "\n")
     print(f"written to {args.json}")
 
 

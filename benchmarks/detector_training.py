@@ -23,6 +23,7 @@ import torch
 
 from mmcastling.analysis import PeakMemory, environment
 from mmcastling.attention import castling, naive_masked_softmax_attention
+from mmcastling.checkpoint import write_text_atomically
 from mmcastling.engine import load_config, train
 from mmcastling.protocol import castling_modules
 
@@ -173,7 +174,7 @@ def main() -> None:
     parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.docs:
-        PAGE.write_text(page(json.loads(args.json.read_text())))
+        write_text_atomically(PAGE, page(json.loads(args.json.read_text())))
         return
     if args.data_root is None:
         parser.error("--data-root FOLDER is needed: a folder with COCO's layout")
@@ -189,7 +190,7 @@ def main() -> None:
         row.pop("environment", None)
     result = dict(command=COMMAND, environment=place, rows=rows)
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_text_atomically(args.json, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

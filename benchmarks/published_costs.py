@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmcastling  # noqa: F401  (registers the backbones)
 from mmcastling.analysis import count_model_macs
+from mmcastling.checkpoint import write_text_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "benchmarks" / "results" / "published_costs.json"
@@ -330,9 +331,7 @@ def main() -> int:
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+    write_text_atomically(path, text)
 
 
 if __name__ == "__main__":

@@ -248,6 +248,15 @@ def write_atomically(
             temporary.unlink(missing_ok=True)  # nothing is there once it was renamed
 
 
+def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Write text as :func:`write_atomically` writes bytes.
+
+    Raises:
+        CheckpointError: If it cannot be written. A previous file stays as it was.
+    """
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
     """Remove what :func:`write_atomically` left in a folder when it was killed.
 

@@ -9,7 +9,7 @@ from mmcastling.engine.cli import (
     config_from_arguments,
 )
 from mmcastling.engine.precision import enable_amp, enable_auto_scale_lr
-from mmcastling.engine.training import set_resume
+from mmcastling.engine.resume import set_resume
 
 
 def parse_args() -> argparse.Namespace:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import tempfile
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS, MODELS
+from mmengine.registry import DATASETS
 from torch import Tensor, nn
 
 from mmcastling.checkpoint import (
@@ -31,6 +30,7 @@ from mmcastling.deploy import (
 )
 from mmcastling.engine.config import check_data, has_data, require
 from mmcastling.engine.errors import ConfigError
+from mmcastling.engine.runner import build_model
 from mmcastling.protocol import castling_modules, restore_mask, switch_to_deploy
 
 TOLERANCE = 1e-5
@@ -108,7 +108,7 @@ def convert(
         )
 
     weights = select_weights(checkpoint, ema)
-    model = _build(cfg)
+    model = build_model(cfg)
     check_weights_fit(model, {"state_dict": weights}, str(source))
     model.load_state_dict(weights)
     model.eval()
@@ -150,14 +150,6 @@ def convert(
     result = deploy_checkpoint(deployed, checkpoint.get("meta") or {}, **facts)
     _write_both(deploy_config(cfg), config_path, result, out)
     return ConversionReport(out, config_path, pruned, difference, len(images))
-
-
-def _build(cfg: Config) -> nn.Module:
-    # A preprocessor beside the model is the runner's to put into it.
-    model = copy.deepcopy(cfg.model)
-    if cfg.get("data_preprocessor") is not None:
-        model.setdefault("data_preprocessor", cfg.data_preprocessor)
-    return MODELS.build(model)
 
 
 def _test_images(cfg: Config, model: nn.Module, count: int) -> Iterator[Tensor]:

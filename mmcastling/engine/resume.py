@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.registry import MODELS
 
 from mmcastling.checkpoint import (
     CheckpointError,
@@ -18,6 +16,7 @@ from mmcastling.checkpoint import (
     load_checkpoint,
 )
 from mmcastling.deploy import is_deployed
+from mmcastling.engine.runner import build_model
 
 LAST_CHECKPOINT = "last_checkpoint"
 """The file in a work directory that names its newest checkpoint."""
@@ -32,6 +31,19 @@ class Start:
     source: str
     checkpoint: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
+
+
+def set_resume(cfg: Config, resume: str | None) -> None:
+    """Ask for a resume from a checkpoint, or from the latest one with ``'auto'``.
+
+    Args:
+        cfg: Changed in place; :func:`settle_start` checks what is asked for.
+        resume: A path, ``'auto'``, or None for no resume.
+    """
+    if resume is None:
+        return
+    cfg.resume = True
+    cfg.load_from = None if resume == "auto" else resume
 
 
 def settle_start(cfg: Config) -> list[str]:
@@ -66,7 +78,7 @@ def settle_start(cfg: Config) -> list[str]:
         return []
     if resume:
         check_resumable(start.checkpoint, start.source)
-        check_weights_fit(_model_of(cfg), start.checkpoint, start.source)
+        check_weights_fit(build_model(cfg), start.checkpoint, start.source)
         _adopt_seed(cfg, start.checkpoint)
     return start.warnings
 
@@ -164,13 +176,6 @@ def _age(path: Path) -> tuple[int, list[int]]:
     """Sorts by time and, of files copied together, by the numbers in the names."""
     numbers = [int(digits) for digits in re.findall(r"\d+", path.stem)]
     return path.stat().st_mtime_ns, numbers
-
-
-def _model_of(cfg: Config) -> Any:
-    spec = copy.deepcopy(cfg.model)
-    if cfg.get("data_preprocessor") is not None:  # as MMEngine's Runner hands it on
-        spec.setdefault("data_preprocessor", copy.deepcopy(cfg.data_preprocessor))
-    return MODELS.build(spec)
 
 
 def _adopt_seed(cfg: Config, checkpoint: dict[str, Any]) -> None:

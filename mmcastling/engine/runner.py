@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import time
 
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
-from mmengine.registry import RUNNERS
+from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
@@ -34,6 +35,14 @@ def build_runner(cfg: Config) -> Runner:
     if "runner_type" in cfg:
         return RUNNERS.build(cfg)
     return Runner.from_cfg(cfg)
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """Build a config's model as a runner does, without a runner."""
+    model = copy.deepcopy(cfg.model)
+    if cfg.get("data_preprocessor") is not None:  # beside the model, and meant for it
+        model.setdefault("data_preprocessor", copy.deepcopy(cfg.data_preprocessor))
+    return MODELS.build(model)
 
 
 def _set_classification_loaders(cfg: Config) -> None:

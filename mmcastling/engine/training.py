@@ -11,18 +11,6 @@ from mmcastling.engine.resume import settle_start
 from mmcastling.engine.runner import build_runner
 
 
-def set_resume(cfg: Config, resume: str | None) -> None:
-    """Ask for a resume from a checkpoint, or from the latest one with ``'auto'``.
-
-    Raises:
-        CheckpointError: If the path does not exist.
-    """
-    if resume is None:
-        return
-    cfg.resume = True
-    cfg.load_from = None if resume == "auto" else resume
-
-
 def train(cfg: Config) -> nn.Module:
     """Train.
 

@@ -16,7 +16,11 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.runner import Runner
 
-from mmcastling.checkpoint import remove_leftovers, write_atomically
+from mmcastling.checkpoint import (
+    remove_leftovers,
+    write_atomically,
+    write_text_atomically,
+)
 from mmcastling.registry import HOOKS
 
 
@@ -93,9 +97,8 @@ class AtomicCheckpointHook(CheckpointHook):
                 **self.args,
             )
         if is_main_process():
-            write_atomically(
-                Path(runner.work_dir) / "last_checkpoint",
-                lambda file: file.write(self.last_ckpt.encode()),
+            write_text_atomically(
+                Path(runner.work_dir) / "last_checkpoint", self.last_ckpt
             )
             if outdated is not None:
                 _remove(self.file_backend, outdated)

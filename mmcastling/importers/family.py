@@ -179,6 +179,11 @@ class Family(ABC):
         return [n for n in own if n not in held and first_match(known, n) is None]
 
 
+def size_option(height: int, width: int) -> int | tuple[int, int]:
+    """An image size as a backbone's option: one number for a square."""
+    return height if height == width else (height, width)
+
+
 def in_float32(weights: Container) -> Container:
     """Weights of half precision in single precision, counters as they are."""
     return {

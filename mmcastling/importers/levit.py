@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from mmcastling.backbones import CastlingLeViT
 from mmcastling.checkpoint import CheckpointError
 from mmcastling.importers.dialect import Dialect, Names
-from mmcastling.importers.family import Facts, Family, Options, Target, in_float32
+from mmcastling.importers.family import (
+    Facts,
+    Family,
+    Options,
+    Target,
+    in_float32,
+    size_option,
+)
 from mmcastling.importers.heads import Heads, refit_attention
 from mmcastling.importers.source import Container
 
@@ -151,8 +158,7 @@ class LeViTFamily(Family):
     def options(self, weights: Container, target: Target) -> Options:
         options: Options = dict(arch=target.arch)
         if target.img_size is not None:
-            height, width = target.img_size
-            options["img_size"] = height if height == width else (height, width)
+            options["img_size"] = size_option(*target.img_size)
         elif target.is_softmax and "stages.0.0.block.attention_biases" in weights:
             table = weights["stages.0.0.block.attention_biases"]
             options["img_size"] = 16 * round(table.shape[1] ** 0.5)

@@ -18,6 +18,7 @@ from mmcastling.importers.family import (
     Target,
     count_blocks,
     in_float32,
+    size_option,
 )
 from mmcastling.importers.source import Container
 
@@ -105,12 +106,10 @@ class MViTFamily(Family):
     def options(self, weights: Container, target: Target) -> Options:
         options: Options = dict(arch=target.arch)
         if target.img_size is not None:
-            height, width = target.img_size
-            options["img_size"] = height if height == width else (height, width)
+            options["img_size"] = size_option(*target.img_size)
         elif target.is_softmax and "blocks.0.attn.rel_pos_h" in weights:
             sides = [weights[f"blocks.0.attn.rel_pos_{axis}"].shape[0] for axis in "hw"]
-            height, width = (4 * (side + 1) // 2 for side in sides)
-            options["img_size"] = height if height == width else (height, width)
+            options["img_size"] = size_option(*(4 * (side + 1) // 2 for side in sides))
         if target.in_channels != 3:
             options["in_channels"] = target.in_channels
         if "blocks.0.attn.qkv.bias" not in weights:

@@ -21,6 +21,7 @@ from mmcastling.importers.family import (
     Target,
     count_blocks,
     in_float32,
+    size_option,
 )
 from mmcastling.importers.source import Container
 
@@ -180,8 +181,9 @@ class ViTFamily(Family):
         if img_size is None:
             rows, columns = source_grid(weights, None)
             img_size = (rows * height, columns * height)
-        size = img_size[0] if img_size[0] == img_size[1] else img_size
-        options: Options = dict(arch=target.arch, img_size=size, patch_size=height)
+        options: Options = dict(
+            arch=target.arch, img_size=size_option(*img_size), patch_size=height
+        )
         if target.in_channels != 3:
             options["in_channels"] = target.in_channels
         if "layers.0.attn.qkv.bias" not in weights and (

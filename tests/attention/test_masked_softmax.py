@@ -14,6 +14,7 @@ from torch import library
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from mmcastling.analysis import PeakMemory
 from mmcastling.attention import (
     CastlingAttention,
     LinearAngularAttention,
@@ -416,15 +417,10 @@ def test_memory_does_not_grow_with_the_square_of_the_tokens():
     small = qkv(1, 1, 500, dims=8, values=8, dtype=torch.float32)
     grads_of(masked_softmax_attention(*small, threshold="4/N"), small)  # warm up
 
-    def memory(key):
-        status = Path("/proc/self/status").read_text()
-        return int(status.split(f"{key}:")[1].split()[0]) / 1024
-
-    Path("/proc/self/clear_refs").write_text("5")
-    before = memory("VmRSS")
-    out, density = masked_softmax_attention(
-        *inputs, threshold="4/N", return_density=True
-    )
-    grads_of(out, inputs)
+    with PeakMemory() as peak:
+        out, density = masked_softmax_attention(
+            *inputs, threshold="4/N", return_density=True
+        )
+        grads_of(out, inputs)
     assert 0.001 < density < 0.2
-    assert memory("VmHWM") - before < 100
+    assert peak.bytes < 100 * 2**20

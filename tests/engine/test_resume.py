@@ -17,8 +17,7 @@ import torch
 
 from mmcastling.checkpoint import CheckpointError, load_checkpoint
 from mmcastling.engine import load_config, train
-from mmcastling.engine.resume import newest_usable, settle_start
-from mmcastling.engine.training import set_resume
+from mmcastling.engine.resume import newest_usable, set_resume, settle_start
 
 # Kills its own process, after an iteration or while the checkpoint of that is written.
 # Workers go first, as when a scheduler kills: orphans with large samples to hand over

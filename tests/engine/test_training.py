@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from mmcastling.checkpoint import CheckpointError, load_checkpoint
 from mmcastling.engine import ConfigError, load_config, train
-from mmcastling.engine.training import set_resume
+from mmcastling.engine.resume import set_resume
 from mmcastling.protocol import castling_modules
 
 pytestmark = pytest.mark.slow
