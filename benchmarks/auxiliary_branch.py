@@ -29,7 +29,7 @@ from mmcastling.attention import (
     naive_masked_softmax_attention,
 )
 from mmcastling.backbones import CastlingViT
-from mmcastling.checkpoint import write_text_atomically
+from mmcastling.checkpoint import write_json_atomically, write_text_atomically
 from mmcastling.protocol import set_mask
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -394,7 +394,7 @@ def main() -> None:
             step=measure_step(args.device),
         )
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(args.json, json.dumps(result, indent=2) + "\n")
+        write_json_atomically(args.json, result)
     result = json.loads(args.json.read_text())
     for claim, measured, reached in targets(result):
         print(f"{'reached' if reached else 'MISSED '}  {claim}: {measured}")

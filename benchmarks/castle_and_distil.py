@@ -38,6 +38,7 @@ from mmcastling.analysis import environment
 from mmcastling.checkpoint import (
     load_checkpoint,
     save_atomically,
+    write_json_atomically,
     write_text_atomically,
 )
 from mmcastling.engine import ConfigError, run_cli
@@ -444,7 +445,7 @@ def main() -> None:
         environment=environment(),
     )
     print(f"\n{table(result)}")
-    write_text_atomically(args.json, json.dumps(result, indent=2) + "\n")
+    write_json_atomically(args.json, result)
     print(f"written to {args.json}")
 
 

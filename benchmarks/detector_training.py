@@ -23,7 +23,7 @@ import torch
 
 from mmcastling.analysis import PeakMemory, environment
 from mmcastling.attention import castling, naive_masked_softmax_attention
-from mmcastling.checkpoint import write_text_atomically
+from mmcastling.checkpoint import write_json_atomically, write_text_atomically
 from mmcastling.engine import load_config, train
 from mmcastling.protocol import castling_modules
 
@@ -190,7 +190,7 @@ def main() -> None:
         row.pop("environment", None)
     result = dict(command=COMMAND, environment=place, rows=rows)
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(args.json, json.dumps(result, indent=2) + "\n")
+    write_json_atomically(args.json, result)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmcastling  # noqa: F401  (registers the backbones)
 from mmcastling.analysis import count_model_macs
-from mmcastling.checkpoint import write_text_atomically
+from mmcastling.checkpoint import write_json_atomically, write_text_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "benchmarks" / "results" / "published_costs.json"
@@ -304,7 +304,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     if args.docs:
-        write(PAGE, page(json.loads(args.json.read_text())))
+        write_text_atomically(PAGE, page(json.loads(args.json.read_text())))
         return 0
     rows = [measure(row) for row in TABLE]
     result = dict(
@@ -317,7 +317,8 @@ def main() -> int:
         rows=rows,
     )
     print(page(result))
-    write(args.json, json.dumps(result, indent=2) + "\n")
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomically(args.json, result)
     if failed := failures(rows):
         print(
             f"error: more than {TOLERANCE:.0%} off the published cost: "
@@ -326,12 +327,6 @@ def main() -> int:
         )
         return 1
     return 0
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(path, text)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import pickle
 import tempfile
@@ -255,6 +256,15 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
         CheckpointError: If it cannot be written. A previous file stays as it was.
     """
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json_atomically(path: str | os.PathLike[str], value: Any) -> None:
+    """Write a value as JSON, indented, as :func:`write_atomically` writes bytes.
+
+    Raises:
+        CheckpointError: If it cannot be written. A previous file stays as it was.
+    """
+    write_text_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:

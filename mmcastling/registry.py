@@ -6,10 +6,12 @@ example ``type='mmcastling.CastlingViT'``.
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
 from mmengine import registry as mmengine_registry
+from mmengine.config import Config
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import (
@@ -60,6 +62,17 @@ def _scopes_in_use() -> list[str]:
     scopes = [scope.scope_name for scope in DefaultScope._instance_dict.values()]
     outer = [scope for scope in scopes if scope in TOOLBOXES]
     return outer[-1:] or [name for name in TOOLBOXES if name in sys.modules]
+
+
+def model_spec(cfg: Config) -> dict[str, Any]:
+    """A copy of what a config says of its model, as MMEngine's Runner would build it.
+
+    A ``data_preprocessor`` beside the model is put into it, where it has none.
+    """
+    spec = copy.deepcopy(cfg.model)
+    if cfg.get("data_preprocessor") is not None:
+        spec.setdefault("data_preprocessor", copy.deepcopy(cfg.data_preprocessor))
+    return spec
 
 
 MODELS = ScopedRegistry(

@@ -6,7 +6,6 @@ checkpoint, and the deployed checkpoint with its config.
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import subprocess
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS, MODELS
+from mmengine.registry import DATASETS
 from pycocotools.coco import COCO
 from rich.console import Console
 from rich.progress import (
@@ -42,9 +41,14 @@ from mmcastling.analysis.figures import (
     plot_predictions,
     read_mask_history,
 )
-from mmcastling.checkpoint import load_checkpoint, load_weights
+from mmcastling.checkpoint import (
+    load_checkpoint,
+    load_weights,
+    write_json_atomically,
+)
 from mmcastling.datasets import prepare_nuclei
 from mmcastling.engine import ConfigError, convert, evaluate, load_config, run_cli
+from mmcastling.engine.runner import build_model
 from mmcastling.protocol import set_mask, switch_to_deploy
 
 TOOLS = Path(__file__).resolve().parent
@@ -104,7 +108,7 @@ def main() -> None:
     plot_mask_density(history, work_dir / "mask_density.png")
     draw_predictions(report.config, report.checkpoint, work_dir / "predictions.png")
     summary["seconds"] = round(time.perf_counter() - started, 1)
-    write_json(work_dir / "summary.json", summary)
+    write_json_atomically(work_dir / "summary.json", summary)
     console.rule("result")
     print_table(summary)
     for name in ("summary.json", "mask_density.png", "predictions.png", "deployed.pth"):
@@ -202,7 +206,7 @@ def quiet(log: Path) -> Iterator[None]:
 
 
 def build(cfg: Config, checkpoint: Path) -> nn.Module:
-    model = MODELS.build(cfg.model)
+    model = build_model(cfg)
     load_weights(model, load_checkpoint(checkpoint), str(checkpoint))
     return model.eval()
 
@@ -313,12 +317,6 @@ def print_table(summary: dict[str, Any]) -> None:
         f"Mask density over training: {summary['mask_density'][0]:.4f} -> "
         f"{summary['mask_density'][-1]:.4f}. {summary['seconds']:.0f} s in all."
     )
-
-
-def write_json(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from mmcastling.checkpoint import (
     safe_mmengine_loading,
 )
 from mmcastling.protocol import restore_mask
+from mmcastling.registry import model_spec
 
 
 @dataclass(frozen=True)
@@ -263,10 +264,7 @@ def _model_config(spec: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str,
         ) from error
     if "model" not in cfg:
         raise ValueError(f"teacher {path} is a config without a model")
-    model = dict(cfg.model)
-    if cfg.get("data_preprocessor") is not None:
-        model.setdefault("data_preprocessor", cfg.data_preprocessor)
-    return model
+    return model_spec(cfg)
 
 
 def _read(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
 import time
@@ -14,6 +13,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmcastling.engine.distributed import setup_distributed
+from mmcastling.registry import model_spec
 
 _count = itertools.count()
 
@@ -39,10 +39,7 @@ def build_runner(cfg: Config) -> Runner:
 
 def build_model(cfg: Config) -> nn.Module:
     """Build a config's model as a runner does, without a runner."""
-    model = copy.deepcopy(cfg.model)
-    if cfg.get("data_preprocessor") is not None:  # beside the model, and meant for it
-        model.setdefault("data_preprocessor", copy.deepcopy(cfg.data_preprocessor))
-    return MODELS.build(model)
+    return MODELS.build(model_spec(cfg))
 
 
 def _set_classification_loaders(cfg: Config) -> None:

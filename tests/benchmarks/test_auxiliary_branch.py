@@ -1,4 +1,4 @@
-"""benchmarks/auxiliary_branch.py and detector_training.py: results and pages."""
+"""benchmarks/auxiliary_branch.py: its stored result, its page, and fair contenders."""
 
 import json
 
@@ -9,11 +9,6 @@ import torch
 @pytest.fixture
 def branch(load_benchmark):
     return load_benchmark("auxiliary_branch")
-
-
-@pytest.fixture
-def detector(load_benchmark):
-    return load_benchmark("detector_training")
 
 
 def test_page_is_generated_from_the_stored_result(branch):
@@ -64,23 +59,3 @@ def test_a_missed_target_is_told(branch):
         cell["seconds"]["ours"] = dict(median=99.0)
     missed = {claim: ok for claim, _, ok in branch.targets(result)}
     assert reached.keys() == missed.keys() and not any(missed.values())
-
-
-# -- the detector ----------------------------------------------------------------------
-
-
-def test_detector_page_is_generated_from_the_stored_result(detector):
-    stored = json.loads(detector.STORED.read_text())
-    assert detector.PAGE.read_text() == detector.page(stored)
-
-
-def test_the_stored_detector_trained_with_its_branch_on_and_off(detector):
-    rows = {row["name"]: row for row in json.loads(detector.STORED.read_text())["rows"]}
-    assert set(rows) == set(detector.CONTENDERS)
-    assert rows["ours"]["attentions_with_branch"] == 12
-    assert min(rows["ours"]["mask_density"]) > 0 == max(rows["off"]["mask_density"])
-    assert len(rows["ours"]["losses"]) == len(rows["off"]["losses"]) == 5
-
-
-def test_running_means_are_taken_apart(detector):
-    assert detector.iteration_seconds([4.0, 3.0, 4.0]) == [4.0, 2.0, 6.0]

@@ -14,9 +14,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from torch._subclasses import fake_tensor
 
 from mmcastling.analysis import ComplexityReport, count_model_macs
 from mmcastling.backbones.common import CastledBackbone
+from mmcastling.checkpoint import write_json_atomically
 from mmcastling.engine import run_cli
 from mmcastling.engine.cli import add_config_arguments, config_from_arguments
 from mmcastling.protocol import castling_modules, switch_to_deploy
@@ -74,7 +73,7 @@ def main() -> None:
     graphs = count_graphs(cfg.model, shape)
     print_table(cfg, shape, graphs)
     if args.json is not None:
-        write_json(args.json, as_json(cfg, shape, graphs))
+        write_json_atomically(args.json, as_json(cfg, shape, graphs))
 
 
 def count_graphs(
@@ -226,20 +225,6 @@ def as_json(
         "torch": torch.__version__,
         "graphs": {name: dataclasses.asdict(report) for name, report in graphs.items()},
     }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file whole or not at all."""
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.absolute().parent, suffix=".partial", delete=False
-    ) as file:
-        partial = Path(file.name)
-        try:
-            file.write(json.dumps(value, indent=2) + "\n")
-        except BaseException:
-            partial.unlink()
-            raise
-    partial.replace(path)
 
 
 if __name__ == "__main__":
