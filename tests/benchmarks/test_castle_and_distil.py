@@ -88,6 +88,14 @@ def test_table_is_written_between_the_marks_of_the_page(benchmark):
     assert page.startswith(text.partition(benchmark.BEGIN)[0])
 
 
+def test_the_page_shows_the_stored_run(benchmark):
+    result = json.loads(benchmark.STORED.read_text())
+    assert result["command"] == "python benchmarks/castle_and_distil.py"
+    assert set(result["runs"]) == {"0", "1", "2"}
+    text = benchmark.PAGE.read_text()
+    assert benchmark.page_with(result, text) == text
+
+
 def test_training_sees_the_same_batches_taught_or_not(benchmark, data):
     import torch
 
