@@ -6,7 +6,7 @@ labels alone and once with its softmax self as teacher; prune it. As a control t
 softmax network is finetuned alike. All finetunings begin with the same weights and see
 the same batches. All accuracies are on the full test set.
 
-python benchmarks/castle_and_distil.py           # train (5 to 15 minutes), store the result
+python benchmarks/castle_and_distil.py           # train (5 to 15 minutes) and store
 python benchmarks/castle_and_distil.py --docs    # write the page's table from it
 
 Needs Fashion-MNIST as idx files (``train-images-idx3-ubyte.gz`` and so on, compressed

@@ -26,6 +26,26 @@ class LayerScale(nn.Module):
         return x * self.weight
 
 
+@torch.no_grad()
+def fold_layer_scale(linear: nn.Linear, scale: nn.Module) -> nn.Module:
+    """Multiply a linear layer by the learned factors behind it, in place.
+
+    Args:
+        linear: The layer.
+        scale: What follows it: a module with a ``weight`` of factors per channel, or
+            ``nn.Identity``.
+
+    Returns:
+        What is left to follow the layer, ``nn.Identity()``.
+    """
+    factor = getattr(scale, "weight", None)
+    if factor is not None:
+        linear.weight.mul_(factor[:, None])
+        if linear.bias is not None:
+            linear.bias.mul_(factor)
+    return nn.Identity()
+
+
 class TokenAttention(nn.Module):
     """Project tokens to q, k and v, mix, project back.
 
@@ -71,6 +91,17 @@ class TokenAttention(nn.Module):
             else nn.Identity()
         )
         self.proj_drop = nn.Dropout(proj_drop)
+        if getattr(self, "deploy", False):
+            self.switch_to_deploy()
+
+    def switch_to_deploy(self) -> None:
+        """Fold the factors behind ``proj`` into it, prune what training needs.
+
+        Idempotent; the output of inference stays the same.
+        """
+        self.gamma1 = fold_layer_scale(self.proj, self.gamma1)
+        self.proj_drop = nn.Identity()
+        super().switch_to_deploy()
 
     def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
         """Attend.

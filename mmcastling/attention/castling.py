@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from mmcastling.attention.block import TokenAttention
-from mmcastling.attention.functional import linear_angular_attention
+from mmcastling.attention.functional import (
+    linear_angular_attention,
+    linear_angular_direction,
+)
 from mmcastling.attention.masked_softmax import (
     mask_state,
     masked_softmax_with_state,
@@ -51,6 +54,9 @@ class LinearAngularMixer(TokenMixer):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return linear_angular_attention(q, k, v, reference_tokens=self.reference_tokens)
+
+    def mix_to_unit(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return linear_angular_direction(q, k, v, reference_tokens=self.reference_tokens)
 
 
 class CastlingMixer(LinearAngularMixer):
@@ -91,7 +97,7 @@ class CastlingMixer(LinearAngularMixer):
         self.mask_density = torch.zeros((), device="cpu")
         self.set_mask(mask_threshold)
         if deploy:
-            self.switch_to_deploy()
+            CastlingMixer.switch_to_deploy(self)
 
     def set_mask(
         self,
@@ -138,6 +144,7 @@ class CastlingMixer(LinearAngularMixer):
 
     def switch_to_deploy(self) -> None:
         """Prune the auxiliary branch. Idempotent."""
+        super().switch_to_deploy()
         if self.deploy:
             return
         self.deploy = True
@@ -153,6 +160,11 @@ class CastlingMixer(LinearAngularMixer):
         if self.training:
             self.mask_density = density
         return branch + y
+
+    def mix_to_unit(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.mask_is_on:  # the branch is not scaled with the query
+            return TokenMixer.mix_to_unit(self, q, k, v)
+        return super().mix_to_unit(q, k, v)
 
     def extra_repr(self) -> str:
         if self.deploy:

@@ -56,7 +56,7 @@ def unit_rows(x: Tensor) -> Tensor:
         A tensor of the same shape whose rows have length 1 or 0.
     """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.where(norm > NORM_EPS, x / norm.clamp_min(NORM_EPS), 0.0)
+    return x * torch.where(norm > NORM_EPS, 1.0 / norm.clamp_min(NORM_EPS), 0.0)
 
 
 @in_full_precision
@@ -158,11 +158,42 @@ def linear_angular_attention(
     Returns:
         ``(B, h, N, e)``; float32 for half-precision inputs.
     """
+    return 0.5 * v + unit_rows(q) @ _key_value(k, v, reference_tokens)
+
+
+@in_full_precision
+def linear_angular_direction(
+    q: Tensor, k: Tensor, v: Tensor, *, reference_tokens: int | None = None
+) -> Tensor:
+    """``unit_rows(linear_angular_attention(q, k, v))`` without normalising queries.
+
+    A row's direction does not depend on its scale, so the row is taken times ``|q|``:
+    ``1/2 |q| v + (1/pi) q (k^T^ v)``. Tokens stay the outer axis in memory where they
+    are in ``v``, so that heads merge without a copy.
+
+    Args:
+        q: Queries ``(B, h, N, d)``.
+        k: Keys ``(B, h, N, d)``.
+        v: Values ``(B, h, N, e)``.
+        reference_tokens: As in :func:`linear_angular_attention`.
+
+    Returns:
+        ``(B, h, N, e)`` with rows of length 1 or 0; float32 for half-precision inputs.
+    """
+    length = torch.linalg.vector_norm(q, dim=-1, keepdim=True)  # (B, h, N, 1)
+    length = torch.where(length > NORM_EPS, length, 1.0)  # a zero row keeps 1/2 v
+    y = v * (0.5 * length) + q @ _key_value(k, v, reference_tokens)
+    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    smallest = NORM_EPS * length
+    return y * torch.where(norm > smallest, 1.0 / torch.maximum(norm, smallest), 0.0)
+
+
+def _key_value(k: Tensor, v: Tensor, reference_tokens: int | None) -> Tensor:
+    """``(1/pi) k^T^ v`` of every head, ``(B, h, d, e)``."""
     scale = 1.0 / math.pi
     if reference_tokens is not None:
         scale = scale * reference_tokens / k.shape[-2]
-    key_value = unit_rows(k).transpose(-2, -1) @ v  # (B, h, d, e)
-    return 0.5 * v + unit_rows(q) @ (key_value * scale)
+    return (unit_rows(k).transpose(-2, -1) @ v) * scale
 
 
 @in_full_precision

@@ -13,6 +13,16 @@ from torch import Tensor, nn
 Grid = tuple[int, int]
 
 
+def merge_heads(y: Tensor) -> Tensor:
+    """``(B, h, N, e)`` to ``(B, N, h * e)``, a view where tokens are outermost."""
+    return y.transpose(1, 2).flatten(2)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """``(B, N, h * e)`` to ``(B, h, N, e)``, a view."""
+    return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
 class TokenConv(nn.Conv2d):
     """Depthwise convolution along the flattened token axis, as released.
 
@@ -38,7 +48,15 @@ class TokenConv(nn.Conv2d):
 
     def forward(self, v: Tensor, grid: Grid | None = None) -> Tensor:
         """Convolve values ``(B, h, N, e)`` over ``N``; ``grid`` is not needed."""
-        return super().forward(v)
+        heads, channels = v.shape[1], v.shape[3]
+        x = merge_heads(v).unsqueeze(2)  # (B, N, 1, h*e)
+        x = nn.functional.conv2d(
+            x.permute(0, 3, 1, 2),  # (B, h*e, N, 1), channels last in memory
+            self.weight.repeat_interleave(channels, dim=0),
+            padding=self.padding,
+            groups=heads * channels,
+        )
+        return split_heads(x.permute(0, 2, 3, 1).flatten(1, 2), heads)
 
 
 class GridConv(nn.Conv2d):
@@ -70,7 +88,7 @@ class GridConv(nn.Conv2d):
         Raises:
             ValueError: If ``grid`` is missing or holds more than ``N`` tokens.
         """
-        batch, heads, tokens, channels = v.shape
+        heads, tokens = v.shape[1:3]
         if grid is None:
             raise ValueError(
                 f"GridConv got {tokens} tokens without their grid: pass grid=(H, W), "
@@ -82,11 +100,11 @@ class GridConv(nn.Conv2d):
             raise ValueError(
                 f"grid {grid} holds {height * width} tokens but there are only {tokens}"
             )
-        x = v[:, :, extra:].transpose(2, 3)  # (B, h, e, H*W)
-        x = x.reshape(batch, heads * channels, height, width)
-        x = super().forward(x)
-        x = x.reshape(batch, heads, channels, height * width).transpose(2, 3)
-        return nn.functional.pad(x, (0, 0, extra, 0)) if extra else x
+        x = merge_heads(v)[:, extra:].unflatten(1, (height, width))
+        x = super().forward(x.permute(0, 3, 1, 2))  # channels last in memory
+        x = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H*W, h*e)
+        x = nn.functional.pad(x, (0, 0, extra, 0)) if extra else x
+        return split_heads(x, heads)
 
 
 def _check_odd(kernel_size: int) -> None:

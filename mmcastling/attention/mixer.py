@@ -14,7 +14,9 @@ class TokenMixer(nn.Module):
     """The frame of every mixer: mix, normalise, add ``local_conv(v)``.
 
     Subclasses define :meth:`mix`. Backbones that project in their own way (LeViT,
-    MViTv2) hold a mixer; plain attention blocks inherit from one.
+    MViTv2) hold a mixer; plain attention blocks inherit from one. Queries, keys and
+    values that are views of ``(B, N, h, e)`` in memory, as projections leave them, are
+    mixed without copies into the order of the heads.
 
     Args:
         num_heads: Number of heads ``h``.
@@ -43,6 +45,13 @@ class TokenMixer(nn.Module):
         """Mix values over tokens: ``(B, h, N, d)`` twice and ``(B, h, N, e)`` to it."""
         raise NotImplementedError
 
+    def mix_to_unit(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """:meth:`mix`, each row scaled to length 1."""
+        return unit_rows(self.mix(q, k, v))
+
+    def switch_to_deploy(self) -> None:
+        """Become what inference needs, with the same output. Idempotent."""
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid | None = None
     ) -> Tensor:
@@ -58,9 +67,7 @@ class TokenMixer(nn.Module):
         Returns:
             ``(B, h, N, e)`` in the dtype of ``v``.
         """
-        y = self.mix(q, k, v)
-        if self.norm_output:
-            y = unit_rows(y)
+        y = self.mix_to_unit(q, k, v) if self.norm_output else self.mix(q, k, v)
         y = y.to(v.dtype)
         if self.local_conv is not None:
             y = y + self.local_conv(v, grid)

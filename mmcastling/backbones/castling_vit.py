@@ -188,6 +188,8 @@ class CastlingViT(CastledBackbone, VisionTransformer):
             if index != num_layers - 1:  # the last layer's norm is ln1
                 norm = build_norm_layer(norm_cfg, self.embed_dims)
                 self.add_module(f"out_norm{index}", norm)
+        if deploy:
+            self.switch_to_deploy()
         self._freeze_stages()
 
     def _castle_layers(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.attention import TokenMixer, build_mixer
+from mmcastling.attention.local_conv import merge_heads
 
 Grid = tuple[int, int]
 
@@ -171,11 +172,6 @@ class CastledAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend, tokens ``(B, N, C)`` to the same."""
         return self.proj(self.attend(x))
-
-
-def merge_heads(y: Tensor) -> Tensor:
-    """``(B, h, N, e)`` to ``(B, N, h * e)``."""
-    return y.transpose(1, 2).flatten(2)
 
 
 def linear_of(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:

@@ -214,3 +214,33 @@ def test_bfloat16_autocast_keeps_norms_in_float32_and_gradients_finite():
     assert y.dtype == torch.bfloat16
     for parameter in attention.parameters():
         assert torch.isfinite(parameter.grad).all()
+
+
+@pytest.mark.parametrize("kind", ["castling", "linear_angular", "softmax"])
+def test_deployment_folds_the_layer_scale_into_the_projection(kind):
+    options = dict(embed_dims=32, num_heads=2, layer_scale_init_value=0.1)
+    attention = build_attention(dict(type=kind, proj_drop=0.5, **options)).eval()
+    with torch.no_grad():
+        attention.gamma1.weight.normal_()
+    if kind == "castling":
+        attention.set_mask(1.0)
+    x = tokens(2, 9, 32)
+    expected = attention(x)
+    attention.switch_to_deploy()
+    attention.switch_to_deploy()
+    assert_close(attention(x), expected)
+    assert_close(attention.train()(x), expected)  # no dropout is left
+    assert "gamma1.weight" not in attention.state_dict()
+    if kind == "castling":
+        built = build_attention(dict(type=kind, **options), deploy=True)
+        built.load_state_dict(attention.state_dict())
+        assert_close(built(x), expected)
+
+
+def test_mixing_leaves_tokens_outermost_so_that_heads_merge_without_a_copy():
+    attention = LinearAngularAttention(64, 4).eval()
+    q, k, v = attention.qkv(tokens(1, 50, 64)).view(1, 50, 3, 4, 16).unbind(2)
+    y = attention.mix_to_unit(*(t.transpose(1, 2) for t in (q, k, v)))
+    assert y.transpose(1, 2).is_contiguous()
+    dense = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+    assert_close(y, attention.mix_to_unit(*dense))

@@ -15,6 +15,7 @@ from mmcastling.attention import (
     linear_angular_attention,
     unit_rows,
 )
+from mmcastling.attention.functional import linear_angular_direction
 
 
 def qkv(batch=2, heads=3, tokens=7, dims=4, values=5, dtype=torch.float64, seed=0):
@@ -130,3 +131,36 @@ def test_autocast_does_not_reach_inside():
     expected = linear_angular_attention(q, k, v)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_close(linear_angular_attention(q, k, v), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reference_tokens", [None, 5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_direction_is_that_of_linear_angular_attention(dtype, reference_tokens):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, 3, 11, 8, generator=generator, dtype=torch.float64).to(dtype)
+        for _ in range(3)
+    )
+    q[0, 0, 0], k[0, 0, 1], v[0, 0, 2] = 0, 0, 0  # rows without a direction
+    q[0, 1, 0] *= 1e-10
+    q[0, 1, 1] *= 1e4
+    v[1] = 0
+    options = dict(reference_tokens=reference_tokens)
+    expected = unit_rows(linear_angular_attention(q, k, v, **options))
+    found = linear_angular_direction(q, k, v, **options)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not found[1].any() and found[0, 0, 0].any()
+
+
+def test_direction_has_the_same_gradients():
+    inputs = [
+        torch.randn(1, 2, 6, 4, dtype=torch.float64, requires_grad=True)
+        for _ in range(3)
+    ]
+    grad = torch.randn(1, 2, 6, 4, dtype=torch.float64)
+    expected = torch.autograd.grad(
+        unit_rows(linear_angular_attention(*inputs)), inputs, grad
+    )
+    found = torch.autograd.grad(linear_angular_direction(*inputs), inputs, grad)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, atol=1e-10)

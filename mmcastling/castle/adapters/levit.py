@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from mmcastling.attention.local_conv import merge_heads
 from mmcastling.castle.attention import (
     CastledAttention,
     GridFinder,
     MixerBuilder,
-    merge_heads,
 )
 from mmcastling.castle.registry import register_adapter
 

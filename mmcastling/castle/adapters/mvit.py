@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mmcastling.castle.attention import CastledAttention, MixerBuilder, merge_heads
+from mmcastling.attention.local_conv import merge_heads
+from mmcastling.castle.attention import CastledAttention, MixerBuilder
 from mmcastling.castle.registry import register_adapter
 
 Grid = tuple[int, int]

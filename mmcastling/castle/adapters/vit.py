@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmcastling.attention.local_conv import merge_heads
 from mmcastling.castle.attention import (
     CastledAttention,
     MixerBuilder,
     linear_of,
-    merge_heads,
 )
 from mmcastling.castle.registry import CannotCastle, register_adapter
 
