@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmcastling.attention.local_conv import Grid
+from mmcastling.attention.local_conv import Grid, merge_heads
 
 
 class LayerScale(nn.Module):
@@ -91,7 +91,7 @@ class TokenAttention(nn.Module):
             else nn.Identity()
         )
         self.proj_drop = nn.Dropout(proj_drop)
-        if getattr(self, "deploy", False):
+        if self.deploy:
             self.switch_to_deploy()
 
     def switch_to_deploy(self) -> None:
@@ -117,6 +117,5 @@ class TokenAttention(nn.Module):
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dims)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, h, N, d)
-        y = super().forward(q, k, v, grid)
-        y = y.transpose(1, 2).reshape(batch, tokens, self.embed_dims)
+        y = merge_heads(super().forward(q, k, v, grid))
         return self.gamma1(self.proj_drop(self.proj(y)))

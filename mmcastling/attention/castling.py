@@ -144,7 +144,6 @@ class CastlingMixer(LinearAngularMixer):
 
     def switch_to_deploy(self) -> None:
         """Prune the auxiliary branch. Idempotent."""
-        super().switch_to_deploy()
         if self.deploy:
             return
         self.deploy = True

@@ -55,8 +55,13 @@ def unit_rows(x: Tensor) -> Tensor:
     Returns:
         A tensor of the same shape whose rows have length 1 or 0.
     """
+    return _to_unit(x, NORM_EPS)
+
+
+def _to_unit(x: Tensor, smallest: float | Tensor) -> Tensor:
+    """Scale rows to length 1; those up to ``smallest`` long become zero."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * torch.where(norm > NORM_EPS, 1.0 / norm.clamp_min(NORM_EPS), 0.0)
+    return x * torch.where(norm > smallest, 1.0 / norm.clamp_min(smallest), 0.0)
 
 
 @in_full_precision
@@ -183,9 +188,7 @@ def linear_angular_direction(
     length = torch.linalg.vector_norm(q, dim=-1, keepdim=True)  # (B, h, N, 1)
     length = torch.where(length > NORM_EPS, length, 1.0)  # a zero row keeps 1/2 v
     y = v * (0.5 * length) + q @ _key_value(k, v, reference_tokens)
-    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-    smallest = NORM_EPS * length
-    return y * torch.where(norm > smallest, 1.0 / torch.maximum(norm, smallest), 0.0)
+    return _to_unit(y, NORM_EPS * length)
 
 
 def _key_value(k: Tensor, v: Tensor, reference_tokens: int | None) -> Tensor:

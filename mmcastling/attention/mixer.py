@@ -28,6 +28,8 @@ class TokenMixer(nn.Module):
             ``local_conv`` is added, as the released block does. Defaults to False.
     """
 
+    deploy = False  # only a mixer with something to prune has a deployed form
+
     def __init__(
         self,
         num_heads: int,

@@ -15,6 +15,7 @@ from mmpretrain.models.backbones.levit import LinearBatchNorm, Residual
 from torch import Tensor, nn
 
 from mmcastling.attention import build_mixer
+from mmcastling.attention.local_conv import merge_heads
 from mmcastling.backbones.common import Grid
 
 
@@ -87,7 +88,7 @@ class CastledLeViTAttention(BaseModule):
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, h, N, d)
-        y = self.mixer(q, k, v, grid).transpose(1, 2).flatten(2)  # (B, N, inner)
+        y = merge_heads(self.mixer(q, k, v, grid))  # (B, N, inner)
         return self.proj(subsample(y, grid, self.stride))
 
 
@@ -147,7 +148,7 @@ class BiasedSoftmaxAttention(BaseModule):
         y = nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=self.bias(grid).to(q.dtype)
         )
-        return self.proj(y.transpose(1, 2).flatten(2))
+        return self.proj(merge_heads(y))
 
     def bias(self, grid: Grid) -> Tensor:
         """Logit biases ``(h, H' * W', H * W)`` on a grid."""

@@ -15,6 +15,7 @@ from mmpretrain.models.backbones.mvit import (
 from torch import Tensor, nn
 
 from mmcastling.attention import build_mixer
+from mmcastling.attention.local_conv import merge_heads
 from mmcastling.backbones.common import Grid
 from mmcastling.backbones.conv_ffn import ConvMViTMLP
 
@@ -102,8 +103,7 @@ class CastledMultiScaleAttention(MultiScaleAttention):
         grid = in_size
         if self.pool_out is not None:
             y, grid = attention_pool(y, self.pool_out, in_size, norm=self.norm_out)
-        y = y.transpose(1, 2).flatten(2)  # (B, H'*W', out_dims)
-        return self.proj(y), grid
+        return self.proj(merge_heads(y)), grid
 
 
 class SoftmaxMultiScaleAttention(MultiScaleAttention):

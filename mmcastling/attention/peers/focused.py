@@ -13,7 +13,7 @@ from mmcastling.attention.functional import (
     kernel_attention,
     unit_rows,
 )
-from mmcastling.attention.local_conv import Grid, GridConv
+from mmcastling.attention.local_conv import Grid, GridConv, merge_heads
 from mmcastling.attention.mixer import TokenMixer
 
 
@@ -97,7 +97,7 @@ class FocusedMixer(TokenMixer):
         return kernel_attention(self._features(q), self._features(k), v)
 
     def _features(self, x: Tensor) -> Tensor:
-        flat = x.transpose(1, 2).flatten(2)  # (B, N, h*d)
+        flat = merge_heads(x)  # (B, N, h*d)
         flat = focused_features(flat, self.scale, focus=self.focus)
         return flat.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
 

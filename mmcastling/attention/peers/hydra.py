@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mmcastling.attention.block import TokenAttention
 from mmcastling.attention.functional import in_full_precision, unit_rows
+from mmcastling.attention.local_conv import merge_heads, split_heads
 from mmcastling.attention.mixer import TokenMixer
 
 
@@ -40,8 +41,8 @@ class HydraMixer(TokenMixer):
                 f"they need as many channels per head, not {q.shape[-1]} and "
                 f"{v.shape[-1]}"
             )
-        y = hydra_attention(*(t.transpose(1, 2).flatten(2) for t in (q, k, v)))
-        return y.unflatten(2, (v.shape[1], v.shape[3])).transpose(1, 2)
+        y = hydra_attention(*map(merge_heads, (q, k, v)))
+        return split_heads(y, v.shape[1])
 
 
 class HydraAttention(TokenAttention, HydraMixer):
