@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mmengine.registry
-from mmengine.dist import get_dist_info
+import torch.distributed
+from mmengine.dist import barrier, get_dist_info, is_distributed
 from torch.distributed import DistError
 
 TRACEBACK_VARIABLE = "MMCASTLING_TRACEBACK"
@@ -87,6 +88,17 @@ def _let_the_first_speak(error: Exception) -> None:
         time.sleep(10.0)
 
 
+def _leave_together() -> None:
+    """End the process group once all processes are done.
+
+    One that ends while another still reads from it, or with its threads running, can
+    abort at exit, and launchers then report the whole run as failed.
+    """
+    if is_distributed():
+        barrier()
+        torch.distributed.destroy_process_group()
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run a command: a user's error ends it with one paragraph and exit status 1.
 
@@ -94,6 +106,7 @@ def run_cli(main: Callable[[], None]) -> None:
     """
     try:
         main()
+        _leave_together()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

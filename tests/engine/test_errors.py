@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from mmengine.registry import HOOKS, MODELS
 
 import mmcastling.hooks  # noqa: F401  (registers MaskDecayHook)
@@ -86,3 +87,15 @@ def test_an_interrupt_ends_with_its_own_status(capsys):
 
     code, text = run(main, capsys)
     assert code == 130 and "Traceback" not in text
+
+
+def test_a_finished_command_ends_its_process_group(tmp_path):
+    """A process with a group at exit may abort, and its launcher reports failure."""
+
+    def main():
+        dist.init_process_group(
+            "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+        )
+
+    run_cli(main)
+    assert not dist.is_initialized()
