@@ -147,7 +147,9 @@ def count(backbone: dict[str, Any], head: dict[str, Any]) -> Cost:
 def measure(row: Published) -> dict[str, Any]:
     """Count one row: castled with and without MLP convolution, and the original."""
     kind, arch = row.backbone
-    castled = dict(type=f"mmcastling.{kind}", arch=arch, deploy=True)
+    # What a deployed model computes, with its batch norms, which deployment folds.
+    linear = dict(type="linear_angular")
+    castled = dict(type=f"mmcastling.{kind}", arch=arch, attention=linear)
     ours = count(dict(castled, ffn_conv=FFN_CONV), row.head)
     without = count(castled, row.head)
     kind, arch = row.original
@@ -198,10 +200,11 @@ it). `figure`: digitised from the authors' plot, good to about 0.03 G either way
 is 6% of 0.49 and 1% of 2.89; that the four LeViT points are the sizes 128 to 384 is
 inferred. The costs of the softmax originals are all `read`.
 
-Counted are multiply-accumulates of matrix products, convolutions and attention on the
-deployed graph: half of what FlopCounterMode of {torch} reports. *With norms* adds
-{norm} per element of every layer norm, the rough estimate of fvcore's counter (read in
-its source); MViTv2 alone has enough of them to matter.
+Counted are multiply-accumulates of matrix products, convolutions and attention
+without the auxiliary branch: half of what FlopCounterMode of {torch} reports.
+Parameters are counted before deployment folds batch norms. *With norms* adds {norm} per
+element of every layer norm, the rough estimate of fvcore's counter (read in its
+source); MViTv2 alone has enough of them to matter.
 
 No code of these variants is public. Their structure is inferred from these costs:
 linear attention on the grid before subsampling, its output subsampled afterwards, and a

@@ -6,6 +6,7 @@ tasks, on the grid of tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +22,23 @@ def merge_heads(y: Tensor) -> Tensor:
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """``(B, N, h * e)`` to ``(B, h, N, e)``, a view."""
     return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
+def on_grid(
+    operation: Callable[[Tensor], Tensor], x: Tensor, grid: Grid
+) -> tuple[Tensor, Grid]:
+    """Apply what works on maps to tokens, channels last in memory and without a copy.
+
+    Args:
+        operation: From ``(B, C, H, W)`` to ``(B, C', H', W')``.
+        x: Tokens ``(B, H * W, C)``.
+        grid: ``(H, W)``.
+
+    Returns:
+        Tokens ``(B, H' * W', C')`` and their grid.
+    """
+    x = operation(x.unflatten(1, grid).permute(0, 3, 1, 2))
+    return x.permute(0, 2, 3, 1).flatten(1, 2), (x.shape[2], x.shape[3])
 
 
 class TokenConv(nn.Conv2d):
@@ -48,15 +66,18 @@ class TokenConv(nn.Conv2d):
 
     def forward(self, v: Tensor, grid: Grid | None = None) -> Tensor:
         """Convolve values ``(B, h, N, e)`` over ``N``; ``grid`` is not needed."""
-        heads, channels = v.shape[1], v.shape[3]
-        x = merge_heads(v).unsqueeze(2)  # (B, N, 1, h*e)
-        x = nn.functional.conv2d(
-            x.permute(0, 3, 1, 2),  # (B, h*e, N, 1), channels last in memory
-            self.weight.repeat_interleave(channels, dim=0),
-            padding=self.padding,
-            groups=heads * channels,
-        )
-        return split_heads(x.permute(0, 2, 3, 1).flatten(1, 2), heads)
+        heads, tokens, channels = v.shape[1:]
+
+        def convolve(x: Tensor) -> Tensor:  # (B, h*e, N, 1)
+            return nn.functional.conv2d(
+                x,
+                self.weight.repeat_interleave(channels, dim=0),
+                padding=self.padding,
+                groups=heads * channels,
+            )
+
+        x, _ = on_grid(convolve, merge_heads(v), (tokens, 1))
+        return split_heads(x, heads)
 
 
 class GridConv(nn.Conv2d):
@@ -100,9 +121,7 @@ class GridConv(nn.Conv2d):
             raise ValueError(
                 f"grid {grid} holds {height * width} tokens but there are only {tokens}"
             )
-        x = merge_heads(v)[:, extra:].unflatten(1, (height, width))
-        x = super().forward(x.permute(0, 3, 1, 2))  # channels last in memory
-        x = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H*W, h*e)
+        x, _ = on_grid(super().forward, merge_heads(v)[:, extra:], grid)
         x = nn.functional.pad(x, (0, 0, extra, 0)) if extra else x
         return split_heads(x, heads)
 

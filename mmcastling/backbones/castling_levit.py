@@ -148,6 +148,8 @@ class CastlingLeViT(CastledBackbone, BaseBackbone):
         if out_stem:
             self._add_norm("norm_stem", norm_cfg, self.embed_dims[0] // 2)
         self._freeze_stages()
+        if deploy:
+            self.switch_to_deploy()
 
     def _check_arch(self, arch: str | dict[str, Any]) -> dict[str, Any]:
         names = ("embed_dims", "key_dims", "num_heads", "depths")

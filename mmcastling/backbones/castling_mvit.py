@@ -120,6 +120,8 @@ class CastlingMViT(CastledBackbone, MViT):
             self._per_scale(attention), ffn_conv, drop_path_rate, kwargs
         )
         self._freeze_stages()
+        if deploy:
+            self.switch_to_deploy()
 
     @staticmethod
     def _check_options(kwargs: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from mmcastling.backbones.folding import fold_for_inference
 from mmcastling.backbones.pretrained import check_pretrained, pretrained_cfgs
 
 Grid = tuple[int, int]
@@ -44,11 +45,15 @@ class CastledBackbone:
             initialize(self, cfgs)
 
     def switch_to_deploy(self) -> None:
-        """Prune the auxiliary branch of every attention. Idempotent."""
+        """Prune the auxiliary branch of every attention, and fold what is algebra.
+
+        See :func:`~mmcastling.backbones.folding.fold_for_inference`. Idempotent.
+        """
         for module in self.modules():
             switch = getattr(module, "switch_to_deploy", None)
             if module is not self and callable(switch):
                 switch()
+        fold_for_inference(self)
         self.deploy = True
 
     def train(self: Backbone, mode: bool = True) -> Backbone:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,12 +11,11 @@ from mmengine.model import BaseModule
 from mmpretrain.models.backbones.mvit import (
     MultiScaleAttention,
     MultiScaleBlock,
-    attention_pool,
 )
 from torch import Tensor, nn
 
 from mmcastling.attention import build_mixer
-from mmcastling.attention.local_conv import merge_heads
+from mmcastling.attention.local_conv import merge_heads, on_grid, split_heads
 from mmcastling.backbones.common import Grid
 from mmcastling.backbones.conv_ffn import ConvMViTMLP
 
@@ -91,19 +91,52 @@ class CastledMultiScaleAttention(MultiScaleAttention):
         Returns:
             The tokens and their grid ``(H', W')``.
         """
-        batch, tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, h, N, d)
-        q, _ = attention_pool(q, self.pool_q, in_size, norm=self.norm_q)
-        k, _ = attention_pool(k, self.pool_k, in_size, norm=self.norm_k)
-        v, _ = attention_pool(v, self.pool_v, in_size, norm=self.norm_v)
+        qkv, _ = self._pool(
+            (self.pool_q, self.pool_k, self.pool_v), self.qkv(x), in_size
+        )
+        norms = (self.norm_q, self.norm_k, self.norm_v)
+        q, k, v = (
+            norm(split_heads(pooled, self.num_heads).transpose(1, 2)).transpose(1, 2)
+            for norm, pooled in zip(norms, qkv.chunk(3, dim=2), strict=True)
+        )
         y = self.mixer(q, k, v, in_size)
         if self.residual_pooling:
             y = y + q
-        grid = in_size
+        y, grid = merge_heads(y), in_size  # (B, H*W, out_dims)
         if self.pool_out is not None:
-            y, grid = attention_pool(y, self.pool_out, in_size, norm=self.norm_out)
-        return self.proj(merge_heads(y)), grid
+            y, grid = self._pool((self.pool_out,), y, in_size)
+            y = self.norm_out(y.unflatten(2, (self.num_heads, -1))).flatten(2)
+        return self.proj(y), grid
+
+    def _pool(
+        self, convolutions: Sequence[nn.Conv2d], x: Tensor, grid: Grid
+    ) -> tuple[Tensor, Grid]:
+        """One depthwise convolution in place of several, over all heads of each.
+
+        Args:
+            convolutions: Each acts on ``out_dims`` channels, alike in every head; all
+                have the same stride and padding.
+            x: Tokens ``(B, H * W, len(convolutions) * out_dims)``.
+            grid: ``(H, W)``.
+
+        Returns:
+            As many channels on the pooled grid, and that grid.
+        """
+        first = convolutions[0]
+        weight = torch.cat(
+            [conv.weight.repeat(self.num_heads, 1, 1, 1) for conv in convolutions]
+        )
+
+        def convolve(x: Tensor) -> Tensor:
+            return nn.functional.conv2d(
+                x,
+                weight,
+                stride=first.stride,
+                padding=first.padding,
+                groups=weight.shape[0],
+            )
+
+        return on_grid(convolve, x, grid)
 
 
 class SoftmaxMultiScaleAttention(MultiScaleAttention):
@@ -233,7 +266,7 @@ class CastlingMultiScaleBlock(MultiScaleBlock):
         grows_here = self.proj is not None and self.dim_mul_in_attention
         skip = self.proj(normed) if grows_here else x
         if self.pool_skip is not None:
-            skip, _ = attention_pool(skip, self.pool_skip, in_size)
+            skip, _ = on_grid(self.pool_skip, skip, in_size)
         x = skip + self.drop_path(attended)
         normed = self.norm2(x)
         grows_here = self.proj is not None and not self.dim_mul_in_attention

@@ -199,13 +199,16 @@ def test_deployed_equals_decayed_and_differs_from_undecayed(ffn_conv):
     with_branch = backbone(image())[0]
     set_mask(backbone, 1.0)
     decayed = backbone(image())[0]
-    built = levit(ffn_conv=ffn_conv, deploy=True).eval()
-    built.load_state_dict(backbone.state_dict())
     backbone.switch_to_deploy()
     backbone.switch_to_deploy()
     assert backbone.deploy and not any(True for _ in castling_modules(backbone))
-    assert_close(backbone(image())[0], decayed, atol=0, rtol=0)
-    assert_close(built(image())[0], decayed, atol=0, rtol=0)
+    deployed = backbone(image())[0]
+    built = levit(ffn_conv=ffn_conv, deploy=True).eval()
+    built.load_state_dict(backbone.state_dict())
+    assert_close(
+        deployed, decayed, atol=1e-5 * decayed.detach().abs().max().item(), rtol=0
+    )
+    assert_close(built(image())[0], deployed, atol=0, rtol=0)
     assert (with_branch - decayed).abs().max() > 1e-3
 
 
@@ -221,7 +224,15 @@ def test_every_size_learns_and_deploys(arch):
     set_mask(backbone, 1.0)
     decayed = backbone(image(208, 304, 1))
     backbone.switch_to_deploy()
-    assert_close(backbone(image(208, 304, 1)), decayed, atol=0, rtol=0)
+    # Folded and not, float32 rounds differently, up to some 1e-5 at this depth; what
+    # is folded is exact, so that both are as far from the result in float64.
+    exact = backbone.double()(image(208, 304, 1).double())
+    for deployed, unfolded, reference in zip(
+        backbone.float()(image(208, 304, 1)), decayed, exact, strict=True
+    ):
+        rounding = (unfolded - reference).abs().max()
+        assert rounding <= 1e-4 * reference.abs().max()
+        assert (deployed - reference).abs().max() <= 3 * rounding
     sizes = [(13, 19), (7, 10), (4, 5)]
     for before, after, c, size in zip(
         undecayed, decayed, backbone.embed_dims, sizes, strict=True
@@ -232,7 +243,8 @@ def test_every_size_learns_and_deploys(arch):
 
 
 def test_linear_angular_is_the_same_network_without_branch():
-    castled, linear = levit(deploy=True), levit(attention=dict(type="linear_angular"))
+    castled = levit(deploy=True)
+    linear = levit(attention=dict(type="linear_angular"), deploy=True)
     linear.load_state_dict(castled.state_dict())
     assert_close(linear(image())[0], castled(image())[0], atol=0, rtol=0)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.model import ExponentialMovingAverage, MMDistributedDataParallel
 from mmengine.optim import OptimWrapper, build_optim_wrapper
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, DefaultScope
 from mmpretrain.structures import DataSample
 from torch import nn
 from torch.testing import assert_close
@@ -47,6 +47,13 @@ def plain_teacher(seed=1, **changes):
     teacher = MODELS.build(copy.deepcopy({**TEACHER, **changes}))
     teacher.init_weights()
     return teacher
+
+
+@pytest.fixture(autouse=True)
+def classification():
+    """The toolbox whose data preprocessor is meant, whatever ran before."""
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        yield
 
 
 @pytest.fixture
