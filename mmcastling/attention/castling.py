@@ -55,8 +55,12 @@ class LinearAngularMixer(TokenMixer):
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return linear_angular_attention(q, k, v, reference_tokens=self.reference_tokens)
 
-    def mix_to_unit(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return linear_angular_direction(q, k, v, reference_tokens=self.reference_tokens)
+    def mix_to_unit(
+        self, q: Tensor, k: Tensor, v: Tensor, plus: Tensor | None = None
+    ) -> Tensor:
+        return linear_angular_direction(
+            q, k, v, reference_tokens=self.reference_tokens, plus=plus
+        )
 
 
 class CastlingMixer(LinearAngularMixer):
@@ -160,10 +164,12 @@ class CastlingMixer(LinearAngularMixer):
             self.mask_density = density
         return branch + y
 
-    def mix_to_unit(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def mix_to_unit(
+        self, q: Tensor, k: Tensor, v: Tensor, plus: Tensor | None = None
+    ) -> Tensor:
         if self.mask_is_on:  # the branch is not scaled with the query
-            return TokenMixer.mix_to_unit(self, q, k, v)
-        return super().mix_to_unit(q, k, v)
+            return TokenMixer.mix_to_unit(self, q, k, v, plus)
+        return super().mix_to_unit(q, k, v, plus)
 
     def extra_repr(self) -> str:
         if self.deploy:

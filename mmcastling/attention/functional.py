@@ -46,22 +46,25 @@ def in_full_precision(function: Function) -> Function:
 
 
 @in_full_precision
-def unit_rows(x: Tensor) -> Tensor:
+def unit_rows(x: Tensor, *, plus: Tensor | None = None) -> Tensor:
     """L2-normalise the last axis; a zero row stays zero, with a zero gradient.
 
     Args:
         x: A tensor of any shape. Half precision is computed in float32.
+        plus: Added to the result, in the same pass over memory. Defaults to None.
 
     Returns:
-        A tensor of the same shape whose rows have length 1 or 0.
+        A tensor of the same shape whose rows have length 1 or 0, where nothing is
+        added.
     """
-    return _to_unit(x, NORM_EPS)
+    return _to_unit(x, NORM_EPS, plus)
 
 
-def _to_unit(x: Tensor, smallest: float | Tensor) -> Tensor:
+def _to_unit(x: Tensor, smallest: float | Tensor, plus: Tensor | None) -> Tensor:
     """Scale rows to length 1; those up to ``smallest`` long become zero."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * torch.where(norm > smallest, 1.0 / norm.clamp_min(smallest), 0.0)
+    factor = torch.where(norm > smallest, 1.0 / norm.clamp_min(smallest), 0.0)
+    return x * factor if plus is None else torch.addcmul(plus.to(x.dtype), x, factor)
 
 
 @in_full_precision
@@ -168,27 +171,35 @@ def linear_angular_attention(
 
 @in_full_precision
 def linear_angular_direction(
-    q: Tensor, k: Tensor, v: Tensor, *, reference_tokens: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    reference_tokens: int | None = None,
+    plus: Tensor | None = None,
 ) -> Tensor:
     """``unit_rows(linear_angular_attention(q, k, v))`` without normalising queries.
 
     A row's direction does not depend on its scale, so the row is taken times ``|q|``:
     ``1/2 |q| v + (1/pi) q (k^T^ v)``. Tokens stay the outer axis in memory where they
-    are in ``v``, so that heads merge without a copy.
+    are in ``plus``, so that heads merge without a copy.
 
     Args:
         q: Queries ``(B, h, N, d)``.
         k: Keys ``(B, h, N, d)``.
         v: Values ``(B, h, N, e)``.
         reference_tokens: As in :func:`linear_angular_attention`.
+        plus: Added to the result ``(B, h, N, e)``, as in :func:`unit_rows`.
 
     Returns:
-        ``(B, h, N, e)`` with rows of length 1 or 0; float32 for half-precision inputs.
+        ``(B, h, N, e)`` with rows of length 1 or 0, where nothing is added; float32 for
+        half-precision inputs.
     """
     length = torch.linalg.vector_norm(q, dim=-1, keepdim=True)  # (B, h, N, 1)
     length = torch.where(length > NORM_EPS, length, 1.0)  # a zero row keeps 1/2 v
-    y = v * (0.5 * length) + q @ _key_value(k, v, reference_tokens)
-    return _to_unit(y, NORM_EPS * length)
+    y = q @ _key_value(k, v, reference_tokens)
+    y = y.addcmul_(v, length, value=0.5)  # the product's gradient needs it not
+    return _to_unit(y, NORM_EPS * length, plus)
 
 
 def _key_value(k: Tensor, v: Tensor, reference_tokens: int | None) -> Tensor:

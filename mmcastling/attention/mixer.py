@@ -47,9 +47,11 @@ class TokenMixer(nn.Module):
         """Mix values over tokens: ``(B, h, N, d)`` twice and ``(B, h, N, e)`` to it."""
         raise NotImplementedError
 
-    def mix_to_unit(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """:meth:`mix`, each row scaled to length 1."""
-        return unit_rows(self.mix(q, k, v))
+    def mix_to_unit(
+        self, q: Tensor, k: Tensor, v: Tensor, plus: Tensor | None = None
+    ) -> Tensor:
+        """:meth:`mix`, each row scaled to length 1, then ``plus`` added."""
+        return unit_rows(self.mix(q, k, v), plus=plus)
 
     def switch_to_deploy(self) -> None:
         """Become what inference needs, with the same output. Idempotent."""
@@ -69,8 +71,8 @@ class TokenMixer(nn.Module):
         Returns:
             ``(B, h, N, e)`` in the dtype of ``v``.
         """
-        y = self.mix_to_unit(q, k, v) if self.norm_output else self.mix(q, k, v)
-        y = y.to(v.dtype)
-        if self.local_conv is not None:
-            y = y + self.local_conv(v, grid)
-        return y
+        local = None if self.local_conv is None else self.local_conv(v, grid)
+        if self.norm_output:
+            return self.mix_to_unit(q, k, v, plus=local).to(v.dtype)
+        y = self.mix(q, k, v).to(v.dtype)
+        return y if local is None else y + local

@@ -240,7 +240,9 @@ def test_deployment_folds_the_layer_scale_into_the_projection(kind):
 def test_mixing_leaves_tokens_outermost_so_that_heads_merge_without_a_copy():
     attention = LinearAngularAttention(64, 4).eval()
     q, k, v = attention.qkv(tokens(1, 50, 64)).view(1, 50, 3, 4, 16).unbind(2)
-    y = attention.mix_to_unit(*(t.transpose(1, 2) for t in (q, k, v)))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    local = attention.local_conv(v)
+    y = attention.mix_to_unit(q, k, v, plus=local)
     assert y.transpose(1, 2).is_contiguous()
-    dense = (t.transpose(1, 2).contiguous() for t in (q, k, v))
-    assert_close(y, attention.mix_to_unit(*dense))
+    dense = (t.contiguous() for t in (q, k, v))
+    assert_close(y, attention.mix_to_unit(*dense) + local)
