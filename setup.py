@@ -84,6 +84,10 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["mmcastling", "mmcastling.*"]),
     install_requires=requirements(),
+    extras_require={
+        "int8": ["torchao>=0.18,<0.19"],
+        "timm": ["timm>=1.0.3,<1.1"],
+    },
     cmdclass={"build_py": BuildWithMim},
     zip_safe=False,
     classifiers=[

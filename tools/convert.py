@@ -3,7 +3,11 @@
 import argparse
 
 from mmcastling.engine import convert, run_cli
-from mmcastling.engine.cli import add_config_arguments, config_from_arguments
+from mmcastling.engine.cli import (
+    add_config_arguments,
+    add_precision_argument,
+    config_from_arguments,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -27,6 +31,7 @@ def parse_args() -> argparse.Namespace:
         help="demand averaged weights, or take the raw ones (what state_dict holds, "
         "which is the averaged ones after EMAHook)",
     )
+    add_precision_argument(parser, "fp32")
     return parser.parse_args()
 
 
@@ -39,6 +44,7 @@ def main() -> None:
         verify=args.verify,
         force=args.force,
         ema=args.ema,
+        precision=args.precision or "fp32",
     )
     print(f"pruned the auxiliary softmax branch of {report.pruned} attentions")
     if report.max_abs_diff is None:
@@ -47,6 +53,11 @@ def main() -> None:
         print(
             f"largest difference of features on {report.images} images: "
             f"{report.max_abs_diff:.3g}"
+        )
+    if report.rounding is not None:
+        print(
+            f"{report.precision} changes them by up to {report.rounding:.2%} of the "
+            "largest feature"
         )
     print(f"wrote {report.checkpoint} and {report.config}")
 

@@ -2,9 +2,12 @@
 
 import argparse
 
+from mmengine.dist import is_main_process
+
 from mmcastling.engine import evaluate, run_cli
 from mmcastling.engine.cli import (
     add_config_arguments,
+    add_precision_argument,
     add_run_arguments,
     config_from_arguments,
 )
@@ -22,6 +25,7 @@ def parse_args() -> argparse.Namespace:
         default=True,
         help="prune the auxiliary softmax branch before evaluating",
     )
+    add_precision_argument(parser, "the config's, or fp32")
     parser.add_argument("--out", metavar="FILE.pkl", help="write all predictions")
     parser.add_argument("--show", action="store_true", help="show predictions")
     parser.add_argument("--show-dir", metavar="FOLDER", help="write painted images")
@@ -41,7 +45,12 @@ def main() -> None:
         enable_tta(cfg)
     if args.out is not None:
         enable_output(cfg, args.out)
-    evaluate(cfg, args.checkpoint, deploy=args.deploy)
+    result = evaluate(
+        cfg, args.checkpoint, deploy=args.deploy, precision=args.precision
+    )
+    if is_main_process():
+        seconds = result.seconds_per_image
+        print(f"{seconds:.4f} s per image in {result.precision}, median forward pass")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,17 @@ from mmcastling.deploy.checkpoint import (
     select_weights,
 )
 from mmcastling.deploy.config import deploy_config, drop_training_hooks
+from mmcastling.deploy.precision import (
+    PRECISIONS,
+    check_precision,
+    set_precision,
+)
 from mmcastling.deploy.verify import features, largest_difference
 
 __all__ = [
     "DEPLOY_META_KEY",
+    "PRECISIONS",
+    "check_precision",
     "deploy_checkpoint",
     "deploy_config",
     "drop_training_hooks",
@@ -18,4 +25,5 @@ __all__ = [
     "is_deployed",
     "largest_difference",
     "select_weights",
+    "set_precision",
 ]

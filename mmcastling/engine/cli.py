@@ -8,6 +8,7 @@ from typing import Any
 
 from mmengine.config import Config, DictAction
 
+from mmcastling.deploy import PRECISIONS
 from mmcastling.engine.config import DATA_VARIABLE, load_config
 
 
@@ -48,6 +49,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # torch.distributed.launch passes it; torchrun sets the variable instead.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0)
+
+
+def add_precision_argument(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add ``--precision``; ``default`` says what happens without it."""
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help=f"what the layers of the deployed model compute in ({default})",
+    )
 
 
 def config_from_arguments(args: argparse.Namespace) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import tempfile
@@ -22,11 +23,13 @@ from mmcastling.checkpoint import (
     save_atomically,
 )
 from mmcastling.deploy import (
+    check_precision,
     deploy_checkpoint,
     deploy_config,
     is_deployed,
     largest_difference,
     select_weights,
+    set_precision,
 )
 from mmcastling.engine.config import check_data, has_data, require
 from mmcastling.engine.errors import ConfigError
@@ -48,6 +51,9 @@ class ConversionReport:
         pruned: Attentions whose auxiliary branch was pruned.
         max_abs_diff: Largest difference of features, or None where not verified.
         images: Real images on which it was measured.
+        precision: What the layers of the deployed model compute in.
+        rounding: Largest difference of features that the lower precision makes,
+            relative to the largest feature, or None where not measured.
     """
 
     checkpoint: Path
@@ -55,6 +61,8 @@ class ConversionReport:
     pruned: int
     max_abs_diff: float | None
     images: int
+    precision: str = "fp32"
+    rounding: float | None = None
 
 
 def convert(
@@ -66,6 +74,7 @@ def convert(
     force: bool = False,
     ema: bool | None = None,
     num_images: int = 4,
+    precision: str = "fp32",
 ) -> ConversionReport:
     """Prune a trained model and write it with a config that builds it pruned.
 
@@ -78,12 +87,17 @@ def convert(
         force: Write although the masks have not decayed. Defaults to False.
         ema: See :func:`mmcastling.deploy.select_weights`. Defaults to None.
         num_images: Images to verify on. Defaults to 4.
+        precision: What the deployed model's layers compute in, see
+            :func:`mmcastling.deploy.set_precision`. The config names it and the weights
+            stay float32, rounded when they are used. Defaults to ``'fp32'``.
 
     Raises:
         CheckpointError: If the source cannot be read or does not fit, the masks have
             not decayed and ``force`` is not given, or the output cannot be written.
         DatasetError: If ``verify`` is True and the data is missing.
+        ValueError, RuntimeError: If the precision is not known or not supported.
     """
+    check_precision(precision)
     source, out = Path(source), Path(out)
     checkpoint = load_checkpoint(source)
     if is_deployed(checkpoint):
@@ -148,8 +162,18 @@ def convert(
 
     facts = dict(source=source.name, max_abs_diff=difference)
     result = deploy_checkpoint(deployed, checkpoint.get("meta") or {}, **facts)
-    _write_both(deploy_config(cfg), config_path, result, out)
-    return ConversionReport(out, config_path, pruned, difference, len(images))
+    deployed_cfg, rounding = deploy_config(cfg), None
+    if precision != "fp32":
+        deployed_cfg.precision = precision
+        lowered = copy.deepcopy(deployed)
+        set_precision(lowered, precision)
+        if images:
+            change, magnitude = largest_difference(deployed, lowered, images)
+            rounding = change / magnitude
+    _write_both(deployed_cfg, config_path, result, out)
+    return ConversionReport(
+        out, config_path, pruned, difference, len(images), precision, rounding
+    )
 
 
 def _test_images(cfg: Config, model: nn.Module, count: int) -> Iterator[Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.model import BaseTTAModel
 from mmengine.runner import Runner
@@ -18,7 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmcastling.analysis import ForwardTimer, count_macs
 from mmcastling.checkpoint import load_checkpoint, load_weights
-from mmcastling.deploy import drop_training_hooks, is_deployed
+from mmcastling.deploy import (
+    check_precision,
+    drop_training_hooks,
+    is_deployed,
+    set_precision,
+)
 from mmcastling.engine.config import check_data, check_work_dir, datasets_of, require
 from mmcastling.engine.errors import ConfigError
 from mmcastling.engine.runner import build_runner, core_model
@@ -73,15 +79,21 @@ class Evaluation:
         seconds_per_image: Median forward time over batches, divided by their size;
             of one view with test-time augmentation.
         pruning: What deploying removed, or None where nothing was.
+        precision: What the layers computed in.
     """
 
     metrics: dict[str, float]
     seconds_per_image: float
     pruning: Pruning | None
+    precision: str = "fp32"
 
 
 def evaluate(
-    cfg: Config, source: str | os.PathLike[str], *, deploy: bool = True
+    cfg: Config,
+    source: str | os.PathLike[str],
+    *,
+    deploy: bool = True,
+    precision: str | None = None,
 ) -> Evaluation:
     """Evaluate a checkpoint on the config's test set.
 
@@ -89,13 +101,20 @@ def evaluate(
         cfg: A config from :func:`mmcastling.engine.load_config`.
         source: A training or deployed checkpoint of that config.
         deploy: Prune before evaluating, and say what that saved. Defaults to True.
+        precision: What layers compute in, see :func:`mmcastling.deploy.set_precision`.
+            Defaults to None (the config's ``precision``, which the converter writes,
+            or ``'fp32'``).
 
     Raises:
         CheckpointError: If the checkpoint cannot be read or does not fit.
         DatasetError, CocoFormatError: If the data is missing or malformed.
         ConfigError: If the work directory cannot be written.
+        ValueError, RuntimeError: If the precision is not known or not supported, or the
+            model has not been pruned for it.
     """
     require(cfg, "test_dataloader", "test_cfg", "test_evaluator")
+    precision = precision or cfg.get("precision", "fp32")
+    check_precision(precision, get_device())
     check_data(cfg, "test")
     checkpoint = load_checkpoint(source)
     check_work_dir(cfg.work_dir)
@@ -123,10 +142,13 @@ def evaluate(
         pruning = _deploy(runner, model)
         if is_main_process():
             print(pruning or _nothing_pruned(checkpoint), flush=True)
+    set_precision(model, precision)
+    if precision != "fp32" and is_main_process():
+        print(f"layers compute in {precision}", flush=True)
     with ForwardTimer(model) as timer:  # wrappers pass their own forward by
         metrics = runner.test()
     batch_size = cfg.test_dataloader.get("batch_size", 1)
-    return Evaluation(metrics, timer.median / batch_size, pruning)
+    return Evaluation(metrics, timer.median / batch_size, pruning, precision)
 
 
 def _leave_out_masks(model: nn.Module) -> None:

@@ -1,0 +1,260 @@
+"""Tables and plots from the stored results of the speed benchmarks.
+
+python benchmarks/report.py           # write docs/speed.md and its pictures
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import attention
+import backbones
+import detectors
+import matplotlib
+import training_steps
+from common import ROOT, Benchmark, Target, line, load
+from matplotlib.figure import Figure
+
+from mmcastling.checkpoint import write_text_atomically
+
+matplotlib.use("Agg")
+
+PAGE = ROOT / "docs" / "speed.md"
+ASSETS = ROOT / "docs" / "assets"
+SCRIPTS = {
+    module.BENCHMARK.name: module
+    for module in (attention, backbones, detectors, training_steps)
+}
+
+PREAMBLE = """\
+# Deployed speed
+
+Made by `python benchmarks/report.py` from the results that these commands stored in
+[benchmarks/results](../benchmarks/results), each in one run on {device}, {threads}
+threads, torch {torch}, mmdet {mmdet}, mmpretrain {mmpretrain}, timm {timm}, Python
+{python}, float32, batch 1, default allocator:
+
+{commands}
+
+Within a script contenders take turns, so that a machine that grows slower hits all
+alike; another machine gives other times. Milliseconds are medians (quartiles) of
+forward passes in inference mode, weights are random. Memory is the peak beyond weights
+and input, of a first pass in a fresh process. Castled models are deployed. `--device
+cuda` runs the same scripts with synchronised clocks; that has not been tried.
+
+## Targets
+
+| | measured | reached |
+| --- | --- | --- |
+"""
+
+HEADER = """\
+| size | | ms | peak MB | GMACs |
+| --- | --- | --- | --- | --- |
+"""
+
+ATTENTION = """
+## Attention layers
+
+384 channels, 6 heads, tokens as a grid. *projections* is the layer's linear layers
+alone, the floor for any attention between them; *released* the authors' order of
+operations in eager mode, the same function.
+
+"""
+
+ROOFLINE = """
+What bounds it: the projections take {share:.0%} of castling's time at 4,200 tokens.
+They are matrix products, which ran at these GFLOP/s in the same run:
+
+| product | GFLOP/s |
+| --- | --- |
+"""
+
+BACKBONES = """
+## Backbones
+
+In the form that a detector takes, all levels of features. *no mixing* is the plain
+network whose attentions are their projections alone.
+
+![Latency and memory against resolution](assets/speed_resolution.png)
+![Latency against MACs at 800x1344](assets/speed_macs.png)
+
+"""
+
+DETECTORS = """
+## Detectors
+
+One image of noise through `test_step`. Weights are random, with the first class made
+likely, so that there are as many boxes as a detector may return.
+
+"""
+
+PARTS = """
+Where the time goes, in ms, one detector after the other; *heads* is the rest, with
+proposals, suppression and masks:
+
+| | preparing | backbone | neck | heads | detections |
+| --- | --- | --- | --- | --- | --- |
+"""
+
+TRAINING = """
+## Training steps
+
+512x512, forward, backward and AdamW. Memory includes gradients and the optimizer's
+state; GMACs are those of a forward pass. What the auxiliary branch costs at other sizes
+and thresholds: [auxiliary_branch.md](auxiliary_branch.md).
+
+"""
+
+
+def read(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Stored results by benchmark, checked to belong together.
+
+    Args:
+        paths: Result files, named as their benchmarks.
+
+    Raises:
+        ValueError: If a file is not of a known benchmark, does not exist, is not
+            complete, or was made on another machine or with other versions.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        if path.stem not in SCRIPTS:
+            raise ValueError(
+                f"{path} is not the result of a known benchmark: expected a name among "
+                f"{[f'{name}.json' for name in SCRIPTS]}"
+            )
+        benchmark = SCRIPTS[path.stem].BENCHMARK
+        if not path.exists():
+            raise ValueError(f"{path} does not exist: run {benchmark.command}")
+        result = results[path.stem] = load(path)
+        _check_complete(benchmark, result, path)
+        first, *_ = results
+        for key, value in results[first]["environment"].items():
+            if (other := result["environment"].get(key)) != value:
+                raise ValueError(
+                    f"{path} was measured with {key} {other!r}, {first}.json with "
+                    f"{value!r}: one report is of one machine and its versions; run "
+                    f"{benchmark.command} there again"
+                )
+    return results
+
+
+def _check_complete(benchmark: Benchmark, result: dict[str, Any], path: Path) -> None:
+    found = {(cell["contender"], tuple(cell["size"])) for cell in result["cells"]}
+    wanted = {
+        (name, size)
+        for size in benchmark.repeats
+        for name in benchmark.at(size, list(benchmark.contenders))
+    }
+    if missing := sorted(wanted - found):
+        raise ValueError(
+            f"{path} lacks {missing}: run {benchmark.command} without --only"
+        )
+
+
+def page(results: dict[str, dict[str, Any]]) -> str:
+    """The page in Markdown."""
+    first = results["attention"]
+    commands = "\n".join(f"- `{result['command']}`" for result in results.values())
+    text = PREAMBLE.format(commands=commands, **first["environment"])
+    text += "".join(f"{target}\n" for target in targets(results))
+    text += ATTENTION + table(first)
+    floor, whole = (
+        next(
+            cell["seconds"]["median"]
+            for cell in first["cells"]
+            if cell["contender"] == name and cell["size"] == [50, 84]
+        )
+        for name in ("projections", "castling")
+    )
+    text += ROOFLINE.format(share=floor / whole)
+    for name, value in first["gemm"].items():
+        text += f"| {name} | {value['median']:,.0f} |\n"
+    text += BACKBONES + table(results["backbones"])
+    text += DETECTORS + table(results["detectors"]) + PARTS
+    for name, parts in results["detectors"]["parts"].items():
+        keys = ("data_preprocessor", "backbone", "neck", "heads")
+        times = " | ".join(f"{1e3 * parts[key]:,.0f}" for key in keys)
+        text += f"| {name} | {times} | {parts['detections']} |\n"
+    return text + TRAINING + table(results["training_steps"])
+
+
+def targets(results: dict[str, dict[str, Any]]) -> list[Target]:
+    """All targets, benchmark by benchmark."""
+    return [
+        target
+        for name, result in results.items()
+        for target in SCRIPTS[name].targets(result)
+    ]
+
+
+def table(result: dict[str, Any]) -> str:
+    """The cells of a result as a table."""
+    return HEADER + "".join(f"{line(cell)}\n" for cell in result["cells"])
+
+
+def plot_resolution(result: dict[str, Any], path: Path) -> None:
+    """Latency and memory of every backbone over the image's pixels."""
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2)
+    names = list(dict.fromkeys(cell["contender"] for cell in result["cells"]))
+    for index, name in enumerate(names):
+        cells = [cell for cell in result["cells"] if cell["contender"] == name]
+        pixels = [cell["size"][0] * cell["size"][1] for cell in cells]
+        style = dict(marker="o", color=matplotlib.colormaps["tab20"](index), label=name)
+        if name.startswith("Castling"):
+            style.update(linewidth=2.5)
+        axes[0].plot(pixels, [1e3 * c["seconds"]["median"] for c in cells], **style)
+        axes[1].plot(pixels, [c["memory"] / 1e6 for c in cells], **style)
+    sizes = sorted({tuple(cell["size"]) for cell in result["cells"]})
+    for axis, title in zip(axes, ("latency, ms", "peak memory, MB"), strict=True):
+        axis.set(title=title, xscale="log", yscale="log", xlabel="image")
+        axis.set_xticks([h * w for h, w in sizes], [f"{h}x{w}" for h, w in sizes])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+    figure.savefig(path, dpi=110)
+
+
+def plot_macs(result: dict[str, Any], path: Path) -> None:
+    """Latency over MACs at the largest size, a point per backbone."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    for cell in result["cells"]:
+        if tuple(cell["size"]) != backbones.LARGE:
+            continue
+        castled = cell["contender"].startswith("Castling")
+        point = cell["macs"] / 1e9, 1e3 * cell["seconds"]["median"]
+        axis.scatter(*point, color="tab:red" if castled else "tab:gray", zorder=3)
+        axis.annotate(
+            cell["contender"], point, (5, 4), textcoords="offset points", fontsize=8
+        )
+    height, width = backbones.LARGE
+    axis.set(xscale="log", yscale="log", title=f"{height}x{width}")
+    axis.set(xlabel="GMACs", ylabel="latency, ms")
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
+    try:
+        results = read([script.BENCHMARK.stored for script in SCRIPTS.values()])
+    except ValueError as error:
+        parser.error(str(error))
+    for target in targets(results):
+        print(target)
+    plot_resolution(results["backbones"], ASSETS / "speed_resolution.png")
+    plot_macs(results["backbones"], ASSETS / "speed_macs.png")
+    write_text_atomically(PAGE, page(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Inference in lower precision: which layers compute in it, and what stays float32."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmcastling.protocol import castling_modules
+
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+"""The names of precisions: floating point of 32 and 16 bits, and 8-bit integers."""
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+
+
+def check_precision(precision: str, device: torch.device | str = "cpu") -> None:
+    """Check that a precision is known and that a device computes in it.
+
+    Args:
+        precision: One of :data:`PRECISIONS`.
+        device: Where the model runs. Defaults to ``'cpu'``.
+
+    Raises:
+        ValueError: If the precision is not known.
+        RuntimeError: If the device emulates it or does not have it, or a library is
+            missing.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision {precision!r} is not known: choose one of {list(PRECISIONS)}"
+        )
+    device = torch.device(device)
+    if precision in _DTYPES and not _computes_in(_DTYPES[precision], device):
+        others = [p for p in _DTYPES if p != precision]
+        others = [p for p in others if _computes_in(_DTYPES[p], device)]
+        raise RuntimeError(
+            f"precision {precision}: this {device.type} has no instructions for "
+            f"{_DTYPES[precision]} and would be slower with it than in float32: "
+            f"choose one of {['fp32', *others]}, or another machine"
+        )
+    if precision == "int8":
+        if device.type != "cpu":
+            raise RuntimeError(
+                f"precision int8 is measured and supported on the CPU only, not on "
+                f"{device.type}: choose bf16 or fp16"
+            )
+        _torchao()
+        _check_compiler()
+
+
+def set_precision(model: nn.Module, precision: str) -> None:
+    """Let the layers of a deployed model compute in a lower precision, in place.
+
+    Weights of linear layers and convolutions are rounded once, and inputs as they
+    arrive. The backbone passes what they return on as it is; layers outside it (neck,
+    heads) return float32, so that boxes are decoded and suppressed in it. Norms keep
+    float32 weights and statistics, attention normalises and sums over tokens in
+    float32, and the sum of residuals stays float32.
+
+    ``'int8'`` quantises the linear layers of the backbone only, through torchao:
+    weights per channel, activations per token as they arrive. The backbone is compiled,
+    at its first image and once more for images of other sizes, since quantising
+    activations operation by operation costs what the products save.
+
+    Args:
+        model: A deployed detector, segmentor, classifier, or backbone, in evaluation.
+        precision: One of :data:`PRECISIONS`; ``'fp32'`` changes nothing.
+
+    Raises:
+        ValueError: If the precision is not known, the model still has an auxiliary
+            branch, or it is in a lower precision already.
+        RuntimeError: If the machine does not support it.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    check_precision(precision, device)
+    if precision == "fp32":
+        return
+    if name := next((name for name, _ in castling_modules(model)), None):
+        raise ValueError(
+            f"precision {precision} is for deployed models, and {name or 'the model'} "
+            "still has its auxiliary branch: prune it with "
+            "mmcastling.switch_to_deploy(model), or leave --no-deploy out"
+        )
+    if lowered := {_precision_of(layer) for layer in _layers(model)} - {"fp32"}:
+        raise ValueError(
+            f"precision {precision}: the model's layers compute in {min(lowered)} "
+            "already; load it in float32 again"
+        )
+    backbone = getattr(model, "backbone", model)
+    if precision == "int8":
+        _quantise(backbone)
+        return
+    dtype = _DTYPES[precision]
+    inside = set(backbone.modules())
+    for layer in _layers(model):
+        _lower(layer, dtype, cast_back=layer not in inside)
+    backbone.register_forward_hook(_float32_output)
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if isinstance(module, _LAYERS))
+
+
+def _precision_of(layer: nn.Module) -> str:
+    if type(layer.weight.data) is not Tensor:  # torchao's, which call themselves float
+        return "int8"
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    return names.get(layer.weight.dtype, "fp32")
+
+
+def _lower(layer: nn.Module, dtype: torch.dtype, cast_back: bool) -> None:
+    def cast(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in inputs)
+
+    layer.to(dtype)
+    layer.register_forward_pre_hook(cast)
+    if cast_back:
+        layer.register_forward_hook(_float32_output)
+
+
+def _float32_output(_: nn.Module, inputs: Any, output: Any) -> Any:
+    if isinstance(output, (list, tuple)):
+        return type(output)(_float32_output(_, inputs, item) for item in output)
+    if isinstance(output, Tensor) and output.is_floating_point():
+        return output.float()
+    return output
+
+
+def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device has instructions for it, and does not emulate them."""
+    if device.type == "cuda":
+        return dtype is torch.float16 or torch.cuda.is_bf16_supported(False)
+    if device.type == "cpu":
+        probes = torch.ops.mkldnn
+        if dtype is torch.bfloat16:
+            return bool(probes._is_mkldnn_bf16_supported())
+        return bool(probes._is_mkldnn_fp16_supported())
+    return True
+
+
+def _torchao() -> Any:
+    try:
+        import torchao.quantization
+    except ImportError as error:
+        raise RuntimeError(
+            f"precision int8 needs torchao ({error}): pip install torchao"
+        ) from error
+    return torchao.quantization
+
+
+def _check_compiler() -> None:
+    compilers = (os.environ.get("CXX"), "g++", "clang++")
+    if not any(name and shutil.which(name) for name in compilers):
+        raise RuntimeError(
+            "precision int8 is compiled for this machine, and no C++ compiler was "
+            "found: install g++ or name one in CXX, or choose bf16"
+        )
+
+
+def _quantise(backbone: nn.Module) -> None:
+    quantization = _torchao()
+    config = quantization.Int8DynamicActivationInt8WeightConfig()
+    quantization.quantize_(backbone, config)
+    backbone.compile()

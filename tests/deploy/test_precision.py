@@ -1,0 +1,188 @@
+"""Lower precision: which layers compute in it, what stays float32, what is refused."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from mmcastling.backbones import CastlingLeViT, CastlingMViT, CastlingViT
+from mmcastling.deploy import precision as module
+from mmcastling.deploy import set_precision
+from mmcastling.engine import ConfigError, convert, evaluate, load_config
+
+FAMILIES = {
+    "vit": lambda **options: CastlingViT(
+        "nano", img_size=64, patch_size=8, out_type="featmap", **options
+    ),
+    "levit": lambda **options: CastlingLeViT(
+        dict(embed_dims=[32, 48], key_dims=[8, 8], num_heads=[2, 3], depths=[2, 1]),
+        out_indices=(0, 1),
+        **options,
+    ),
+    "mvit": lambda **options: CastlingMViT(
+        dict(embed_dims=16, num_layers=4, num_heads=1, downscale_indices=[1, 2]),
+        img_size=64,
+        out_indices=(0, 1, 2),
+        **options,
+    ),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.fixture
+def any_machine(monkeypatch):
+    """A machine that has instructions for everything; emulation is right, and slow."""
+    monkeypatch.setattr(module, "_computes_in", lambda dtype, device: True)
+
+
+def deployed(family, **options):
+    torch.manual_seed(0)
+    return FAMILIES[family](deploy=True, **options).eval().requires_grad_(False)
+
+
+def images(*size):
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_are_lowered_and_norms_are_not(any_machine, family, precision):
+    model = deployed(family, ffn_conv=3)
+    expected = model(images(64, 96))
+    set_precision(model, precision)
+    found = model(images(64, 96))
+    layers = {m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    assert {layer.weight.dtype for layer in layers} == {DTYPES[precision]}
+    held = {name for layer in layers for name, _ in layer.named_parameters()}
+    assert held <= {"weight", "bias"}
+    others = [m for m in model.modules() if m not in layers]
+    rest = {p.dtype for m in others for p in m.parameters(recurse=False)}
+    assert rest == {torch.float32}  # norms and position embeddings
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32
+        error = (a - b).abs().max() / b.abs().max()
+        assert 1e-6 < error < (0.05 if precision == "bf16" else 0.01)
+
+
+def test_attention_normalises_in_float32(any_machine, monkeypatch):
+    """Rounded after its projections, attention is exact up to rounding its output."""
+    model = deployed("vit")
+    attention = model.layers[0].attn
+    set_precision(model, "bf16")
+    seen = {}
+    hook = attention.qkv.register_forward_hook(
+        lambda m, inputs, out: seen.update(qkv=out)
+    )
+    attention.proj.register_forward_pre_hook(
+        lambda m, inputs: seen.update(mixed=inputs[0]), prepend=True
+    )
+    attention(torch.randn(1, 64, 128), (8, 8))
+    hook.remove()
+    exact = deployed("vit").layers[0].attn.double()
+    exact.local_conv.weight.data = attention.local_conv.weight.double()
+    q, k, v = seen["qkv"].double().reshape(1, 64, 3, 4, 32).permute(2, 0, 3, 1, 4)
+    y = exact.mix_to_unit(q, k, v, plus=exact.local_conv(v))
+    y = y.transpose(1, 2).flatten(2)
+    assert_close(seen["mixed"].double(), y, rtol=2**-8, atol=2**-8)
+
+
+def test_float32_changes_nothing():
+    model = deployed("vit")
+    expected = model(images(64, 64))
+    set_precision(model, "fp32")
+    assert_close(model(images(64, 64)), expected, rtol=0, atol=0)
+    set_precision(model, "fp32")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_model_with_its_branch_is_refused(any_machine, precision):
+    with pytest.raises(ValueError, match="still has its auxiliary branch: prune it"):
+        set_precision(FAMILIES["vit"](), precision)
+
+
+def test_a_lowered_model_is_refused(any_machine):
+    model = deployed("vit")
+    set_precision(model, "bf16")
+    with pytest.raises(ValueError, match=r"layers compute in bf16 already"):
+        set_precision(model, "fp16")
+
+
+@pytest.mark.slow
+def test_int8_quantises_the_backbones_linear_layers():
+    pytest.importorskip("torchao")
+    model = deployed("vit", ffn_conv=3)
+    expected = model(images(64, 64))[0], model(images(96, 64))[0]
+    torch._dynamo.reset()
+    set_precision(model, "int8")
+    kinds = {
+        kind: {type(m.weight.data) for m in model.modules() if isinstance(m, kind)}
+        for kind in (nn.Linear, nn.LayerNorm, nn.Conv2d)
+    }
+    assert kinds[nn.LayerNorm] == kinds[nn.Conv2d] == {torch.Tensor}
+    assert torch.Tensor not in kinds[nn.Linear]
+    found = model(images(64, 64))[0], model(images(96, 64))[0]  # two sizes
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert 1e-6 < (a - b).abs().max() / b.abs().max() < 0.1
+    with pytest.raises(ValueError, match="compute in int8 already"):
+        set_precision(model, "int8")
+
+
+def test_int8_without_its_library_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(RuntimeError, match=r"needs torchao .* pip install torchao"):
+        set_precision(deployed("vit"), "int8")
+
+
+def test_int8_without_a_compiler_says_so(monkeypatch):
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler was found: install"):
+        set_precision(deployed("vit"), "int8")
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="precision 'fp8' is not known: choose one of"):
+        set_precision(deployed("vit"), "fp8")
+
+
+def test_a_machine_without_it_is_named_with_what_it_has(monkeypatch):
+    has = {torch.bfloat16: True, torch.float16: False}
+    monkeypatch.setattr(module, "_computes_in", lambda dtype, device: has[dtype])
+    message = r"fp16: this cpu has no instructions for torch.float16.*'fp32', 'bf16'\]"
+    with pytest.raises(RuntimeError, match=message):
+        set_precision(deployed("vit"), "fp16")
+
+
+# -- through the commands --------------------------------------------------------------
+
+
+def test_a_detector_is_evaluated_in_it(any_machine, trained, tmp_path):
+    cfg = load_config(trained.config, work_dir=str(tmp_path))
+    result = evaluate(cfg, trained.masks_off, precision="bf16")
+    assert result.precision == "bf16"
+    expected = evaluate(cfg, trained.masks_off)
+    assert expected.precision == "fp32"
+    assert result.metrics == pytest.approx(expected.metrics, abs=0.05)
+
+
+def test_evaluation_with_the_branch_is_refused(any_machine, trained, tmp_path):
+    cfg = load_config(trained.config, work_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="leave --no-deploy out"):
+        evaluate(cfg, trained.masks_off, deploy=False, precision="bf16")
+
+
+def test_the_converter_writes_it_into_the_config(any_machine, trained, tmp_path):
+    out = tmp_path / "deployed.pth"
+    cfg = load_config(trained.config)
+    report = convert(cfg, trained.masks_off, out, precision="bf16")
+    assert report.precision == "bf16" and 1e-6 < report.rounding < 0.05
+    assert report.max_abs_diff < 1e-4  # of pruning, in float32
+    deployed_cfg = load_config(out.with_suffix(".py"), work_dir=str(tmp_path))
+    assert evaluate(deployed_cfg, out).precision == "bf16"
+    assert evaluate(deployed_cfg, out, precision="fp32").precision == "fp32"
+    with pytest.raises(ConfigError, match=r"must end in \.pth"):
+        convert(cfg, trained.masks_off, tmp_path / "x.bin", precision="bf16")
