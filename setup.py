@@ -85,7 +85,6 @@ setup(
     packages=find_packages(include=["mmcastling", "mmcastling.*"]),
     install_requires=requirements(),
     extras_require={
-        "int8": ["torchao>=0.18,<0.19"],
         "timm": ["timm>=1.0.3,<1.1"],
     },
     cmdclass={"build_py": BuildWithMim},

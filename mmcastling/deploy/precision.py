@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmcastling.deploy.int8 import (
+    QuantisedLinear,
+    has_int8,
+    quantise_linear_layers,
+)
 from mmcastling.protocol import castling_modules
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
@@ -28,8 +31,7 @@ def check_precision(precision: str, device: torch.device | str = "cpu") -> None:
 
     Raises:
         ValueError: If the precision is not known.
-        RuntimeError: If the device emulates it or does not have it, or a library is
-            missing.
+        RuntimeError: If the device emulates it or does not have it.
     """
     if precision not in PRECISIONS:
         raise ValueError(
@@ -44,14 +46,11 @@ def check_precision(precision: str, device: torch.device | str = "cpu") -> None:
             f"{_DTYPES[precision]} and would be slower with it than in float32: "
             f"choose one of {['fp32', *others]}, or another machine"
         )
-    if precision == "int8":
-        if device.type != "cpu":
-            raise RuntimeError(
-                f"precision int8 is measured and supported on the CPU only, not on "
-                f"{device.type}: choose bf16 or fp16"
-            )
-        _torchao()
-        _check_compiler()
+    if precision == "int8" and not (device.type == "cpu" and has_int8()):
+        raise RuntimeError(
+            f"precision int8 is for CPUs, by oneDNN's operators in torch, and this "
+            f"{device.type} or build of torch has none: choose fp32, bf16 or fp16"
+        )
 
 
 def set_precision(model: nn.Module, precision: str) -> None:
@@ -63,10 +62,9 @@ def set_precision(model: nn.Module, precision: str) -> None:
     float32 weights and statistics, attention normalises and sums over tokens in
     float32, and the sum of residuals stays float32.
 
-    ``'int8'`` quantises the linear layers of the backbone only, through torchao:
-    weights per channel, activations per token as they arrive. The backbone is compiled,
-    at its first image and once more for images of other sizes, since quantising
-    activations operation by operation costs what the products save.
+    ``'int8'`` quantises the linear layers of the backbone only, see
+    :class:`~mmcastling.deploy.int8.QuantisedLinear`; convolutions and what lies outside
+    the backbone stay float32.
 
     Args:
         model: A deployed detector, segmentor, classifier, or backbone, in evaluation.
@@ -87,14 +85,14 @@ def set_precision(model: nn.Module, precision: str) -> None:
             "still has its auxiliary branch: prune it with "
             "mmcastling.switch_to_deploy(model), or leave --no-deploy out"
         )
-    if lowered := {_precision_of(layer) for layer in _layers(model)} - {"fp32"}:
+    if lowered := set(_precisions(model)) - {"fp32"}:
         raise ValueError(
             f"precision {precision}: the model's layers compute in {min(lowered)} "
             "already; load it in float32 again"
         )
     backbone = getattr(model, "backbone", model)
     if precision == "int8":
-        _quantise(backbone)
+        quantise_linear_layers(backbone)
         return
     dtype = _DTYPES[precision]
     inside = set(backbone.modules())
@@ -107,11 +105,13 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
     return (module for module in model.modules() if isinstance(module, _LAYERS))
 
 
-def _precision_of(layer: nn.Module) -> str:
-    if type(layer.weight.data) is not Tensor:  # torchao's, which call themselves float
-        return "int8"
+def _precisions(model: nn.Module) -> Iterator[str]:
     names = {dtype: name for name, dtype in _DTYPES.items()}
-    return names.get(layer.weight.dtype, "fp32")
+    for module in model.modules():
+        if isinstance(module, QuantisedLinear):
+            yield "int8"
+        elif isinstance(module, _LAYERS):
+            yield names.get(module.weight.dtype, "fp32")
 
 
 def _lower(layer: nn.Module, dtype: torch.dtype, cast_back: bool) -> None:
@@ -142,29 +142,3 @@ def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:
             return bool(probes._is_mkldnn_bf16_supported())
         return bool(probes._is_mkldnn_fp16_supported())
     return True
-
-
-def _torchao() -> Any:
-    try:
-        import torchao.quantization
-    except ImportError as error:
-        raise RuntimeError(
-            f"precision int8 needs torchao ({error}): pip install torchao"
-        ) from error
-    return torchao.quantization
-
-
-def _check_compiler() -> None:
-    compilers = (os.environ.get("CXX"), "g++", "clang++")
-    if not any(name and shutil.which(name) for name in compilers):
-        raise RuntimeError(
-            "precision int8 is compiled for this machine, and no C++ compiler was "
-            "found: install g++ or name one in CXX, or choose bf16"
-        )
-
-
-def _quantise(backbone: nn.Module) -> None:
-    quantization = _torchao()
-    config = quantization.Int8DynamicActivationInt8WeightConfig()
-    quantization.quantize_(backbone, config)
-    backbone.compile()

@@ -63,14 +63,11 @@ def build_and_deploy(cfg, name):
     assert (attentions > 0) == ("castling" in name)
     for hook in cfg.get("custom_hooks", []):
         HOOKS.build(hook)
-    if attentions:
-        # What is built pruned has the parameters that pruning leaves.
+    if attentions or "softmax" in name:
+        # What is built deployed has the parameters that deploying leaves.
         deployed = MODELS.build(deploy_config(cfg).model)
         assert not list(castling_modules(deployed))
         deployed.load_state_dict(switch_to_deploy(model, inplace=True).state_dict())
-    elif "softmax" in name:
-        built = MODELS.build(deploy_config(cfg).model)
-        built.load_state_dict(model.state_dict())
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

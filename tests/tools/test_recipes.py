@@ -16,6 +16,7 @@ from mmengine.logging import MessageHub
 from mmengine.registry import DATA_SAMPLERS, MODELS
 
 from mmcastling.engine import convert, load_config, train
+from mmcastling.engine.conversion import TOLERANCE
 from mmcastling.engine.errors import is_meant_for_the_user
 from mmcastling.protocol import castling_modules
 
@@ -205,7 +206,7 @@ def test_a_distilled_recipe_is_converted_without_its_teacher(
         report = convert(cfg, Path(cfg.work_dir) / "iter_2.pth", out)
     finally:
         hidden.rename(timm_teacher)
-    assert report.images and report.max_abs_diff == 0
+    assert report.images and report.max_abs_diff < TOLERANCE  # batch norms were folded
     text = out.with_suffix(".py").read_text()
     assert "teacher" not in text and "ImageClassifier" in text
     deployed = load_config(out.with_suffix(".py"))
