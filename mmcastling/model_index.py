@@ -1,4 +1,4 @@
-"""Our configs by name: for MMEngine's ``mmcastling::...``, mmpretrain and scripts.
+"""Our configs by name: for MMEngine's ``mmcastling::...``, all toolboxes and scripts.
 
 The configs lie beside the package in a checkout, and in ``mmcastling/.mim`` where it
 was installed, with ``model-index.yml`` and the metafiles that it names.
@@ -7,16 +7,26 @@ was installed, with ``model-index.yml`` and the metafiles that it names.
 from __future__ import annotations
 
 import difflib
+import functools
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.fileio import load
+from mmengine.infer import BaseInferencer
 from mmpretrain.apis.model import ModelHub
 
 PACKAGE = Path(__file__).resolve().parent
 FOLDERS = (PACKAGE.parent, PACKAGE / ".mim")
 CLASSIFIERS = "configs/metafile_classification.yml"
+METAFILES = {
+    "mmdet": "configs/metafile_detection.yml",
+    "mmseg": "configs/metafile_segmentation.yml",
+}
+"""Whose inferencers know the models of a metafile; mmpretrain's have a way of their
+own."""
 
 
 def root() -> Path:
@@ -46,9 +56,6 @@ def models() -> dict[str, dict[str, Any]]:
 def find_config(name: str) -> str:
     """The path of a model's config, for whatever takes one.
 
-    mmdet's ``DetInferencer`` looks names up in mmdet's own index alone; it is given
-    ``DetInferencer(find_config('mask_rcnn_castling_s_coco'), 'weights.pth')``.
-
     Args:
         name: Name of a model, as in the metafile; ``.py`` may follow.
 
@@ -69,7 +76,8 @@ def register_names() -> None:
 
     MMEngine then resolves ``mmcastling::castling/NAME.py`` in a ``_base_`` and in
     ``mmengine.hub.get_config``, mmpretrain the names in ``get_model``, ``list_models``
-    and its inferencers.
+    and its inferencers, and mmdet's and mmseg's inferencers those of detectors and
+    segmentors.
     """
     MODULE2PACKAGE.setdefault("mmcastling", "mmcastling")
     for folder in FOLDERS:
@@ -78,4 +86,33 @@ def register_names() -> None:
             first = load(file)["Models"][0]["Name"]
             if not ModelHub.has(first):
                 ModelHub.register_model_index(file, folder)
+            _extend_inferencers()
             return  # where the package stands without configs, there is nothing to name
+
+
+def _extend_inferencers() -> None:
+    """Let MMEngine's inferencers find our models beside those of their toolbox.
+
+    They read one list, that of the toolbox, and have no registry of further ones; so
+    the function that reads it is wrapped, and ours follow what it yields.
+    """
+    theirs = BaseInferencer._get_models_from_metafile
+    if getattr(theirs, "has_mmcastling", False):
+        return
+
+    @functools.wraps(theirs)
+    def with_ours(dir: str) -> Iterator[dict[str, Any]]:
+        yield from theirs(dir)
+        folder = root()
+        for toolbox, part in METAFILES.items():
+            # A toolbox that is asked for its models has been imported.
+            if (
+                sys.modules.get(toolbox) is not None
+                and (folder / part).is_file()
+                and dir == BaseInferencer._get_repo_or_mim_dir(toolbox)
+            ):
+                for entry in load(folder / part)["Models"]:
+                    yield {**entry, "Config": str(folder / entry["Config"])}
+
+    with_ours.has_mmcastling = True
+    BaseInferencer._get_models_from_metafile = staticmethod(with_ours)

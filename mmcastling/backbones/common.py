@@ -34,7 +34,8 @@ class CastledBackbone:
 
         Raises:
             CheckpointError: If ``init_cfg=dict(type='Pretrained', ...)`` names a file
-                with less than half of the backbone's parameters.
+                with less than half of the backbone's parameters, or of those of its
+                attentions.
         """
         cfgs = [] if self.is_init else list(pretrained_cfgs(self.init_cfg))
         for cfg in cfgs:

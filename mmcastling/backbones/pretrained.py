@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from mmcastling.checkpoint import CheckpointError, weights_of
 
 REQUIRED_SHARE = 0.5
-"""Share of a backbone's parameters that weights for it must hold."""
+"""Share of a backbone's parameters that weights for it must hold, and of those of its
+attentions by themselves: MLPs, which any network of the family has, are most of it."""
 
 _ADVICE = (
     "Import weights of other libraries with tools/model_converters/import_vit.py, "
@@ -34,7 +35,7 @@ def pretrained_cfgs(init_cfg: Any) -> Iterator[dict[str, Any]]:
 def check_pretrained(
     backbone: nn.Module, checkpoint: str, prefix: str | None = None
 ) -> None:
-    """Raise if a checkpoint holds less than half of a backbone's parameters.
+    """Raise if a checkpoint holds less than half of a backbone, or of its attentions.
 
     Args:
         backbone: The backbone that is about to load it.
@@ -65,23 +66,37 @@ def check_pretrained(
         ) from error
     own = dict(backbone.named_parameters())
     fits = {n for n, p in own.items() if n in found and found[n].shape == p.shape}
-    total = sum(p.numel() for p in own.values())
-    share = sum(own[name].numel() for name in fits) / max(1, total)
-    if share >= REQUIRED_SHARE:
+    attentions = _attention_parameters(backbone)
+    for what, names in (("its", set(own)), ("its attentions'", attentions)):
+        total = sum(own[name].numel() for name in names)
+        share = sum(own[name].numel() for name in fits & names) / max(1, total)
+        if names and share < REQUIRED_SHARE:
+            break
+    else:
         return
     shapes = [
         f"{n} is {tuple(found[n].shape)}, expected {tuple(p.shape)}"
         for n, p in own.items()
-        if n in found and n not in fits
+        if n in found and n in names - fits
     ]
-    missing = [f"no {name}" for name in own if name not in found]
+    missing = [f"no {name}" for name in own if name in names and name not in found]
     named = f" under the prefix {prefix!r}" if prefix is not None else ""
     raise CheckpointError(
-        f"{whose} has only {len(fits)} of its {len(own)} parameters{named} "
+        f"{whose} has only {len(fits & names)} of {what} {len(names)} parameters{named} "
         f"({share:.1%} of their elements; at least {REQUIRED_SHARE:.0%} are needed): "
         f"{'; '.join((shapes + missing)[:4])}; the file's names begin with "
         f"{list(weights)[:2]}. {_ADVICE}, and check arch and prefix"
     )
+
+
+def _attention_parameters(backbone: nn.Module) -> set[str]:
+    """Names of parameters in modules that project to queries, keys and values."""
+    return {
+        f"{name}.{parameter}"
+        for name, module in backbone.named_modules()
+        if hasattr(module, "proj") and (hasattr(module, "qkv") or hasattr(module, "kv"))
+        for parameter, _ in module.named_parameters()
+    }
 
 
 def _prepared(backbone: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -93,9 +93,36 @@ def test_published_levit_weights_are_those_of_the_softmax_twin(save):
         assert torch.equal(own[name], weights[name])
 
 
+@pytest.mark.parametrize("arch", ["128s", "128", "192", "256", "384"])
+def test_published_levit_weights_are_refused_by_the_castled_network(arch, save):
+    weights = LeViT(arch).state_dict()
+    model = CastlingLeViT(arch, init_cfg=pretrained(save(weights)))
+    own = dict(model.named_parameters())
+    fits = [n for n, p in own.items() if n in weights and weights[n].shape == p.shape]
+    held = sum(own[name].numel() for name in fits)
+    assert held > sum(p.numel() for p in own.values()) / 2  # its MLPs
+    message = r"of its attentions' \d+ parameters.*qkv\.linear.*import_levit"
+    with pytest.raises(CheckpointError, match=message):
+        model.init_weights()
+
+
+@pytest.mark.parametrize("kind", ["softmax", "performer"])
+def test_mlps_without_attentions_are_an_error_in_every_backbone(kind, save):
+    attention = dict(type=kind)
+    for backbone in (CastlingViT("nano"), CastlingMViT("tiny", attention=attention)):
+        weights = {n: v for n, v in backbone.state_dict().items() if "attn" not in n}
+        path = save(weights)
+        arch = "nano" if isinstance(backbone, CastlingViT) else "tiny"
+        model = type(backbone)(arch, attention=attention, init_cfg=pretrained(path))
+        with pytest.raises(CheckpointError, match=r"only 0 of its attentions' \d+ par"):
+            model.init_weights()
+
+
 def test_just_half_is_enough(save):
     model = CastlingMViT("tiny")
+    # The attentions whole, so that they are not what is missing.
     sizes = {name: p.numel() for name, p in model.named_parameters()}
+    sizes = dict(sorted(sizes.items(), key=lambda item: ".attn." not in item[0]))
     total, held, names = sum(sizes.values()), 0, []
     for name, size in sizes.items():
         names.append(name)
