@@ -135,6 +135,11 @@ def _create(
             f"{name} offers no features_only: build the backbone with out_indices, "
             f"mmcastling.backbones.{backbone['type'].split('.')[1]}"
         )
+    if options.get("with_dist_token"):
+        raise ValueError(
+            f"{name} has one classifier: for with_dist_token give mmpretrain's "
+            "ImageClassifier a DeiTClsHead"
+        )
     if backbone["type"] != "mmcastling.CastlingLeViT":
         backbone = dict(backbone, in_channels=in_chans)
     elif in_chans != 3:

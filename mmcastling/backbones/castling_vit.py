@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmcv.cnn.bricks.drop import build_dropout
+from mmengine.model.weight_init import trunc_normal_
 from mmpretrain.models.backbones import VisionTransformer
 from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLayer
 from mmpretrain.models.utils import build_norm_layer, resize_pos_embed
@@ -27,6 +28,8 @@ from mmcastling.backbones.common import (
 from mmcastling.backbones.conv_ffn import ConvFFN
 from mmcastling.backbones.stem import ConvStem
 from mmcastling.registry import MODELS
+
+TOKENS = ("cls_token", "dist_token")
 
 
 class CastlingEncoderLayer(TransformerEncoderLayer):
@@ -92,7 +95,8 @@ class CastlingViT(CastledBackbone, VisionTransformer):
     Attention at Vision Transformer Inference" (You et al., CVPR 2023). Runs at any
     image size, square or not, and is built from mmpretrain, mmdet and mmseg configs as
     ``mmcastling.CastlingViT`` or ``mmpretrain.CastlingViT``. The names of parameters
-    are those of mmpretrain's ``VisionTransformer``, so its weights load.
+    are those of mmpretrain's ``VisionTransformer`` (with a distillation token, of its
+    ``DistilledVisionTransformer``), so its weights load.
 
     Args:
         arch: ``'nano'`` (tests and demos), ``'tiny'``, ``'small'``, ``'base'`` (DeiT's
@@ -108,6 +112,9 @@ class CastlingViT(CastledBackbone, VisionTransformer):
             ``local_conv`` and ``mask_threshold``. Defaults to None (castling).
         ffn_conv: Kernel size of the depthwise convolution in each MLP (3, 5, 7), or 0
             for none. Defaults to 0.
+        with_dist_token: Have DeiT's distillation token beside the class token, which
+            must be there too; with ``out_type='cls_token'`` an output is the pair that
+            mmpretrain's ``DeiTClsHead`` takes. Defaults to False.
         stem: ``'patch'`` for one convolution of the patch's size, ``'conv'`` for steps
             of stride 2. Defaults to ``'patch'``.
         with_cp: Recompute layers in the backward pass to save memory. Defaults to
@@ -143,6 +150,7 @@ class CastlingViT(CastledBackbone, VisionTransformer):
         out_indices: int | Sequence[int] = -1,
         attention: dict[str, Any] | None = None,
         ffn_conv: int = 0,
+        with_dist_token: bool = False,
         stem: str = "patch",
         with_cp: bool = False,
         deploy: bool = False,
@@ -155,6 +163,13 @@ class CastlingViT(CastledBackbone, VisionTransformer):
             raise ValueError(f"stem {stem!r} is not known: choose 'patch' or 'conv'")
         if isinstance(img_size, Sequence):
             img_size = tuple(img_size)
+        if with_dist_token and not kwargs.get("with_cls_token", True):
+            raise ValueError(
+                "with_dist_token needs the class token: with_cls_token=True"
+            )
+        # Before mmpretrain makes the position embedding, and freezes.
+        self.num_extra_tokens = 2 if with_dist_token else 1
+        self.dist_token = None
         num_layers = arch["num_layers"]
         indices = check_out_indices(out_indices, num_layers, "layer")
         try:
@@ -169,6 +184,8 @@ class CastlingViT(CastledBackbone, VisionTransformer):
         except (TypeError, ValueError) as error:
             raise ValueError(f"{type(self).__name__}: {error}") from error
 
+        if with_dist_token:
+            self.dist_token = nn.Parameter(torch.zeros(1, 1, self.embed_dims))
         if stem == "conv":
             self.patch_embed = ConvStem(
                 in_channels, self.embed_dims, patch_size, self.img_size
@@ -217,18 +234,23 @@ class CastlingViT(CastledBackbone, VisionTransformer):
             options = {**shared, "drop_path_rate": drop_path_rates[i], **options}
             self.layers[i] = CastlingEncoderLayer(**options)
 
+    def init_weights(self) -> None:
+        if self.dist_token is not None and not self.is_init:
+            trunc_normal_(self.dist_token, std=0.02)  # before weights may be loaded
+        super().init_weights()
+
     def _prepare_pos_embed(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # Where the grids differ, mmpretrain's hook expects a class token's position in
-        # the file exactly if this model has one.
+        # mmpretrain's hook expects the positions of this model's own class tokens.
         name = f"{prefix}pos_embed"
         if name in state_dict and state_dict[name].shape != self.pos_embed.shape:
-            table = state_dict[name]  # (1, N, C)
-            if self.with_cls_token and _is_square(table.shape[1]):
-                state_dict[name] = nn.functional.pad(table, (0, 0, 1, 0))
-            elif not self.with_cls_token and _is_square(table.shape[1] - 1):
-                state_dict[name] = table[:, 1:]
+            held = sum(f"{prefix}{token}" in state_dict for token in TOKENS)
+            wanted = self.num_extra_tokens
+            patches = self.pos_embed.shape[1] - wanted
+            state_dict[name] = _fit_token_positions(
+                state_dict[name], held, wanted, patches
+            )
         super()._prepare_pos_embed(state_dict, prefix, *args, **kwargs)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -245,8 +267,8 @@ class CastlingViT(CastledBackbone, VisionTransformer):
         """
         check_image(x, self.patch_size, "a patch")
         x, grid = self.patch_embed(x)  # (B, H*W, C)
-        if self.cls_token is not None:
-            x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+        tokens = [t for t in (self.cls_token, self.dist_token) if t is not None]
+        x = torch.cat([*(t.expand(x.shape[0], -1, -1) for t in tokens), x], dim=1)
         x = x + resize_pos_embed(
             self.pos_embed,
             self.patch_resolution,
@@ -268,9 +290,45 @@ class CastlingViT(CastledBackbone, VisionTransformer):
             return getattr(self, f"out_norm{index}")(x)
         return self.ln1(x) if self.final_norm else x
 
+    def _format_output(self, x: Tensor, grid: Grid) -> Tensor | tuple[Tensor, Tensor]:
+        if self.out_type == "cls_token" and self.dist_token is not None:
+            return x[:, 0], x[:, 1]
+        return super()._format_output(x, grid)
+
+    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
+        """Depth of a parameter and number of depths; tokens belong to the stem."""
+        if param_name == f"{prefix}dist_token":
+            param_name = f"{prefix}cls_token"
+        return super().get_layer_depth(param_name, prefix)
+
     def _freeze_stages(self) -> None:
         if self.frozen_stages > 0:
             super()._freeze_stages()
+            if self.dist_token is not None:
+                self.dist_token.requires_grad = False
+
+
+def _fit_token_positions(table: Tensor, held: int, wanted: int, patches: int) -> Tensor:
+    """Bring the positions of class tokens in a table ``(1, N, C)`` to a number.
+
+    Missing ones become zero, and of two the distillation token's, the second, is
+    removed first. A table of neither a square grid nor the model's own number of
+    patches is left as it is.
+
+    Args:
+        table: The position embedding of a file.
+        held: How many class tokens the file has; a file may also hold more positions
+            for them, or none.
+        wanted: How many the model has.
+        patches: The model's own number of patches.
+    """
+    for count in (held, 1, 2, 0):
+        rest = table.shape[1] - count
+        if rest == patches or _is_square(rest):
+            extra = table[:, : min(count, wanted)]
+            extra = nn.functional.pad(extra, (0, 0, 0, wanted - extra.shape[1]))
+            return torch.cat((extra, table[:, count:]), dim=1)
+    return table
 
 
 def _is_square(number: int) -> bool:

@@ -66,14 +66,16 @@ def check_pretrained(
         ) from error
     own = dict(backbone.named_parameters())
     fits = {n for n, p in own.items() if n in found and found[n].shape == p.shape}
-    attentions = _attention_parameters(backbone)
-    for what, names in (("its", set(own)), ("its attentions'", attentions)):
-        total = sum(own[name].numel() for name in names)
-        share = sum(own[name].numel() for name in fits & names) / max(1, total)
-        if names and share < REQUIRED_SHARE:
-            break
-    else:
+    groups = {"its": set(own), "its attentions'": _attention_parameters(backbone)}
+    shares = {
+        what: _elements(own, fits & names) / max(1, _elements(own, names))
+        for what, names in groups.items()
+        if names
+    }
+    what = next((what for what in shares if shares[what] < REQUIRED_SHARE), None)
+    if what is None:
         return
+    names = groups[what]
     shapes = [
         f"{n} is {tuple(found[n].shape)}, expected {tuple(p.shape)}"
         for n, p in own.items()
@@ -82,11 +84,15 @@ def check_pretrained(
     missing = [f"no {name}" for name in own if name in names and name not in found]
     named = f" under the prefix {prefix!r}" if prefix is not None else ""
     raise CheckpointError(
-        f"{whose} has only {len(fits & names)} of {what} {len(names)} parameters{named} "
-        f"({share:.1%} of their elements; at least {REQUIRED_SHARE:.0%} are needed): "
+        f"{whose} has only {len(fits & names)} of {what} {len(names)} parameters"
+        f"{named} ({shares[what]:.1%} of their elements; at least {REQUIRED_SHARE:.0%} are needed): "
         f"{'; '.join((shapes + missing)[:4])}; the file's names begin with "
         f"{list(weights)[:2]}. {_ADVICE}, and check arch and prefix"
     )
+
+
+def _elements(parameters: dict[str, nn.Parameter], names: set[str]) -> int:
+    return sum(parameters[name].numel() for name in names)
 
 
 def _attention_parameters(backbone: nn.Module) -> set[str]:

@@ -27,6 +27,7 @@ def run_importer(family: str, description: str) -> None:
         attention=args.attention,
         prefix=args.prefix,
         noise=getattr(args, "noise", 0.0),
+        dist_token=getattr(args, "dist_token", False),
         allow_partial=args.allow_partial,
     )
     print(report)
@@ -81,6 +82,12 @@ def make_parser(family: Family, description: str) -> argparse.ArgumentParser:
             metavar="STD",
             help="relative noise on queries and keys that are repeated to the width of "
             "castled heads, so that copies can part in training (0.01)",
+        )
+    if family.name == "ViT":
+        parser.add_argument(
+            "--dist-token",
+            action="store_true",
+            help="keep DeiT's distillation token (dropped with its position)",
         )
     parser.add_argument(
         "--allow-partial",

@@ -29,7 +29,8 @@ class Target:
         img_size: Usual image size ``(H, W)``; None keeps the source's.
         in_channels: Channels of the image. Defaults to 3.
         attention: Options of the attention. Defaults to castling.
-        noise: See :func:`mmcastling.importers.levit.widen_keys`. Defaults to 0.01.
+        noise: See :func:`mmcastling.importers.heads.repeat_keys`. Defaults to 0.01.
+        dist_token: Keep a distillation token. Defaults to False.
     """
 
     arch: str | dict[str, Any]
@@ -37,6 +38,7 @@ class Target:
     in_channels: int = 3
     attention: Options = field(default_factory=lambda: {"type": "castling"})
     noise: float = 0.01
+    dist_token: bool = False
 
     @property
     def is_softmax(self) -> bool:

@@ -43,6 +43,7 @@ def import_checkpoint(
     attention: str = "castling",
     prefix: str | None = None,
     noise: float = 0.01,
+    dist_token: bool = False,
     allow_partial: bool = False,
 ) -> ImportReport:
     """Import weights, and write them for ``init_cfg=dict(type='Pretrained', ...)``.
@@ -63,6 +64,9 @@ def import_checkpoint(
             Defaults to None.
         noise: Relative noise on repeated keys, see
             :func:`mmcastling.importers.heads.repeat_keys`. Defaults to 0.01.
+        dist_token: Keep the distillation token of a plain vision transformer, for
+            ``with_dist_token=True``; else it is dropped with its position. Defaults to
+            False.
         allow_partial: Overlook names that are unknown or missing. Defaults to False.
 
     Raises:
@@ -76,6 +80,10 @@ def import_checkpoint(
         )
     if not 0 <= noise < float("inf"):
         raise ValueError(f"noise {noise!r} must be a number that is not negative")
+    if dist_token and family != "vit":
+        raise ValueError(
+            f"dist_token: no {FAMILIES[family].name} has one, leave it out"
+        )
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     _check_destination(source, destination)
     build_mixer(dict(type=attention), num_heads=1, head_dims=8)  # known?
@@ -85,6 +93,7 @@ def import_checkpoint(
         in_channels,
         {"type": attention},
         noise,
+        dist_token,
     )
     state_dict, report = import_weights(
         read_source(source), FAMILIES[family], target, source.name, prefix

@@ -153,7 +153,7 @@ class ViTFamily(Family):
     dialects = (TIMM, TORCHVISION, MMPRETRAIN, HF, HF_IN_MEMORY)
     patch = "patch_embed.projection.weight"
     stride = None
-    no_place = {r"dist_token": "distillation token, which our backbone has not"}
+    no_place = {r"dist_token": "distillation token (kept by --dist-token)"}
     new = (r".*\.local_conv\.weight", r".*\.attn\.(?!qkv|proj|gamma1).*")
     resized = r"pos_embed"
 
@@ -184,6 +184,13 @@ class ViTFamily(Family):
         options: Options = dict(
             arch=target.arch, img_size=size_option(*img_size), patch_size=height
         )
+        if target.dist_token:
+            if not {"cls_token", "dist_token"} <= set(weights):
+                raise CheckpointError(
+                    "the file has no distillation token beside a class token: leave "
+                    "--dist-token out"
+                )
+            options["with_dist_token"] = True
         if target.in_channels != 3:
             options["in_channels"] = target.in_channels
         if "layers.0.attn.qkv.bias" not in weights and (
@@ -205,7 +212,10 @@ class ViTFamily(Family):
     ) -> tuple[Container, Names]:
         weights, changed = fuse_qkv(in_float32(weights))
         if "pos_embed" in weights:
-            table, note = fit_pos_embed(weights, tuple(backbone.patch_resolution))
+            wanted = backbone.num_extra_tokens
+            table, note = fit_pos_embed(
+                weights, tuple(backbone.patch_resolution), wanted
+            )
             weights["pos_embed"] = table
             if note:
                 changed["pos_embed"] = note
@@ -271,13 +281,17 @@ def source_grid(weights: Container, grid: tuple[int, int] | None) -> tuple[int, 
     )
 
 
-def fit_pos_embed(weights: Container, grid: tuple[int, int]) -> tuple[Tensor, str]:
-    """Resize a position embedding; one position is left for one class token.
+def fit_pos_embed(
+    weights: Container, grid: tuple[int, int], wanted: int = 1
+) -> tuple[Tensor, str]:
+    """Resize a position embedding, and fit it to the number of class tokens.
 
     Args:
         weights: Weights with ``pos_embed`` ``(1, N, C)``, and the class tokens that
             have positions in it.
         grid: The grid ``(H, W)`` that is wanted.
+        wanted: The backbone's number of class tokens: 2 with a distillation token,
+            whose position is the second. Defaults to 1.
 
     Returns:
         The embedding, and what was done to it.
@@ -289,14 +303,15 @@ def fit_pos_embed(weights: Container, grid: tuple[int, int]) -> tuple[Tensor, st
     own = source_grid(weights, grid)
     extra = table.shape[1] - math.prod(own)
     notes = []
-    if extra == 2:
+    if extra == 2 and wanted < 2:
         table = torch.cat((table[:, :1], table[:, 2:]), dim=1)
         extra = 1
         notes.append("the distillation token's position removed")
     elif extra == 0 and "cls_token" in weights:
-        table = torch.cat((torch.zeros_like(table[:, :1]), table), dim=1)
-        extra = 1
-        notes.append("zero added for the class token, which has no position")
+        zeros = torch.zeros_like(table[:, :1]).expand(-1, wanted, -1)
+        table = torch.cat((zeros, table), dim=1)
+        extra = wanted
+        notes.append("zero added for class tokens, which have no position")
     if own != grid:
         table = resize_pos_embed(table, own, grid, "bicubic", extra)
         notes.append(f"resized from {own[0]}x{own[1]} to {grid[0]}x{grid[1]}")

@@ -5,14 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmengine.registry import DefaultScope
-from mmpretrain.models.backbones import VisionTransformer
+from mmpretrain.models.backbones import DistilledVisionTransformer, VisionTransformer
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch.testing import assert_close
 
 from mmcastling.attention import CastlingAttention, SoftmaxAttention
 from mmcastling.backbones import CastlingViT
 from mmcastling.backbones.conv_ffn import ConvFFN
-from mmcastling.protocol import set_mask
+from mmcastling.protocol import set_mask, switch_to_deploy
 from mmcastling.registry import MODELS
 
 TINY = dict(embed_dims=24, num_layers=3, num_heads=3, feedforward_channels=48)
@@ -176,6 +176,63 @@ def test_conv_ffn_starts_as_the_plain_mlp_and_spares_the_class_token():
     torch.nn.init.normal_(ffn.dwconv.weight)
     changed = (ffn(x, grid=(4, 5)) - x - ffn.layers(x)).abs().amax((0, 2))
     assert changed[0] < 1e-6 < 1e-3 < changed[1:].min()
+
+
+# -- the distillation token ------------------------------------------------------------
+
+DISTILLED = dict(with_cls_token=True, with_dist_token=True)
+
+
+def test_with_a_distillation_token_the_softmax_twin_is_mmpretrains():
+    theirs = DistilledVisionTransformer(arch=TINY, img_size=32, patch_size=8).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ours = vit(**DISTILLED, out_type="cls_token", attention=dict(type="softmax"))
+    ours.eval().load_state_dict(theirs.state_dict())
+    for size in ((32, 32), (24, 40)):
+        ((cls, dist),) = ours(image(*size))
+        assert_close((cls, dist), theirs(image(*size))[0], atol=1e-5, rtol=1e-5)
+        assert (cls - dist).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("conv", ["token", "grid"])
+def test_a_castled_network_with_a_distillation_token(conv):
+    attention = dict(local_conv=conv, mask_threshold="1/N")
+    model = vit(**DISTILLED, ffn_conv=3, attention=attention, frozen_stages=1)
+    model.init_weights()
+    assert model.dist_token.std() > 0.01
+    assert not model.dist_token.requires_grad  # frozen with the stem
+    assert model.get_layer_depth("backbone.dist_token", "backbone.") == (0, 5)
+    (feature,) = model.train()(image(24, 40))
+    assert feature.shape == (2, 24, 3, 5)
+    set_mask(model.eval(), 1.0)
+    deployed = switch_to_deploy(model)
+    assert_close(deployed(image(24, 40)), model(image(24, 40)), atol=1e-5, rtol=1e-5)
+    built = vit(**DISTILLED, ffn_conv=3, attention=attention, deploy=True)
+    built.load_state_dict(deployed.state_dict())
+
+
+@pytest.mark.parametrize("held", [0, 1, 2])
+@pytest.mark.parametrize("wanted", [0, 1, 2])
+@pytest.mark.parametrize("size", [(32, 32), (48, 32)], ids=["same", "resized"])
+def test_positions_of_class_tokens_fit_whatever_the_file_has(held, wanted, size):
+    tokens = [
+        dict(),
+        dict(with_cls_token=True),
+        DISTILLED,
+    ]
+    source, model = vit(**tokens[held]), vit(**tokens[wanted], img_size=size)
+    torch.nn.init.normal_(source.pos_embed)
+    model.load_state_dict(source.state_dict(), strict=False)
+    expected = torch.zeros(1, wanted, 24)
+    both = min(held, wanted)
+    expected[:, :both] = source.pos_embed[:, :both]
+    assert_close(model.pos_embed[:, :wanted], expected)
+    grid = source.pos_embed[:, held:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(
+        grid, model.patch_resolution, mode="bicubic"
+    )
+    assert_close(model.pos_embed[:, wanted:], resized.flatten(2).transpose(1, 2))
 
 
 def test_attention_type_reaches_every_layer():

@@ -154,22 +154,42 @@ def test_two_outputs_of_a_levit_head_have_a_target_each(batch):
     assert_close(model(inputs), (labels + taught) / 2)
 
 
-def test_a_distillation_token_learns_from_the_teacher_alone(batch):
+MMPRETRAIN_DEIT = dict(
+    type="mmpretrain.DistilledVisionTransformer",
+    arch={**dict.fromkeys(("num_layers", "num_heads"), 2), "embed_dims": 128}
+    | {"feedforward_channels": 128},
+    img_size=32,
+)
+DEIT = dict(
+    backbone=dict(BACKBONE, with_dist_token=True),
+    head=dict(type="mmpretrain.DeiTClsHead", num_classes=5, in_channels=128),
+)
+
+
+@pytest.mark.parametrize("backbone", [MMPRETRAIN_DEIT, DEIT["backbone"]])
+def test_a_distillation_token_learns_from_the_teacher_alone(backbone, batch):
     teacher = plain_teacher()
-    backbone = dict(
-        type="mmpretrain.DistilledVisionTransformer",
-        arch={**dict.fromkeys(("num_layers", "num_heads"), 2), "embed_dims": 128}
-        | {"feedforward_channels": 128},
-        img_size=32,
-    )
-    head = dict(type="mmpretrain.DeiTClsHead", num_classes=5, in_channels=128)
-    model = build(backbone=backbone, head=head, teacher=teacher, alpha=1.0)
+    model = build(backbone=backbone, head=DEIT["head"], teacher=teacher, alpha=1.0)
     model.init_weights()
-    losses = model.train().loss(*batch)
+    for linear in (model.head.layers.head, model.head.layers.head_dist):
+        nn.init.normal_(linear.weight, std=0.1)  # mmpretrain's are zero at first
+    inputs, samples = batch
+    losses = model.eval().loss(inputs, samples)
+    feats = model.extract_feat(inputs)
+    tokens = model.head.pre_logits(feats)
+    labels, taught = (
+        model.head.layers.head(tokens[0]),
+        model.head.layers.head_dist(tokens[1]),
+    )
+    with torch.no_grad():
+        target = teacher(inputs).argmax(1)
+    assert_close(losses["loss_distillation"], F.cross_entropy(taught, target))
+    assert_close(model(inputs), (labels + taught) / 2)
     losses["loss_distillation"].backward()
     layers = model.head.layers
     assert layers.head_dist.weight.grad.abs().sum() > 0
     assert layers.head.weight.grad is None
+    assert model.backbone.dist_token.grad.abs().sum() > 0
 
 
 def test_soft_labels_of_mixup_reach_the_head(batch):
@@ -317,7 +337,7 @@ def test_deploying_drops_the_teacher_from_the_copy_alone(batch):
     model.loss(inputs, samples)
 
 
-@pytest.mark.parametrize("options", [{}, LEVIT], ids=["vit", "levit"])
+@pytest.mark.parametrize("options", [{}, LEVIT, DEIT], ids=["vit", "levit", "deit"])
 def test_the_deployed_config_builds_a_plain_classifier(options):
     model = build(**options, teacher=TEACHER, teacher_checkpoint="missing.pth")
     config = {**PLAIN, **options, "type": "mmcastling.DistilledClassifier"}

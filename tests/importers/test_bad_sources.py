@@ -95,6 +95,7 @@ def test_unknown_names_of_options(refused):
     refused(weights, "img_size (1, 2, 3)", img_size=(1, 2, 3))
     refused(weights, "noise -1 must", noise=-1)
     refused(weights, "family 'resnet' is not known", family="resnet")
+    refused(weights, "no LeViT has one", family="levit", dist_token=True)
     refused(weights, "smaller than a token of 16x16 pixels", img_size=(8, 224))
 
 

@@ -5,7 +5,7 @@ import timm.models.deit
 import timm.models.vision_transformer
 import torch
 import torchvision
-from mmpretrain.models.backbones import VisionTransformer
+from mmpretrain.models.backbones import DistilledVisionTransformer, VisionTransformer
 from mmpretrain.models.utils import resize_pos_embed
 
 import mmcastling
@@ -210,6 +210,35 @@ def test_a_distillation_token_is_dropped_with_its_position(
     x = images(224, 224)
     with torch.no_grad():
         assert_same_features(imported, x, plain.forward_features(x))
+
+
+@pytest.mark.parametrize("library", ["timm", "mmpretrain"])
+def test_a_distillation_token_can_be_kept(library, randomise, run_import, images):
+    if library == "timm":
+        model = randomise(timm.models.deit.VisionTransformerDistilled(**SIZES))
+        weights = model.state_dict()
+    else:
+        model = DistilledVisionTransformer(arch=MM_ARCH, out_type="raw")
+        weights = randomise(model).state_dict()
+        weights = {f"backbone.{name}": value for name, value in weights.items()}
+    imported = run_import({"model": weights}, "vit", ARCH, SOFTMAX, dist_token=True)
+    assert imported.report.backbone["with_dist_token"] is True
+    assert imported.report.changed == {}
+    for size in SHAPES if library == "mmpretrain" else SHAPES[:1]:
+        x = images(*size)
+        with torch.no_grad():
+            if library == "timm":
+                expected = model.forward_features(x)
+            else:
+                (expected,) = model(x)
+            assert expected.shape[1] == 2 + size[0] // 16 * (size[1] // 16)
+            assert_same_features(imported, x, expected)
+
+
+def test_a_distillation_token_that_is_not_there_cannot_be_kept(randomise, run_import):
+    weights = randomise(timm_vit()).state_dict()
+    with pytest.raises(CheckpointError, match=r"no distillation token.*--dist-token"):
+        run_import(weights, "vit", ARCH, dist_token=True)
 
 
 def test_mae_leaves_its_decoder_behind(randomise, run_import, images):
