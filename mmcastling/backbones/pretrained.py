@@ -85,7 +85,8 @@ def check_pretrained(
     named = f" under the prefix {prefix!r}" if prefix is not None else ""
     raise CheckpointError(
         f"{whose} has only {len(fits & names)} of {what} {len(names)} parameters"
-        f"{named} ({shares[what]:.1%} of their elements; at least {REQUIRED_SHARE:.0%} are needed): "
+        f"{named} ({shares[what]:.1%} of their elements; at least {REQUIRED_SHARE:.0%} "
+        f"are needed): "
         f"{'; '.join((shapes + missing)[:4])}; the file's names begin with "
         f"{list(weights)[:2]}. {_ADVICE}, and check arch and prefix"
     )
