@@ -19,6 +19,12 @@ from mmcastling.protocol import (  # noqa: E402
 from mmcastling.version import __version__  # noqa: E402
 
 register_names()
+try:
+    import timm as _timm  # noqa: F401
+except ImportError:
+    pass  # optional: timm.create_model then has no names to know
+else:
+    from mmcastling import timm_models  # noqa: F401
 
 __all__ = [
     "__version__",

@@ -1,8 +1,8 @@
 """Our classifiers in timm's registry: ``timm.create_model('castling_vit_small')``.
 
-Importing this module registers them, and needs timm::
+Importing mmcastling registers them where timm is installed::
 
-    import mmcastling.timm_models, timm
+    import mmcastling, timm
     model = timm.create_model('castling_vit_small', num_classes=10)
 
 They are mmpretrain's ``ImageClassifier`` with timm's interface: what the commands of

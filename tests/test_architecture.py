@@ -78,10 +78,10 @@ def test_shipped_files_are_short_enough_to_read():
 
 
 @pytest.mark.slow
-def test_classification_works_without_mmdet_and_mmseg():
+def test_classification_works_without_mmdet_mmseg_and_timm():
     code = """
 import sys
-for name in ("mmdet", "mmseg"):
+for name in ("mmdet", "mmseg", "timm"):
     sys.modules[name] = None
 import mmcastling
 from mmpretrain.registry import MODELS

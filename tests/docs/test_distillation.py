@@ -2,9 +2,11 @@
 
 import copy
 import re
+import textwrap
 
 import pytest
 import torch
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 from mmpretrain.structures import DataSample
 
@@ -17,7 +19,8 @@ from mmcastling.hooks import MaskDecayHook
 @pytest.fixture(scope="module")
 def blocks(root):
     text = (root / "docs" / "distillation.md").read_text()
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    found = re.findall(r"^ *```python\n(.*?)```", text, re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(block) for block in found]
 
 
 @pytest.fixture
@@ -49,6 +52,35 @@ def test_the_config_finetunes_a_castled_network_with_its_softmax_self(
     assert "teacher" not in deploy_config(cfg).pretty_text
 
 
+def test_the_lines_for_a_distillation_token_make_a_recipe(blocks, samples, tmp_path):
+    own = tmp_path / "distilled.py"
+    base = "_base_ = ['mmcastling::castling/castling_tiny_in1k.py']\n"
+    own.write_text(base + blocks[1])
+    cfg = load_config(own)
+    arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=32)
+    cfg.model.backbone.update(arch=arch, img_size=32)
+    cfg.model.head.update(in_channels=32)
+    timm = pytest.importorskip("timm")
+    cfg.model.teacher.update(model_name="resnet10t", pretrained=False)
+    cfg.model.teacher_checkpoint = str(tmp_path / "teacher.pth")
+    torch.save(
+        timm.create_model("resnet10t").state_dict(), cfg.model.teacher_checkpoint
+    )
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    losses = model.loss(torch.randn(2, 3, 32, 32), samples)
+    sum(losses.values()).backward()
+    assert model.head.layers.head_dist.weight.grad.abs().sum() > 0
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+    decays = [
+        group["weight_decay"]
+        for group in optimizer.param_groups
+        if group["params"][0] is model.backbone.dist_token
+    ]
+    assert decays == [0.0]
+    assert MODELS.build(deploy_config(cfg).model).backbone.dist_token is not None
+
+
 def test_the_code_distils(blocks, samples):
     init_default_scope("mmpretrain")
     arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=32)
@@ -58,7 +90,7 @@ def test_the_code_distils(blocks, samples):
     names = dict(
         softmax=softmax, inputs=torch.randn(2, 3, 32, 32), data_samples=samples
     )
-    exec(blocks[1], names)
+    exec(blocks[2], names)
     assert set(names["losses"]) == {"loss", "loss_distillation"}
     assert len(list(mmcastling.castling_modules(names["model"]))) == 2
     assert not list(mmcastling.castling_modules(softmax))
