@@ -109,6 +109,12 @@ class Family(ABC):
         """
         zoo = self.backbone.arch_zoo
         arch = check_arch(target.arch, zoo, self.needed)
+        patch = weights[self.patch]
+        if patch.ndim != 4:
+            raise CheckpointError(
+                f"{self.patch} is {tuple(patch.shape)}, expected four dimensions "
+                f"(out, in, height, width): the weights are of no {self.name} of images"
+            )
         found, wanted = self.facts(weights), self.facts_of(arch)
         wrong = [name for name in found if found[name] != wanted[name]]
         if wrong:
@@ -124,13 +130,13 @@ class Family(ABC):
                 )
                 + (f". They fit arch {fitting[0]!r}" if fitting else "")
             )
-        stride = self.stride or weights[self.patch].shape[-1]
+        stride = self.stride or patch.shape[-1]
         if target.img_size is not None and min(target.img_size) < stride:
             raise ValueError(
                 f"img_size {target.img_size} is smaller than a token of {stride}x"
                 f"{stride} pixels"
             )
-        channels = weights[self.patch].shape[1]
+        channels = patch.shape[1]
         if channels != target.in_channels:
             raise CheckpointError(
                 f"the weights are for images of {channels} channels, expected "
@@ -154,7 +160,7 @@ class Family(ABC):
             Names that are missing though other libraries have them.
 
         Raises:
-            CheckpointError: If a shape differs.
+            CheckpointError: If a shape differs, or something is quantised.
         """
         own = backbone.state_dict()
         misfits = [
@@ -164,18 +170,24 @@ class Family(ABC):
             and value.shape != own[name].shape
             and not re.fullmatch(self.resized, name)
         ]
+        misfits += [
+            f"{name} is of {value.dtype}, expected floating point"
+            for name, value in weights.items()
+            if name in own and own[name].is_floating_point() > value.is_floating_point()
+        ]
         if misfits:
             raise CheckpointError(
-                f"{len(misfits)} of the weights have another shape: "
+                f"{len(misfits)} of the weights have another shape or type: "
                 + "; ".join(misfits[:3])
             )
         held = {name: weights[name] for name in own if name in weights}
         try:
             backbone.load_state_dict(held, strict=False, assign=True)
         except RuntimeError as error:  # a table that its module cannot resize
+            reason = " ".join(str(error).split())  # torch writes several lines
             raise CheckpointError(
-                f"the weights do not fit: {error}. Only tables of square images can be "
-                "resized: for others give the source's own --img-size H W"
+                f"the weights do not fit: {reason}. Only tables of square images can "
+                "be resized: for others give the source's own --img-size H W"
             ) from error
         known = dict.fromkeys([*self.new, r".*num_batches_tracked"], "")
         return [n for n in own if n not in held and first_match(known, n) is None]

@@ -265,6 +265,11 @@ def source_grid(weights: Container, grid: tuple[int, int] | None) -> tuple[int, 
         raise CheckpointError(
             "the file has no position embedding (pos_embed), which the backbone needs"
         )
+    if weights["pos_embed"].ndim != 3:
+        raise CheckpointError(
+            f"the position embedding is {tuple(weights['pos_embed'].shape)}, expected "
+            "(1, tokens, channels)"
+        )
     tokens = weights["pos_embed"].shape[1]
     extra = sum(name in weights for name in ("cls_token", "dist_token"))
     # timm can leave class tokens without a position.

@@ -132,6 +132,24 @@ def test_positions_that_form_no_square(refused):
     refused(weights, "only a square grid can be resized", img_size=224)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "part"),
+    [
+        ("patch_embed.proj.weight", lambda w: w[:, :, None], "are of no ViT of images"),
+        ("pos_embed", lambda w: w[0], "is (197, 128), expected (1, tokens, channels)"),
+        ("pos_embed", lambda w: w[..., :64], "pos_embed"),
+        ("blocks.1.attn.qkv.weight", lambda w: w[:9], "qkv.weight is (9, 128)"),
+        ("blocks.1.mlp.fc1.weight", lambda w: w.to(torch.int8), "is of torch.int8"),
+    ],
+    ids=["video", "flat table", "narrow table", "shape", "quantised"],
+)
+def test_one_weight_of_another_kind(name, change, part, refused):
+    weights = vit().state_dict()
+    weights[name] = change(weights[name])
+    refused(weights, part)
+    refused(weights, part, allow_partial=True)
+
+
 def test_one_of_three_projections_alone(refused):
     weights = vit().state_dict()
     whole = weights.pop("blocks.1.attn.qkv.weight")
