@@ -118,6 +118,49 @@ def test_no_schedule_steps_after_the_end_of_training(path):
             assert scheduler["end"] == cfg.train_cfg[unit]
 
 
+def test_schedules_on_coco_are_the_arithmetic_of_their_comments():
+    images = 117_266  # of train2017, with annotations
+    # ViTDet's 64 images: 1e-4, steps after 163,889 and 177,546 of 184,375 iterations.
+    for name, epochs, validated, steps, lr, per in (
+        (MAIN, 100, 5, (163_889 / 184_375, 177_546 / 184_375), 1e-4, 64),
+        ("mask_rcnn_castling_s_1x_coco.py", 12, 1, (8 / 12, 11 / 12), 1e-4, 64),
+        (
+            "mask_rcnn_castling_mvit_t_coco.py",
+            67_500 * 64 / images,
+            22_500 * 16 / images,
+            (52_500 / 67_500, 62_500 / 67_500),
+            1.6e-4,
+            64,
+        ),
+    ):
+        cfg = load(name)
+        batch = 8 * cfg.train_dataloader.batch_size
+        assert batch == cfg.auto_scale_lr.base_batch_size == 16
+        total = epochs * images / batch
+        assert cfg.train_cfg.max_iters == pytest.approx(total, abs=1)
+        interval = validated * images / batch
+        assert cfg.train_cfg.val_interval == pytest.approx(interval, abs=1)
+        assert cfg.default_hooks.checkpoint.interval == cfg.train_cfg.val_interval
+        warm_up, decay = cfg.param_scheduler
+        assert warm_up.end == 250 * 64 / batch
+        expected = [share * total for share in steps]
+        assert list(decay.milestones) == pytest.approx(expected, abs=1)
+        assert cfg.optim_wrapper.optimizer.lr == pytest.approx(lr * batch / per)
+    cfg = load("retinanet_castling_levit_256_coco.py")
+    assert cfg.train_cfg.max_epochs == 12
+    assert cfg.param_scheduler[0].end == 500
+    assert list(cfg.param_scheduler[1].milestones) == [8, 11]
+    assert 8 * cfg.train_dataloader.batch_size == cfg.auto_scale_lr.base_batch_size
+    assert cfg.optim_wrapper.optimizer.lr == 1e-4
+    cfg = load("rtmdet_castling_levit_256_coco.py")
+    assert (cfg.train_cfg.max_epochs, cfg.train_dataloader.batch_size) == (300, 32)
+    cosine = cfg.param_scheduler[1]
+    assert (cosine.begin, cosine.end) == (150, 300)
+    assert cfg.optim_wrapper.optimizer.lr == 4e-3 == cosine.eta_min * 20
+    switch = next(h for h in cfg.custom_hooks if h["type"] == "PipelineSwitchHook")
+    assert switch["switch_epoch"] == 280
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configs_name_no_absolute_path(path):
     texts = [value for _, value in flat(load(path)._cfg_dict.to_dict())]
