@@ -235,6 +235,7 @@ class CastlingViT(CastledBackbone, VisionTransformer):
             self.layers[i] = CastlingEncoderLayer(**options)
 
     def init_weights(self) -> None:
+        """Initialise, and load what ``init_cfg`` names, as all castled backbones."""
         if self.dist_token is not None and not self.is_init:
             trunc_normal_(self.dist_token, std=0.02)  # before weights may be loaded
         super().init_weights()
@@ -268,7 +269,8 @@ class CastlingViT(CastledBackbone, VisionTransformer):
         check_image(x, self.patch_size, "a patch")
         x, grid = self.patch_embed(x)  # (B, H*W, C)
         tokens = [t for t in (self.cls_token, self.dist_token) if t is not None]
-        x = torch.cat([*(t.expand(x.shape[0], -1, -1) for t in tokens), x], dim=1)
+        if tokens:
+            x = torch.cat([*(t.expand(x.shape[0], -1, -1) for t in tokens), x], dim=1)
         x = x + resize_pos_embed(
             self.pos_embed,
             self.patch_resolution,
