@@ -39,8 +39,8 @@ from mmcastling.analysis.figures import (
     Instances,
     plot_mask_density,
     plot_predictions,
-    read_mask_history,
 )
+from mmcastling.analysis.run_log import read_mask_history
 from mmcastling.checkpoint import (
     load_checkpoint,
     load_weights,

@@ -2,94 +2,85 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
+import matplotlib.ticker
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-GROUPS = ("early", "middle", "late")
+from mmcastling.analysis.run_log import MaskHistory
+from mmcastling.checkpoint import write_atomically
 
 
-@dataclass(frozen=True)
-class MaskHistory:
-    """What MaskDecayHook logged over a run.
-
-    Attributes:
-        steps: Iterations, one per record.
-        density: Fraction of pairs that survived the mask, averaged over layers.
-        groups: The same for the early, middle and late layers.
-        threshold: The part of the threshold that does not depend on the number of
-            tokens.
-        weight: The branch's factor.
-    """
-
-    steps: list[int]
-    density: list[float]
-    threshold: list[float]
-    weight: list[float]
-    groups: dict[str, list[float]] = field(default_factory=dict)
-
-
-def read_mask_history(work_dir: str | Path) -> MaskHistory:
-    """Read the newest run's mask records from a work directory.
-
-    Args:
-        work_dir: A work directory that training with ``MaskDecayHook`` has written.
+def save_figure(figure: Figure, path: str | Path, dpi: int) -> None:
+    """Write a figure as PNG, whole or not at all.
 
     Raises:
-        ValueError: If there is none in it.
+        CheckpointError: If it cannot be written; a previous file stays as it was.
     """
-    files = sorted(Path(work_dir).glob("*/vis_data/scalars.json"))
-    records: list[dict[str, Any]] = []
-    if files:
-        lines = (json.loads(line) for line in files[-1].read_text().splitlines())
-        records = [line for line in lines if "mask_density" in line]
-    if not records:
-        raise ValueError(
-            f"{work_dir} holds no record of mask density: train with MaskDecayHook in "
-            "custom_hooks and the work directory set to it"
-        )
-    return MaskHistory(
-        steps=[record["step"] for record in records],
-        density=[record["mask_density"] for record in records],
-        threshold=[record["mask_threshold"] for record in records],
-        weight=[record["mask_weight"] for record in records],
-        groups={
-            name: [record[f"mask_density_{name}"] for record in records]
-            for name in GROUPS
-            if f"mask_density_{name}" in records[0]
-        },
-    )
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 
-def plot_mask_density(history: MaskHistory, path: str | Path) -> None:
-    """Draw density, threshold and weight over training."""
+def plot_mask_density(
+    history: MaskHistory, path: str | Path, metrics: Sequence[str] | None = None
+) -> None:
+    """Draw density, threshold and metric over training.
+
+    Args:
+        history: From :func:`mmcastling.analysis.run_log.read_mask_history`.
+        path: PNG file to write.
+        metrics: Names of the metrics to draw. Defaults to None
+            (:meth:`MaskHistory.headlines`).
+
+    Raises:
+        ValueError: If a metric was not logged.
+        CheckpointError: If the file cannot be written.
+    """
+    names = history.headlines() if metrics is None else list(metrics)
+    history.check_metrics(names)
+    heights = (3, 2, 2) if names else (3, 2)
     # Figure instead of pyplot: no display, and no global backend to disturb.
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    for name, values in history.groups.items():
-        top.plot(history.steps, values, lw=1, label=f"{name} layers")
-    top.plot(history.steps, history.density, color="black", lw=2, label="all layers")
-    # Zero must be visible: linear below the smallest decade, logarithmic above.
-    top.set_yscale("symlog", linthresh=1e-5)
-    top.set_ylim(bottom=0)
-    top.set_ylabel("pairs that survive the mask")
-    top.legend(frameon=False)
-    bottom.plot(history.steps, history.threshold, color="tab:red", label="threshold")
-    bottom.plot(history.steps, history.weight, color="tab:blue", label="weight")
-    bottom.set_ylim(-0.03, 1.05)
-    bottom.set_xlabel("iteration")
-    bottom.legend(frameon=False)
-    for axes in (top, bottom):
+    figure = Figure(figsize=(7, 1 + 0.85 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    _draw_density(panels[0], history)
+    _draw_threshold(panels[1], history)
+    for name in names:
+        points = history.metrics[name]
+        panels[2].plot(*zip(*points, strict=True), marker="o", ms=3.5, label=name)
+        panels[2].set_ylabel("validation")
+        panels[2].set_ylim(bottom=0)
+    for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    top.set_title("The auxiliary softmax masks fall to zero", loc="left")
-    figure.savefig(path, dpi=130)
+        axes.legend(frameon=False, loc="best")
+    panels[0].set_title("The auxiliary softmax masks over training", loc="left")
+    panels[-1].set_xlabel("iteration")
+    save_figure(figure, path, dpi=130)
+
+
+def _draw_density(axes: Axes, history: MaskHistory) -> None:
+    for name, values in history.groups.items():
+        axes.plot(history.steps, values, lw=1, label=f"{name} layers")
+    axes.plot(history.steps, history.density, color="black", lw=2, label="all layers")
+    # Zero must be visible: linear below the smallest decade, logarithmic above.
+    axes.set_yscale("symlog", linthresh=1e-5)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("pairs that survive")
+
+
+def _draw_threshold(axes: Axes, history: MaskHistory) -> None:
+    axes.plot(history.steps, history.threshold, color="tab:red", label="threshold")
+    lines = [(history.weight, "tab:blue", "weight of the branch")]
+    if any(history.threshold_uniform):
+        lines.append((history.threshold_uniform, "tab:orange", "threshold, plus x / N"))
+    for values, colour, label in lines:
+        axes.plot(history.steps, values, color=colour, ls="--", label=label)
+    axes.set_ylim(bottom=-0.03)
+    axes.set_ylabel("state of the mask")
 
 
 @dataclass(frozen=True)
@@ -136,7 +127,7 @@ def plot_predictions(
         grid[0], ("image", "ground truth", "prediction"), strict=True
     ):
         axes.set_title(title)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def _painted(image: np.ndarray, instances: Instances) -> np.ndarray:
@@ -151,3 +142,88 @@ def _painted(image: np.ndarray, instances: Instances) -> np.ndarray:
         painted[mask] = 0.65 * painted[mask] + 0.35 * colour
         painted[mask & ~inner] = colour
     return painted.clip(0, 255).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """One panel of :func:`plot_attention`.
+
+    Attributes:
+        title: What it shows.
+        caption: What the colours do not tell; may have several lines.
+        weights: ``(H, W)`` weights of a query on the grid of tokens.
+        signed: Whether weights may be negative.
+    """
+
+    title: str
+    caption: str
+    weights: np.ndarray
+    signed: bool = False
+
+
+def plot_attention(
+    image: np.ndarray,
+    maps: Sequence[HeatMap],
+    point: tuple[float, float],
+    covered: tuple[int, int],
+    own: tuple[int, int],
+    title: str,
+    path: str | Path,
+) -> None:
+    """Draw an image with a marked point, and weights of that point's token over it.
+
+    Colours span the weights on other tokens; the query's own may lie beyond. Signed
+    maps have white at zero.
+
+    Args:
+        image: RGB image ``(H, W, 3)``.
+        maps: The panels.
+        point: ``(x, y)`` in pixels of the image.
+        covered: ``(H, W)`` in pixels that a map covers, from the image's upper left
+            corner: the image and its padding.
+        own: ``(row, column)`` of the query's token.
+        title: Headline.
+        path: PNG file to write.
+
+    Raises:
+        CheckpointError: If the file cannot be written.
+    """
+    height, width = image.shape[:2]
+    panel = 3.0
+    tall = panel * min(max(height / width, 0.4), 2.0)
+    figure = Figure(figsize=(panel * (len(maps) + 1), tall + 1.5), layout="constrained")
+    first, *others = figure.subplots(1, len(maps) + 1)
+    figure.suptitle(title, fontsize=10)
+    first.imshow(image)
+    first.set_title("image and query")
+    grey = image.astype(np.float64).mean(axis=2)
+    for axes, each in zip(others, maps, strict=True):
+        axes.imshow(grey, cmap="gray", vmin=-80, vmax=255)
+        elsewhere = np.delete(
+            each.weights.ravel(), own[0] * each.weights.shape[1] + own[1]
+        )
+        limit = float(np.abs(elsewhere).max(initial=0.0)) or 1.0
+        drawn = axes.imshow(
+            each.weights,
+            cmap="RdBu_r" if each.signed else "inferno",
+            vmin=-limit if each.signed else 0.0,
+            vmax=limit,
+            extent=(-0.5, covered[1] - 0.5, covered[0] - 0.5, -0.5),
+            alpha=0.65,
+            interpolation="nearest",
+        )
+        bar = figure.colorbar(drawn, ax=axes, location="bottom", shrink=0.9, pad=0.02)
+        bar.ax.tick_params(labelsize=7)
+        bar.formatter.set_powerlimits((-3, 3))
+        bar.locator = matplotlib.ticker.MaxNLocator(4)
+        bar.update_ticks()
+        bar.set_label(each.caption, fontsize=8)
+        axes.set_title(each.title)
+    for axes in (first, *others):
+        axes.plot(*point, "o", mfc="none", mec="white", ms=9, mew=3.5)
+        axes.plot(*point, "o", mfc="none", mec="tab:green", ms=9, mew=1.8)
+        axes.set_xlim(-0.5, width - 0.5)
+        axes.set_ylim(height - 0.5, -0.5)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    save_figure(figure, path, dpi=110)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, DictAction
 
 from mmcastling.deploy import PRECISIONS
 from mmcastling.engine.config import DATA_VARIABLE, load_config
+from mmcastling.engine.errors import ConfigError
 
 
 class KeyValueAction(DictAction):
@@ -67,3 +69,19 @@ def config_from_arguments(args: argparse.Namespace) -> Config:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
         cfg.launcher = args.launcher
     return cfg
+
+
+def check_picture(out: Path | None) -> None:
+    """Raise unless ``--out``, where given, names a PNG file that can be written.
+
+    Raises:
+        ConfigError: If not.
+    """
+    if out is None:
+        return
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"--out {out}: pictures are PNG files, end the name in .png")
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {out}: its folder does not exist, create it first")
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder: name a file")
