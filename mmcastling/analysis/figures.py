@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
-import matplotlib.ticker
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 
 from mmcastling.analysis.run_log import MaskHistory
 from mmcastling.checkpoint import write_atomically
@@ -189,41 +190,49 @@ def plot_attention(
         CheckpointError: If the file cannot be written.
     """
     height, width = image.shape[:2]
-    panel = 3.0
-    tall = panel * min(max(height / width, 0.4), 2.0)
-    figure = Figure(figsize=(panel * (len(maps) + 1), tall + 1.5), layout="constrained")
-    first, *others = figure.subplots(1, len(maps) + 1)
+    aspect = min(max(height / width, 0.4), 2.0)
+    figure = Figure(
+        figsize=(3.0 * (len(maps) + 1), 3.0 * aspect + 1.25), layout="constrained"
+    )
     figure.suptitle(title, fontsize=10)
-    first.imshow(image)
-    first.set_title("image and query")
+    # Bars have a row of their own, so that all images are of one size.
+    panels, bars = figure.subplots(
+        2, len(maps) + 1, height_ratios=(3.0 * aspect, 0.1), squeeze=False
+    )
+    panels[0].imshow(image)
+    panels[0].set_title("image and query")
+    bars[0].set_axis_off()
     grey = image.astype(np.float64).mean(axis=2)
-    for axes, each in zip(others, maps, strict=True):
-        axes.imshow(grey, cmap="gray", vmin=-80, vmax=255)
-        elsewhere = np.delete(
-            each.weights.ravel(), own[0] * each.weights.shape[1] + own[1]
-        )
-        limit = float(np.abs(elsewhere).max(initial=0.0)) or 1.0
-        drawn = axes.imshow(
-            each.weights,
-            cmap="RdBu_r" if each.signed else "inferno",
-            vmin=-limit if each.signed else 0.0,
-            vmax=limit,
-            extent=(-0.5, covered[1] - 0.5, covered[0] - 0.5, -0.5),
-            alpha=0.65,
-            interpolation="nearest",
-        )
-        bar = figure.colorbar(drawn, ax=axes, location="bottom", shrink=0.9, pad=0.02)
-        bar.ax.tick_params(labelsize=7)
-        bar.formatter.set_powerlimits((-3, 3))
-        bar.locator = matplotlib.ticker.MaxNLocator(4)
-        bar.update_ticks()
-        bar.set_label(each.caption, fontsize=8)
+    for axes, bar, each in zip(panels[1:], bars[1:], maps, strict=True):
+        axes.imshow(grey, cmap="gray", vmin=0, vmax=255)
         axes.set_title(each.title)
-    for axes in (first, *others):
-        axes.plot(*point, "o", mfc="none", mec="white", ms=9, mew=3.5)
-        axes.plot(*point, "o", mfc="none", mec="tab:green", ms=9, mew=1.8)
+        drawn = _draw_heat_map(axes, each, covered, own)
+        figure.colorbar(drawn, cax=bar, orientation="horizontal")
+        bar.xaxis.set_major_locator(MaxNLocator(4))
+        bar.tick_params(labelsize=7)
+        bar.set_xlabel(each.caption, fontsize=8)
+    for axes in panels:
+        for colour, line in (("white", 3.5), ("limegreen", 1.8)):
+            axes.plot(*point, "o", mfc="none", mec=colour, ms=10, mew=line)
         axes.set_xlim(-0.5, width - 0.5)
         axes.set_ylim(height - 0.5, -0.5)
         axes.set_xticks([])
         axes.set_yticks([])
     save_figure(figure, path, dpi=110)
+
+
+def _draw_heat_map(
+    axes: Axes, heat_map: HeatMap, covered: tuple[int, int], own: tuple[int, int]
+) -> AxesImage:
+    elsewhere = np.abs(heat_map.weights)
+    elsewhere[own] = 0.0
+    limit = float(elsewhere.max()) or 1.0
+    return axes.imshow(
+        heat_map.weights,
+        cmap="RdBu_r" if heat_map.signed else "inferno",
+        vmin=-limit if heat_map.signed else 0.0,
+        vmax=limit,
+        extent=(-0.5, covered[1] - 0.5, covered[0] - 0.5, -0.5),
+        alpha=0.75,
+        interpolation="nearest",
+    )

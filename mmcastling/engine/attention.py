@@ -280,27 +280,28 @@ def draw_attention(view: AttentionView, path: str | os.PathLike[str]) -> None:
     """
     tokens, (_, columns) = len(view.rows.softmax), view.grid
     own = divmod(view.query - view.extra_tokens, columns)
-    bar = view.threshold.resolve(tokens)
     if view.survivors:
-        mask = f"above {bar:.3g}: {view.survivors:.1%} of its pairs survive"
+        bar = view.threshold.resolve(tokens) * tokens
+        mask = f"{view.survivors:.1%} of the pairs exceed {bar:.3g}/N"
     elif view.own_threshold and (view.weight == 0 or view.threshold.rejects_all):
-        mask = "nothing survives: " + ("pruned" if view.deployed else "masks at zero")
+        mask = "empty: " + ("pruned" if view.deployed else "masks have decayed")
     else:
-        mask = f"nothing exceeds {bar:.3g}"
+        mask = f"empty: nothing exceeds {view.threshold}"
 
     def heat_map(title: str, row: Tensor, note: str, signed: bool) -> HeatMap:
-        caption = f"{note}\nown token {row[view.query]:.3g}"
+        row = row.cpu() if signed else row.cpu() * tokens
+        caption = f"{note}\non itself {row[view.query]:.3g}"
         if view.extra_tokens:
-            caption += f", off the grid {row[: view.extra_tokens].sum():.3g}"
-        on_grid = row[view.extra_tokens :].reshape(view.grid).cpu().numpy()
+            caption += f", on the class token {row[: view.extra_tokens].sum():.3g}"
+        on_grid = row[view.extra_tokens :].reshape(view.grid).numpy()
         return HeatMap(title, caption, on_grid, signed)
 
-    rows = view.rows
+    rows, unit = view.rows, "in units of 1/N, uniform attention"
     maps = [
-        heat_map("softmax", rows.softmax, f"sums to 1, 1/N is {1 / tokens:.2g}", False),
-        heat_map("angular", rows.angular, "what is deployed", True),
-        heat_map("masked softmax", rows.masked, mask, False),
-        heat_map("combined", rows.combined, "masked + angular", True),
+        heat_map("softmax", rows.softmax, unit, False),
+        heat_map("angular", rows.angular, "signed weights, what is deployed", True),
+        heat_map("masked softmax", rows.masked, f"in 1/N; {mask}", False),
+        heat_map("combined", rows.combined, "masked + angular, signed weights", True),
     ]
     title = f"{view.layer}, {view.grid[0]}x{columns} tokens, {view.heads}"
     plot_attention(view.image, maps, view.point, view.covered, own, title, path)
