@@ -52,8 +52,9 @@ def plot_mask_density(
     for name in names:
         points = history.metrics[name]
         panels[2].plot(*zip(*points, strict=True), marker="o", ms=3.5, label=name)
+    if names:
         panels[2].set_ylabel("validation")
-        panels[2].set_ylim(bottom=0)
+        panels[2].set_ylim(bottom=0)  # once all lines are there: it ends autoscaling
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
@@ -74,12 +75,14 @@ def _draw_density(axes: Axes, history: MaskHistory) -> None:
 
 
 def _draw_threshold(axes: Axes, history: MaskHistory) -> None:
-    axes.plot(history.steps, history.threshold, color="tab:red", label="threshold")
-    lines = [(history.weight, "tab:blue", "weight of the branch")]
+    lines = [(history.threshold, "tab:red", "-", "threshold, as a probability")]
     if any(history.threshold_uniform):
-        lines.append((history.threshold_uniform, "tab:orange", "threshold, plus x / N"))
-    for values, colour, label in lines:
-        axes.plot(history.steps, values, color=colour, ls="--", label=label)
+        label = "plus this multiple of uniform attention, 1/N"
+        lines.append((history.threshold_uniform, "tab:orange", "--", label))
+    if any(weight != 1 for weight in history.weight):
+        lines.append((history.weight, "tab:blue", "-", "weight of the branch"))
+    for values, colour, style, label in lines:
+        axes.plot(history.steps, values, color=colour, ls=style, label=label)
     axes.set_ylim(bottom=-0.03)
     axes.set_ylabel("state of the mask")
 

@@ -280,13 +280,13 @@ def draw_attention(view: AttentionView, path: str | os.PathLike[str]) -> None:
     """
     tokens, (_, columns) = len(view.rows.softmax), view.grid
     own = divmod(view.query - view.extra_tokens, columns)
+    bar = f"{view.threshold.resolve(tokens) * tokens:.3g}/N"
     if view.survivors:
-        bar = view.threshold.resolve(tokens) * tokens
-        mask = f"{view.survivors:.1%} of the pairs exceed {bar:.3g}/N"
+        mask = f"{100 * view.survivors:.2g}% of the pairs exceed {bar}"
     elif view.own_threshold and (view.weight == 0 or view.threshold.rejects_all):
         mask = "empty: " + ("pruned" if view.deployed else "masks have decayed")
     else:
-        mask = f"empty: nothing exceeds {view.threshold}"
+        mask = f"empty: nothing exceeds {bar}"
 
     def heat_map(title: str, row: Tensor, note: str, signed: bool) -> HeatMap:
         row = row.cpu() if signed else row.cpu() * tokens
