@@ -16,6 +16,7 @@ from typing import Any
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.fileio import load
 from mmengine.infer import BaseInferencer
+from mmengine.utils import is_installed
 from mmpretrain.apis.model import ModelHub
 
 PACKAGE = Path(__file__).resolve().parent
@@ -74,12 +75,17 @@ def find_config(name: str) -> str:
 def register_names() -> None:
     """Make our configs known by name where a toolbox allows it. Idempotent.
 
+    Makes mmseg's known as well, ``mmseg::...``, whatever its distribution is called.
     MMEngine then resolves ``mmcastling::castling/NAME.py`` in a ``_base_`` and in
     ``mmengine.hub.get_config``, mmpretrain the names in ``get_model``, ``list_models``
     and its inferencers, and mmdet's and mmseg's inferencers those of detectors and
     segmentors.
     """
     MODULE2PACKAGE.setdefault("mmcastling", "mmcastling")
+    # MMEngine looks for the distribution "mmsegmentation"; the maintained one has
+    # another name, and is found by that of its module.
+    if not is_installed(MODULE2PACKAGE["mmseg"]):
+        MODULE2PACKAGE["mmseg"] = "mmseg"
     for folder in FOLDERS:
         file = folder / CLASSIFIERS
         if file.is_file():

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from mmcastling.analysis.run_log import MaskHistory
@@ -239,3 +240,66 @@ def _draw_heat_map(
         alpha=0.75,
         interpolation="nearest",
     )
+
+
+@dataclass(frozen=True)
+class SegmentationLegend:
+    """Names and colours of classes, by id.
+
+    Attributes:
+        classes: Names.
+        palette: ``(R, G, B)`` in 0 to 255 of each.
+    """
+
+    classes: Sequence[str]
+    palette: Sequence[Sequence[int]]
+
+    def paint(self, labels: np.ndarray) -> np.ndarray:
+        """Colours ``(H, W, 3)`` of class ids ``(H, W)``; no class is black."""
+        colours = np.zeros((256, 3), np.uint8)
+        colours[: len(self.palette)] = self.palette
+        return colours[labels]
+
+
+def plot_segmentation(
+    images: Sequence[np.ndarray],
+    truths: Sequence[np.ndarray],
+    predictions: Sequence[np.ndarray],
+    legend: SegmentationLegend,
+    path: str | Path,
+) -> None:
+    """Draw each image beside its true and its predicted classes.
+
+    Args:
+        images: RGB images ``(H, W, 3)``.
+        truths: Class ids ``(H, W)`` in 0 to 255, one map per image; ids without a
+            class are void.
+        predictions: Class ids ``(H, W)``, one map per image.
+        legend: Names and colours of the classes.
+        path: PNG file to write.
+    """
+    height, width = images[0].shape[:2]
+    tall = 3.1 * height / width * len(images) + 0.9
+    figure = Figure(figsize=(9.3, tall), layout="constrained")
+    grid = figure.subplots(len(images), 3, squeeze=False)
+    for row, image, truth, prediction in zip(
+        grid, images, truths, predictions, strict=True
+    ):
+        row[0].imshow(image)
+        row[1].imshow(legend.paint(truth))
+        row[2].imshow(legend.paint(prediction))
+        for axes in row:
+            axes.set_xticks([])
+            axes.set_yticks([])
+    titles = ("image", "ground truth, void black", "prediction")
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title)
+    handles = [
+        Patch(facecolor=np.divide(colour, 255), label=name)
+        for name, colour in zip(legend.classes, legend.palette, strict=True)
+    ]
+    columns = -(-len(handles) // 2)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False
+    )
+    save_figure(figure, path, dpi=110)

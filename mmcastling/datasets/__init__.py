@@ -1,7 +1,8 @@
-"""Embedded data, and a check of COCO files; free of torch and of the OpenMMLab stack.
+"""Embedded data, and checks of a user's; free of torch and of the OpenMMLab stack.
 
 ``prepare_nuclei`` writes a small real instance-segmentation set without COCO on disk;
-``check_coco`` says in words what is wrong with an annotation file.
+``check_coco`` says in words what is wrong with an annotation file, and
+``check_segmentation`` what is wrong with images and their label maps.
 """
 
 from mmcastling.datasets.coco_check import CocoFormatError, CocoSummary, check_coco
@@ -12,14 +13,22 @@ from mmcastling.datasets.nuclei_check import (
     SplitSummary,
     verify_nuclei,
 )
+from mmcastling.datasets.segmentation_check import (
+    SegmentationFormatError,
+    SegmentationSummary,
+    check_segmentation,
+)
 
 __all__ = [
     "CocoFormatError",
     "CocoSummary",
     "DatasetError",
     "NucleiSummary",
+    "SegmentationFormatError",
+    "SegmentationSummary",
     "SplitSummary",
     "check_coco",
+    "check_segmentation",
     "prepare_nuclei",
     "verify_nuclei",
 ]

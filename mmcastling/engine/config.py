@@ -18,11 +18,16 @@ from mmengine.registry import DATASETS, init_default_scope
 
 from mmcastling.datasets import DatasetError, check_coco
 from mmcastling.engine.errors import ConfigError
+from mmcastling.engine.segmentation import check_label_maps, is_segmentation
 
 DATA_VARIABLE = "MMCASTLING_DATA"
 """Environment variable that names the folder standing for ``data/`` in all configs."""
 
 HOW_TO_GET = {
+    "ADEChallengeData2016": "get ADE20K (images/, annotations/) from the MIT Scene "
+    "Parsing challenge",
+    "camvid": "get CamVid (images/ and annotations/, each with train/ and val/), "
+    "labelled as for SegNet",
     "coco": "get COCO 2017 (train2017/, val2017/, annotations/) from cocodataset.org",
     "imagenet": "get ImageNet-1k (train/, val/, a folder a class) from image-net.org",
     "nuclei": "make it with: python tools/data/prepare_nuclei.py",
@@ -157,7 +162,9 @@ def has_data(cfg: Config, split: str) -> bool:
 
 
 def check_data(cfg: Config, *splits: str) -> None:
-    """Check that a config's data is there and, for COCO annotations, well-formed.
+    """Check that a config's data is there and well-formed.
+
+    COCO annotations and the label maps of segmentation are read.
 
     Args:
         cfg: A config from :func:`load_config`.
@@ -166,6 +173,8 @@ def check_data(cfg: Config, *splits: str) -> None:
     Raises:
         DatasetError: If a folder is missing; says how to get it.
         CocoFormatError: If an annotation file is missing or malformed.
+        SegmentationFormatError: If images or label maps are.
+        ConfigError: If the heads have another number of classes than the data.
     """
     seen: set[str] = set()
     for split in splits:
@@ -173,6 +182,9 @@ def check_data(cfg: Config, *splits: str) -> None:
             root = dataset.get("data_root") or ""
             if root and not Path(root).is_dir():
                 raise DatasetError(_missing_root(root))
+            if is_segmentation(dataset):
+                check_label_maps(cfg, dataset)
+                continue
             ann_file = dataset.get("ann_file") or ""
             if Path(ann_file).suffix != ".json":
                 continue
@@ -188,8 +200,9 @@ def check_data(cfg: Config, *splits: str) -> None:
 
 
 def _missing_root(root: str) -> str:
-    name = Path(root).name
-    how = HOW_TO_GET.get(name)
+    parts = Path(root).parts
+    name = Path(*parts[1:]) if parts[0] == "data" and parts[1:] else Path(root).name
+    how = HOW_TO_GET.get(Path(root).name)
     how = f"{how}, or " if how else ""
     return (
         f"the data folder {root} does not exist: {how}point to yours with "
