@@ -90,6 +90,45 @@ custom_hooks = [
 ]
 """
 
+# The nano segmentor of CamVid on frames of 120x90 (96 tokens), four iterations, EMA.
+SEGMENTOR = """
+_base_ = [{base!r}]
+data_root = {data_root!r}
+crop_size = (64, 96)
+train_pipeline = _base_.train_pipeline
+train_pipeline[2].update(scale=(120, 90), ratio_range=(0.9, 1.2))
+train_pipeline[3].update(crop_size=crop_size)
+test_pipeline = _base_.test_pipeline
+test_pipeline[1].update(scale=(120, 90))
+loader = dict(num_workers=0, persistent_workers=False)
+train_dataloader = dict(
+    batch_size=2, dataset=dict(data_root=data_root, pipeline=train_pipeline), **loader
+)
+val_dataloader = dict(
+    dataset=dict(data_root=data_root, pipeline=test_pipeline), **loader
+)
+test_dataloader = val_dataloader
+model = dict(
+    data_preprocessor=dict(size=crop_size), backbone=dict(img_size=crop_size)
+)
+train_cfg = dict(max_iters=4, val_interval=4)
+param_scheduler = [dict(type="ConstantLR", factor=1.0, by_epoch=False)]
+default_hooks = dict(
+    logger=dict(interval=1), checkpoint=dict(interval=2, max_keep_ckpts=-1)
+)
+custom_hooks = [
+    dict(
+        type="MaskDecayHook",
+        mode="weight",
+        start="0.5/N",
+        curve="linear",
+        finish=0.9,
+        interval=1,
+    ),
+    dict(type="EMAHook", momentum=0.5),
+]
+"""
+
 # Four 64x64 pictures a class, two iterations an epoch.
 CLASSIFIER = """
 _base_ = [{base!r}]
@@ -157,6 +196,73 @@ def tiny_coco(shared_data: Path) -> Path:
     if not folder.is_dir():
         pytest.skip(f"no tiny_coco in {shared_data}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def camvid(shared_data: Path) -> Path:
+    """123 + 34 road scenes with label maps of 11 classes and void."""
+    folder = shared_data / "camvid"
+    if not folder.is_dir():
+        pytest.skip(f"no camvid in {shared_data}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_scenes(camvid):
+    """Make a data root of a few of CamVid's frames, a fourth as large, to be damaged.
+
+    The names of the splits' folders are CamVid's, or those given.
+    """
+    import cv2
+
+    def make(folder: Path, frames: int = 4, splits=("train", "val")) -> Path:
+        for source, split in zip(("train", "val"), splits, strict=True):
+            images = sorted((camvid / "images" / source).glob("*.jpg"))
+            step = len(images) // frames
+            for image in images[::step][:frames]:
+                label = camvid / "annotations" / source / f"{image.stem}.png"
+                for path, kind, how in (
+                    (image, "images", cv2.INTER_AREA),
+                    (label, "annotations", cv2.INTER_NEAREST),
+                ):
+                    pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+                    out = folder / kind / split / path.name
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                    small = cv2.resize(pixels, (120, 90), interpolation=how)
+                    assert cv2.imwrite(str(out), small)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def scenes(make_scenes, tmp_path_factory) -> Path:
+    """Four frames a split in CamVid's layout."""
+    return make_scenes(tmp_path_factory.mktemp("data") / "scenes")
+
+
+@pytest.fixture(scope="session")
+def segmentor_config(scenes, tmp_path_factory) -> Path:
+    """Config of the nano segmentor that trains in seconds on small frames."""
+    path = tmp_path_factory.mktemp("configs") / "tiny_segmentor.py"
+    base = str(ROOT / "configs" / "upernet_castling_nano_camvid.py")
+    path.write_text(SEGMENTOR.format(base=base, data_root=str(scenes)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained_segmentor(segmentor_config, tmp_path_factory):
+    """The segmentor after two iterations, masks on, and after four, masks off."""
+    from mmcastling.engine import load_config, train
+
+    work_dir = tmp_path_factory.mktemp("segmentor")
+    train(load_config(segmentor_config, work_dir=str(work_dir)))
+    return SimpleNamespace(
+        config=segmentor_config,
+        work_dir=work_dir,
+        masks_on=work_dir / "iter_2.pth",
+        masks_off=work_dir / "iter_4.pth",
+    )
 
 
 @pytest.fixture(scope="session")

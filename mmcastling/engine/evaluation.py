@@ -249,9 +249,13 @@ def enable_tta(cfg: Config) -> None:
         keys = pack.get("meta_keys")
         if keys is not None:
             pack.meta_keys = (*keys, "flip", "flip_direction")
+        steps = copy.deepcopy(dataset.pipeline[:-1])
+        # mmseg flips predictions back, not the truth, which must not be flipped.
+        late = [step for step in steps if scope == "mmseg" and _loads_truth(step)]
+        transforms = [_FLIP, *([step] for step in late), [pack]]
         cfg.tta_pipeline = [
-            *copy.deepcopy(dataset.pipeline[:-1]),
-            dict(type="TestTimeAug", transforms=[_FLIP, [pack]]),
+            *(step for step in steps if step not in late),
+            dict(type="TestTimeAug", transforms=transforms),
         ]
     dataset.pipeline = cfg.tta_pipeline
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
@@ -260,6 +264,10 @@ def enable_tta(cfg: Config) -> None:
         if scope == "mmdet" and "segm" in (evaluator.get("metric") or []):
             print("--tta: mmdet merges boxes only; evaluating bbox without segm")
             evaluator.metric = ["bbox"]
+
+
+def _loads_truth(step: dict[str, Any]) -> bool:
+    return str(step["type"]).rpartition(".")[2] == "LoadAnnotations"
 
 
 def enable_drawing(

@@ -87,6 +87,38 @@ def test_the_softmax_twin_differs_in_its_attention_only():
     )
 
 
+@pytest.mark.parametrize("size", ["s", "mvit_t"])
+def test_the_twins_for_segmentation_differ_in_their_attention(size):
+    twins = [f"upernet_{kind}_{size}_ade20k.py" for kind in ("softmax", "castling")]
+    own = ("model.backbone.attention", "custom_hooks")
+    if size == "mvit_t":  # the published MViTv2
+        own += (
+            "model.backbone.ffn_conv",
+            "optim_wrapper.paramwise_cfg.custom_keys.rel",
+        )
+    changed = differences(*twins)
+    assert changed and all(key.startswith(own) for key in changed), changed
+
+
+@pytest.mark.parametrize("size", ["s", "mvit_t"])
+def test_semantic_fpn_differs_from_upernet_in_its_heads_only(size):
+    heads = [f"{head}_castling_{size}_ade20k.py" for head in ("fpn", "upernet")]
+    own = ("model.decode_head.", "model.auxiliary_head", "model.neck.")
+    changed = differences(*heads)
+    assert changed and all(key.startswith(own) for key in changed), changed
+
+
+def test_ade20k_is_trained_for_160k_iterations_of_16_crops():
+    names = [path.name for path in CONFIGS if path.stem.endswith("ade20k")]
+    assert len(names) == 7
+    for name in names:
+        cfg = load(name)
+        assert cfg.train_cfg.max_iters == cfg.param_scheduler[-1].end == 160_000
+        assert 8 * cfg.train_dataloader.batch_size == cfg.auto_scale_lr.base_batch_size
+        assert tuple(cfg.model.data_preprocessor.size) == (512, 512)
+        assert cfg.model.decode_head.num_classes == 150
+
+
 def test_the_local_attention_twin_keeps_data_and_schedule():
     changed = differences("mask_rcnn_swin_t_coco.py")
     assert changed

@@ -21,9 +21,10 @@ from mmcastling.engine.errors import is_meant_for_the_user
 from mmcastling.protocol import castling_modules
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.py"))
-# Trained elsewhere: the demo, and what test_detectors.py trains and evaluates.
+# Trained elsewhere: the demo, and what test_detectors.py and test_segmentors.py train
+# and evaluate.
 ELSEWHERE = ("nuclei", "mask_rcnn_castling_mvit_t", "mask_rcnn_softmax_mvit_t")
-ELSEWHERE += ("retinanet_",)
+ELSEWHERE += ("retinanet_", "ade20k", "camvid")
 NAMES = [p.stem for p in CONFIGS if not any(part in p.stem for part in ELSEWHERE)]
 
 FOUR_LAYERS = "layers = dict(num_layers=4, embed_dims={0}, num_heads={1})\n"

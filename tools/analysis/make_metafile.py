@@ -29,8 +29,18 @@ COLLECTIONS = {
     "CastlingLeViT": "Castling-LeViT",
     "CastlingMViT": "Castling-MViTv2",
 }
-DATA = {"in1k": "ImageNet-1k", "coco": "COCO", "nuclei": "nuclei"}
-TASKS = {"mmpretrain": "classification", "mmdet": "detection"}
+DATA = {
+    "in1k": "ImageNet-1k",
+    "coco": "COCO",
+    "nuclei": "nuclei",
+    "ade20k": "ADE20K",
+    "camvid": "CamVid",
+}
+TASKS = {
+    "mmpretrain": "classification",
+    "mmdet": "detection",
+    "mmseg": "segmentation",
+}
 
 
 def main() -> None:
@@ -78,9 +88,14 @@ def entry(cfg: Config) -> dict[str, Any]:
 
 
 def test_shape(cfg: Config) -> tuple[int, int]:
-    """``(H, W)`` of an image in testing, as the network sees it at its largest."""
+    """``(H, W)`` of an image in testing, as the network sees it at its largest.
+
+    For segmentation that of a crop.
+    """
     if cfg.default_scope == "mmpretrain":
         return (224, 224)
+    if cfg.default_scope == "mmseg":  # the size of crops, which is what papers count
+        return tuple(cfg.model.data_preprocessor.size)
     sizes = [
         step["scale"]
         for step in cfg.test_dataloader.dataset.pipeline
