@@ -53,6 +53,8 @@ BEGIN, END = "<!-- camvid -->\n", "<!-- /camvid -->"
 
 PIXELS = 400_000
 """Training pixels that the colour classifier sees, drawn at random."""
+STEPS = 2_000
+"""Batches of 4,096 of them that it is trained with."""
 
 # Kept buffers and passive waiting halve the time of a step on a CPU; see the demo.
 ENVIRONMENT = {
@@ -211,9 +213,8 @@ def colour_classifier(
         )
     loss = nn.CrossEntropyLoss(None if weight is None else torch.tensor(weight))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    steps = 2_000
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for _ in range(STEPS):
         batch = torch.randint(len(x), (4096,), generator=generator)
         optimizer.zero_grad()
         loss(model(x[batch]), y[batch]).backward()
