@@ -21,6 +21,7 @@ from mmcastling.protocol import castling_modules
 
 DETECTOR = "mask_rcnn_castling_nano_nuclei"
 CLASSIFIER = "castling_tiny_in1k"
+SEGMENTOR = "upernet_castling_nano_camvid"
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,8 @@ def test_every_config_is_in_the_index_once_and_no_weights_are_promised(root, met
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["castling_tiny_in1k", "castling_levit_256_in1k", "swin_tiny_in1k", DETECTOR],
+    ["castling_tiny_in1k", "castling_levit_256_in1k", "swin_tiny_in1k", DETECTOR]
+    + [SEGMENTOR, "mask2former_castling_b_ade20k"],
 )
 def test_costs_of_the_index_are_counted(root, name, monkeypatch):
     monkeypatch.syspath_prepend(root / "tools" / "analysis")
@@ -68,7 +70,8 @@ def test_a_config_is_found_by_name_and_a_wrong_name_is_corrected(root):
 
 
 @pytest.mark.parametrize(
-    ("name", "toolbox"), [(CLASSIFIER, "mmpretrain"), (DETECTOR, "mmdet")]
+    ("name", "toolbox"),
+    [(CLASSIFIER, "mmpretrain"), (DETECTOR, "mmdet"), (SEGMENTOR, "mmseg")],
 )
 def test_a_config_of_another_folder_inherits_ours_and_is_built(
     root, tmp_path, name, toolbox

@@ -45,7 +45,7 @@ def test_links_lead_somewhere(target):
 def test_named_files_and_configs_exist():
     for name in re.findall(r"(?:python|bash) (\S+\.(?:py|sh))", README):
         assert (ROOT / name).exists(), name
-    for name in re.findall(r"`(\w+_(?:coco|in1k|nuclei)\.py)`", README):
+    for name in re.findall(r"`(\w+_(?:coco|in1k|nuclei|ade20k|camvid)\.py)`", README):
         assert (ROOT / "configs" / name).exists(), name
 
 
