@@ -16,6 +16,7 @@ A finished training in the work directory is used again.
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -85,7 +86,8 @@ def train(config: Path, data_root: str, work_dir: Path) -> tuple[Path, dict[str,
     """Train in a process of its own, or find that it has been done.
 
     Returns:
-        The last checkpoint, and ``seconds`` and ``threads`` of the training.
+        The last checkpoint, and of the training its ``seconds``, its ``cpu_seconds`` in
+        all processes (the same where nothing else runs), and its ``threads``.
 
     Raises:
         RuntimeError: If training fails; shows the end of its output.
@@ -100,7 +102,7 @@ def train(config: Path, data_root: str, work_dir: Path) -> tuple[Path, dict[str,
     log = work_dir / "train.log"
     command = [sys.executable, str(ROOT / "tools" / "train.py"), str(config)]
     command += ["--work-dir", str(work_dir), "--cfg-options", f"data_root={data_root}"]
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), _children_seconds()
     with log.open("w") as out:
         done = subprocess.run(
             command,
@@ -114,10 +116,16 @@ def train(config: Path, data_root: str, work_dir: Path) -> tuple[Path, dict[str,
         raise RuntimeError(f"training failed, its output ends with:\n{tail}\nsee {log}")
     facts = dict(
         seconds=round(time.perf_counter() - started, 1),
+        cpu_seconds=round(_children_seconds() - cpu, 1),
         threads=torch.get_num_threads(),
     )
     write_json_atomically(record, dict(facts, config=text))
     return Path((work_dir / "last_checkpoint").read_text().strip()), facts
+
+
+def _children_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def deployed_model(cfg: Config, checkpoint: Path) -> nn.Module:
@@ -355,7 +363,8 @@ def table(result: dict[str, Any]) -> str:
         f"{result['frames']['train']} training frames, {training['iterations']} "
         f"iterations of {training['batch_size']} crops of {training['crop'][0]}x"
         f"{training['crop'][1]}, seed {training['seed']}, trained in "
-        f"{training['seconds'] / 60:.1f} minutes with "
+        f"{training['seconds'] / 60:.1f} minutes, {training['cpu_seconds'] / 60:.1f} "
+        "of them on the processor, with "
         f"{training['threads']} CPU thread{'s' if training['threads'] > 1 else ''} "
         f"({place['device']}), torch {place['torch']}, mmseg {place['mmseg']}. "
         f"{result['params'] / 1e6:.2f} M parameters, {result['macs'] / 1e9:.2f} GMACs "

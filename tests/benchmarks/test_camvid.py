@@ -85,7 +85,9 @@ def test_it_trains_evaluates_compares_and_stores(
     assert str(tmp_path) not in out.read_text() and str(scenes) not in out.read_text()
     assert result["frames"] == dict(train=4, val=4)
     assert result["image_size"] == [90, 120]
-    assert result["training"]["seconds"] > 0 and result["training"]["iterations"] == 4
+    seconds = result["training"]["seconds"]
+    assert seconds > 0 and 0 < result["training"]["cpu_seconds"] < 4 * seconds
+    assert result["training"]["iterations"] == 4
     assert sum(result["val_share"].values()) == pytest.approx(100)
     assert set(result["scores"]) == set(benchmark.ROWS)
     for row in result["scores"].values():
