@@ -48,8 +48,14 @@ def test_every_config_is_in_the_index_once_and_no_weights_are_promised(root, met
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["castling_tiny_in1k", "castling_levit_256_in1k", "swin_tiny_in1k"]
-    + [DETECTOR, SEGMENTOR, "mask2former_castling_b_ade20k"],
+    [
+        "castling_tiny_in1k",
+        "castling_levit_256_in1k",
+        "swin_tiny_in1k",
+        "mask2former_castling_b_ade20k",
+        DETECTOR,
+        SEGMENTOR,
+    ],
 )
 def test_costs_of_the_index_are_counted(root, name, monkeypatch):
     monkeypatch.syspath_prepend(root / "tools" / "analysis")

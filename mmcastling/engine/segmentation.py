@@ -76,8 +76,11 @@ def check_label_maps(cfg: Config, dataset: dict[str, Any]) -> None:
 def _check_heads(cfg: Config, count: int) -> set[int]:
     """Compare the heads' number of classes; the labels that they pass over."""
     ignored = set()
+    model = cfg.model
+    if "module" in model:  # inside what averages augmented views
+        model = model["module"]
     for key in ("decode_head", "auxiliary_head"):
-        heads = cfg.model.get(key) or []
+        heads = model.get(key) or []
         for head in heads if isinstance(heads, (list, tuple)) else [heads]:
             classes = head.get("num_classes")
             if classes is not None and classes != count:
