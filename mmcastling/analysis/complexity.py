@@ -7,8 +7,9 @@ RoIAlign and NMS, as is usual in the tables of this field, and mmcv's compiled o
 which torch cannot see.
 """
 
+import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -139,6 +140,10 @@ def count_model_macs(model: nn.Module, shape: tuple[int, int]) -> ComplexityRepo
     )
 
     def run(model: nn.Module) -> Any:
+        head = getattr(model, "decode_head", None)
+        if head is not None and "batch_data_samples" in _forward_arguments(head):
+            # mmseg's mode='tensor' does not know Mask2Former's head.
+            return head.forward(model.extract_feat(image), [sample])
         return model(image, [sample], mode="tensor")
 
     with _eval_mode(model):
@@ -147,6 +152,10 @@ def count_model_macs(model: nn.Module, shape: tuple[int, int]) -> ComplexityRepo
         else:
             macs = _count_two_stage(model, run, shape)
         return _report(model, macs, tuple(image.shape))
+
+
+def _forward_arguments(module: nn.Module) -> Collection[str]:
+    return inspect.signature(type(module).forward).parameters
 
 
 def _report(
