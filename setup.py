@@ -85,6 +85,12 @@ setup(
     packages=find_packages(include=["mmcastling", "mmcastling.*"]),
     install_requires=requirements(),
     extras_require={
+        "export": [
+            "onnx>=1.23,<2",
+            "onnxscript>=0.7,<0.8",
+            "onnxruntime>=1.32,<2",
+            "openvino>=2026.4,<2027",
+        ],
         "timm": ["timm>=1.0.3,<1.1"],
     },
     cmdclass={"build_py": BuildWithMim},

@@ -4,6 +4,7 @@ from mmcastling.engine.config import DATA_VARIABLE, check_data, load_config
 from mmcastling.engine.conversion import ConversionReport, convert
 from mmcastling.engine.errors import ConfigError, run_cli
 from mmcastling.engine.evaluation import Evaluation, Pruning, evaluate
+from mmcastling.engine.exported import ExportedEvaluation, evaluate_exported
 from mmcastling.engine.training import train
 
 __all__ = [
@@ -11,10 +12,12 @@ __all__ = [
     "ConfigError",
     "ConversionReport",
     "Evaluation",
+    "ExportedEvaluation",
     "Pruning",
     "check_data",
     "convert",
     "evaluate",
+    "evaluate_exported",
     "load_config",
     "run_cli",
     "train",

@@ -118,16 +118,7 @@ def evaluate(
     check_data(cfg, "test")
     checkpoint = load_checkpoint(source)
     check_work_dir(cfg.work_dir)
-    cfg = copy.deepcopy(cfg)
-    cfg.load_from, cfg.resume = None, False
-    drop_training_hooks(cfg)  # the weights in state_dict are averaged already
-    for key in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"):
-        cfg[key] = None
-    for key in ("val_dataloader", "val_cfg", "val_evaluator"):
-        cfg[key] = None
-    cfg.auto_scale_lr = None
-    for key in ("runner_type", "strategy"):  # of training; every rank holds all here
-        cfg.pop(key, None)
+    cfg = testing_config(cfg)
     runner = build_runner(cfg)
     model = core_model(runner.model)
     load_weights(model, checkpoint, str(source))
@@ -149,6 +140,21 @@ def evaluate(
         metrics = runner.test()
     batch_size = cfg.test_dataloader.get("batch_size", 1)
     return Evaluation(metrics, timer.median / batch_size, pruning, precision)
+
+
+def testing_config(cfg: Config) -> Config:
+    """A copy of a config that only tests: nothing of training is built."""
+    cfg = copy.deepcopy(cfg)
+    cfg.load_from, cfg.resume = None, False
+    drop_training_hooks(cfg)  # the weights in state_dict are averaged already
+    for key in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"):
+        cfg[key] = None
+    for key in ("val_dataloader", "val_cfg", "val_evaluator"):
+        cfg[key] = None
+    cfg.auto_scale_lr = None
+    for key in ("runner_type", "strategy"):  # of training; every rank holds all here
+        cfg.pop(key, None)
+    return cfg
 
 
 def _leave_out_masks(model: nn.Module) -> None:
