@@ -12,7 +12,7 @@ from mmcastling.deploy.precision import (
     check_precision,
     set_precision,
 )
-from mmcastling.deploy.verify import features, largest_difference
+from mmcastling.deploy.verify import features, largest_difference, tensors_in
 
 __all__ = [
     "DEPLOY_META_KEY",
@@ -26,4 +26,5 @@ __all__ = [
     "largest_difference",
     "select_weights",
     "set_precision",
+    "tensors_in",
 ]

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors inside nested tuples, lists and dicts, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def features(model: nn.Module, images: Tensor) -> list[Tensor]:
         images: A preprocessed batch ``(B, C, H, W)``.
     """
     extract = getattr(model, "extract_feat", model)
-    return list(_tensors(extract(images)))
+    return list(tensors_in(extract(images)))
 
 
 def largest_difference(

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -121,28 +122,104 @@ def convert(
             f"cannot write {out}: the folder {out.parent} does not exist: create it"
         )
 
-    weights = select_weights(checkpoint, ema)
-    model = build_model(cfg)
-    check_weights_fit(model, {"state_dict": weights}, str(source))
-    model.load_state_dict(weights)
-    model.eval()
-    pruned = sum(1 for _ in castling_modules(model))
-    if not pruned:
+    pruned = prune(
+        cfg, checkpoint, source, verify=verify, force=force, ema=ema, images=num_images
+    )
+    if not pruned.attentions:
         raise ConfigError(
             "the config's model has no auxiliary branch to prune: nothing is castled, "
             "or it is built with deploy=True"
         )
+    deployed, images = pruned.model, pruned.images
+    difference = pruned.difference
+
+    facts = dict(source=source.name, max_abs_diff=difference)
+    result = deploy_checkpoint(deployed, checkpoint.get("meta") or {}, **facts)
+    deployed_cfg, rounding = deploy_config(cfg), None
+    if precision != "fp32":
+        deployed_cfg.precision = precision
+        lowered = copy.deepcopy(deployed)
+        set_precision(lowered, precision)
+        if images:
+            change, magnitude = largest_difference(deployed, lowered, images)
+            rounding = change / magnitude
+    _write_both(deployed_cfg, config_path, result, out)
+    return ConversionReport(
+        out,
+        config_path,
+        pruned.attentions,
+        difference,
+        len(images),
+        precision,
+        rounding,
+    )
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A model without its auxiliary branch.
+
+    Attributes:
+        model: The deployed model in evaluation mode, with the checkpoint's weights.
+        attentions: Attentions that lost a branch.
+        difference: Largest difference of features that it made, or None where not
+            measured.
+        images: Preprocessed test images on which it was measured, ``(B, 3, H, W)``.
+    """
+
+    model: nn.Module
+    attentions: int
+    difference: float | None
+    images: list[Tensor]
+
+
+def prune(
+    cfg: Config,
+    checkpoint: dict[str, Any],
+    source: Path,
+    *,
+    verify: bool | None = None,
+    force: bool = False,
+    ema: bool | None = None,
+    images: int = 4,
+) -> Pruned:
+    """Build a config's model with a checkpoint's weights, and prune it if that is due.
+
+    Args:
+        cfg: The config.
+        checkpoint: A loaded checkpoint of it, of training or deployed.
+        source: Its path, for messages.
+        verify: As in :func:`convert`.
+        force: Prune although the masks have not decayed. Defaults to False.
+        ema: As in :func:`convert`.
+        images: Images to measure the difference on. Defaults to 4.
+
+    Raises:
+        CheckpointError: If the weights do not fit, or the masks have not decayed and
+            ``force`` is not given.
+        DatasetError: If ``verify`` is True and the data is missing.
+    """
+    weights = select_weights(checkpoint, ema)
+    model = build_model(cfg)
+    if is_deployed(checkpoint):  # pruned, whatever the config says
+        switch_to_deploy(model, inplace=True)
+    check_weights_fit(model, {"state_dict": weights}, str(source))
+    model.load_state_dict(weights)
+    model.eval()
+    attentions = sum(1 for _ in castling_modules(model))
+    if not attentions:
+        return Pruned(switch_to_deploy(model), 0, None, [])
     restore_mask(model, checkpoint)
     still_on = any(module.mask_is_on for _, module in castling_modules(model))
     deployed = switch_to_deploy(model)
 
-    images, difference = [], None
+    batches, difference = [], None
     if verify or (verify is None and has_data(cfg, "test")):
         require(cfg, "test_dataloader")
         check_data(cfg, "test")
-        images = list(_test_images(cfg, model, num_images))
-    if images:
-        difference, magnitude = largest_difference(model, deployed, images)
+        batches = list(_test_images(cfg, model, images))
+    if batches:
+        difference, magnitude = largest_difference(model, deployed, batches)
         still_on = not difference <= TOLERANCE * max(1.0, magnitude)  # also where NaN
     if difference is not None and math.isnan(difference) and not force:
         raise CheckpointError(
@@ -159,21 +236,7 @@ def convert(
             f"the masks of {source} have not decayed: {measured}. Train until "
             "MaskDecayHook has finished, or write it anyway with --force"
         )
-
-    facts = dict(source=source.name, max_abs_diff=difference)
-    result = deploy_checkpoint(deployed, checkpoint.get("meta") or {}, **facts)
-    deployed_cfg, rounding = deploy_config(cfg), None
-    if precision != "fp32":
-        deployed_cfg.precision = precision
-        lowered = copy.deepcopy(deployed)
-        set_precision(lowered, precision)
-        if images:
-            change, magnitude = largest_difference(deployed, lowered, images)
-            rounding = change / magnitude
-    _write_both(deployed_cfg, config_path, result, out)
-    return ConversionReport(
-        out, config_path, pruned, difference, len(images), precision, rounding
-    )
+    return Pruned(deployed, attentions, difference, batches)
 
 
 def _test_images(cfg: Config, model: nn.Module, count: int) -> Iterator[Tensor]:

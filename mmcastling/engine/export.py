@@ -1,0 +1,252 @@
+"""Export a model and prove that the file says the same, for ``tools/export.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata as package_metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS
+from torch import nn
+
+from mmcastling.checkpoint import CheckpointError, load_checkpoint
+from mmcastling.deploy.export import (
+    DEFAULT_OPSET,
+    FORMATS,
+    check_format,
+    export_graph,
+    write,
+)
+from mmcastling.deploy.export.agreement import Agreement, compare
+from mmcastling.deploy.runtime import ExportedInferencer, ExportMetadata
+from mmcastling.deploy.runtime.preprocess import Prepared, prepare, read_image
+from mmcastling.deploy.runtime.sessions import SUFFIXES
+from mmcastling.engine.config import has_data
+from mmcastling.engine.conversion import prune
+from mmcastling.engine.errors import ConfigError
+from mmcastling.engine.export_metadata import describe
+from mmcastling.engine.reference import reference_outputs
+from mmcastling.version import __version__
+
+ROUNDS = 3
+"""Passes whose median is the latency that is printed."""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of one pass at an input of ``(H, W)``.
+
+    Attributes:
+        size: The input's.
+        torch: Of the model in eager mode.
+        runtime: Of the file.
+    """
+
+    size: tuple[int, int]
+    torch: float
+    runtime: float
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did.
+
+    Attributes:
+        path: The file that was written.
+        metadata: What it says about its model.
+        runtime: What ran it.
+        pruned: Attentions whose auxiliary branch was pruned.
+        difference: Of features by pruning, or None where not measured.
+        agreements: How far its outputs are from torch's, by input size.
+        latencies: Seconds, by input size.
+    """
+
+    path: Path
+    metadata: ExportMetadata
+    runtime: str
+    pruned: int
+    difference: float | None
+    agreements: tuple[Agreement, ...]
+    latencies: tuple[Latency, ...]
+
+
+def export(
+    cfg: Config,
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    format: str = "onnx",
+    part: str = "model",
+    opset: int = DEFAULT_OPSET,
+    image: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    ema: bool | None = None,
+) -> ExportReport:
+    """Write a model in a runtime's format, run the file, and compare it with torch.
+
+    Args:
+        cfg: The config, from :func:`mmcastling.engine.load_config`.
+        source: A checkpoint of it, of training or deployed.
+        out: The file to write. Defaults to None (the checkpoint's name with the
+            format's ending).
+        format: One of :data:`mmcastling.deploy.export.FORMATS`. Defaults to ``'onnx'``.
+        part: ``'model'`` or ``'backbone'``. Defaults to ``'model'``.
+        opset: ONNX opset. Defaults to 18.
+        image: The image to compare on. Defaults to None (the first of the test set).
+        force: Go on although the masks have not decayed. Defaults to False.
+        ema: See :func:`mmcastling.deploy.select_weights`. Defaults to None.
+
+    Raises:
+        CheckpointError: If the source cannot be read or does not fit, its masks have
+            not decayed and ``force`` is not given, or the output cannot be written.
+        ExportedModelError: If the runtime is missing or cannot run the file.
+        UnsupportedModelError: If the model has no exportable form.
+        ConfigError: If there is no image, or the file disagrees with torch; nothing is
+            left of it then.
+        ValueError, RuntimeError: If the format or opset is not supported, or a library
+            that writes it is missing.
+    """
+    check_format(format, opset)
+    out = _destination(source, out, format)
+    picture = read_image(_image(cfg, image))
+    checkpoint = load_checkpoint(source)
+    result = prune(cfg, checkpoint, Path(source), force=force, ema=ema)
+    graph = export_graph(result.model, part)
+    meta = describe(cfg, checkpoint, result.model, graph, part)
+    meta = dataclasses.replace(meta, versions=_versions(format))
+    inputs = list(_inputs(picture, meta))
+    try:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
+            written = Path(folder) / out.name
+            write(graph, written, meta, format, opset)
+            inferencer = ExportedInferencer(written, threads=torch.get_num_threads())
+            runtime = inferencer.model.runtime
+            agreements = [_agreement(result.model, inferencer, x) for x in inputs]
+            _refuse_unless_all_hold(agreements, runtime)
+            latencies = [_latency(result.model, inferencer, x) for x in inputs]
+            del inferencer  # it maps the file
+            _move(Path(folder), out)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {out}: {error}") from error
+    return ExportReport(
+        out,
+        meta,
+        runtime,
+        result.attentions,
+        result.difference,
+        tuple(agreements),
+        tuple(latencies),
+    )
+
+
+def _destination(
+    source: str | os.PathLike[str], out: str | os.PathLike[str] | None, format: str
+) -> Path:
+    suffix = FORMATS[format]
+    path = Path(source).with_suffix(suffix) if out is None else Path(out)
+    if path.suffix != suffix:
+        raise ConfigError(f"output {path} must end in {suffix}, as {format} files do")
+    if not path.parent.is_dir():
+        raise CheckpointError(
+            f"cannot write {path}: the folder {path.parent} does not exist: create it"
+        )
+    for name in (path, path.with_suffix(".bin")) if format == "openvino" else (path,):
+        if name.is_dir():
+            raise CheckpointError(f"cannot write {name}: it is a folder")
+    return path
+
+
+def _image(cfg: Config, image: str | os.PathLike[str] | None) -> Path:
+    if image is not None:
+        return Path(image)
+    if has_data(cfg, "test"):
+        dataset = DATASETS.build(cfg.test_dataloader.dataset)
+        if len(dataset):
+            record = dataset.get_data_info(0)
+            return Path(record["img_path"])
+    raise ConfigError(
+        "the exported file is compared with torch on a real image, and the config's "
+        "test data is not there: name an image with --image FILE"
+    )
+
+
+def _inputs(picture: np.ndarray, meta: ExportMetadata) -> Iterator[Prepared]:
+    """The image as the pipeline makes it, and smaller, of another shape."""
+    unit = meta.size_divisor
+    padded = dataclasses.replace(meta, pad_divisor=math.lcm(meta.pad_divisor, unit))
+    whole = prepare(picture, padded)
+    # In pixels of the network, as outputs are compared.
+    yield dataclasses.replace(whole, original=whole.size, scale=(1.0, 1.0))
+    height, width = (
+        max(meta.min_size, int(side * share))
+        for side, share in zip(whole.size, (0.7, 0.8), strict=True)
+    )
+    step = dict(type="Resize", scale=(width, height), keep_ratio=False)
+    smaller = prepare(picture, dataclasses.replace(padded, pipeline=(step,)))
+    yield dataclasses.replace(smaller, original=smaller.size, scale=(1.0, 1.0))
+
+
+def _agreement(
+    model: nn.Module, inferencer: ExportedInferencer, prepared: Prepared
+) -> Agreement:
+    meta, images = inferencer.metadata, torch.from_numpy(prepared.batch)
+    with torch.inference_mode():
+        expected = reference_outputs(model, meta, images, prepared.size)
+    got = inferencer.model(prepared.batch, prepared.size)
+    return compare(expected, got, meta, prepared.size)
+
+
+def _latency(
+    model: nn.Module, inferencer: ExportedInferencer, prepared: Prepared
+) -> Latency:
+    images = torch.from_numpy(prepared.batch)
+
+    @torch.inference_mode()
+    def eager() -> None:
+        reference_outputs(model, inferencer.metadata, images, prepared.size)
+
+    runtime = _median(lambda: inferencer.predict_prepared(prepared))
+    return Latency(tuple(prepared.batch.shape[2:]), _median(eager), runtime)
+
+
+def _median(run: Callable[[], Any]) -> float:
+    seconds = []
+    for _ in range(ROUNDS):
+        begin = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+def _refuse_unless_all_hold(agreements: list[Agreement], runtime: str) -> None:
+    wrong = [str(agreement) for agreement in agreements if not agreement.holds]
+    if wrong:
+        raise ConfigError(
+            f"the exported file disagrees with torch in {runtime} ({'; '.join(wrong)}) "
+            "and has been removed: export in another --format or --opset, or the "
+            "backbone alone with --part backbone"
+        )
+
+
+def _move(folder: Path, out: Path) -> None:
+    """All that was written, the file that names the others last."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == out.name):
+        path.replace(out.parent / path.name)
+
+
+def _versions(format: str) -> dict[str, str]:
+    runtime = SUFFIXES[FORMATS[format]][0]
+    names = {"torch", runtime, *(("onnx",) if format in ("onnx", "openvino") else ())}
+    found = {name: package_metadata.version(name) for name in sorted(names)}
+    return {"mmcastling": __version__, **found}

@@ -1,0 +1,83 @@
+"""Export a model to a file that a stock runtime runs, and prove that it says the same.
+
+The file is run on a real image at two sizes and compared with torch; it is kept only
+if they agree.
+"""
+
+import argparse
+
+from mmcastling.deploy.export import DEFAULT_OPSET, FORMATS
+from mmcastling.engine import run_cli
+from mmcastling.engine.cli import add_config_arguments, config_from_arguments
+from mmcastling.engine.export import export
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_config_arguments(parser)
+    parser.add_argument("checkpoint", help="training or deployed checkpoint")
+    parser.add_argument(
+        "out", nargs="?", help="file to write (the checkpoint's name, another ending)"
+    )
+    parser.add_argument(
+        "--format",
+        default="onnx",
+        metavar="FORMAT",
+        help=f"one of {', '.join(FORMATS)} (onnx)",
+    )
+    parser.add_argument(
+        "--part",
+        choices=["model", "backbone"],
+        default="model",
+        help="the whole model, or its backbone alone (model)",
+    )
+    parser.add_argument(
+        "--opset", type=int, default=DEFAULT_OPSET, help=f"of ONNX ({DEFAULT_OPSET})"
+    )
+    parser.add_argument(
+        "--image", metavar="FILE", help="compare on it (the first of the test set)"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="go on though the masks have not decayed"
+    )
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="demand averaged weights, or take the raw ones",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    report = export(
+        config_from_arguments(args),
+        args.checkpoint,
+        args.out,
+        format=args.format,
+        part=args.part,
+        opset=args.opset,
+        image=args.image,
+        force=args.force,
+        ema=args.ema,
+    )
+    if report.pruned:
+        change = "not measured, the test data is missing"
+        if report.difference is not None:
+            change = f"which changes the features by up to {report.difference:.3g}"
+        print(f"pruned the branch of {report.pruned} attentions, {change}")
+    for agreement in report.agreements:
+        print(f"{report.runtime} against torch at {agreement}")
+    for latency in report.latencies:
+        height, width = latency.size
+        print(
+            f"latency at {height}x{width}: torch {latency.torch * 1e3:.1f} ms, "
+            f"{report.runtime} {latency.runtime * 1e3:.1f} ms"
+        )
+    print(f"wrote {report.path}: {report.metadata.kind} {report.metadata.name}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
