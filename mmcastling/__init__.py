@@ -1,37 +1,35 @@
 """Castling-ViT for OpenMMLab: castle a vision transformer, train it, deploy it.
 
 Importing this package makes the installed OpenMMLab stack usable, also where mmcv has
-no compiled ops, and registers everything that a config can name.
+no compiled ops, and registers everything that a config can name. Where torch is not
+installed, what is left is :mod:`mmcastling.deploy.runtime`.
 """
 
-from mmcastling.compat import install_mmcv_ops
+from importlib.util import find_spec
 
-install_mmcv_ops()  # before anything below imports mmcv.ops
+from mmcastling.version import __version__
 
-from mmcastling import backbones, classifiers, hooks, necks, optim  # noqa: E402, F401
-from mmcastling.castle import castle, register_adapter  # noqa: E402
-from mmcastling.model_index import find_config, register_names  # noqa: E402
-from mmcastling.protocol import (  # noqa: E402
-    castling_modules,
-    set_mask,
-    switch_to_deploy,
-)
-from mmcastling.version import __version__  # noqa: E402
+__all__ = ["__version__"]
 
-register_names()
-try:
-    import timm as _timm  # noqa: F401
-except ImportError:
-    pass  # optional: timm.create_model then has no names to know
-else:
-    from mmcastling import timm_models  # noqa: F401
+if find_spec("torch") is not None:
+    from mmcastling.compat import install_mmcv_ops
 
-__all__ = [
-    "__version__",
-    "castle",
-    "castling_modules",
-    "find_config",
-    "register_adapter",
-    "set_mask",
-    "switch_to_deploy",
-]
+    install_mmcv_ops()  # before anything below imports mmcv.ops
+
+    from mmcastling import backbones, classifiers, hooks, necks, optim  # noqa: F401
+    from mmcastling.castle import castle, register_adapter
+    from mmcastling.model_index import find_config, register_names
+    from mmcastling.protocol import castling_modules, set_mask, switch_to_deploy
+
+    register_names()
+    if find_spec("timm") is not None:  # whose create_model then knows our names
+        from mmcastling import timm_models  # noqa: F401
+
+    __all__ += [
+        "castle",
+        "castling_modules",
+        "find_config",
+        "register_adapter",
+        "set_mask",
+        "switch_to_deploy",
+    ]

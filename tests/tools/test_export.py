@@ -1,0 +1,130 @@
+"""tools/export.py as a person runs it, on a detector trained on real images."""
+
+import errno
+import re
+
+import numpy as np
+import pytest
+
+from mmcastling.deploy.runtime import ExportedInferencer
+from mmcastling.engine import evaluate, evaluate_exported, load_config
+from mmcastling.engine import export as module
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def exported(trained, run_command, tmp_path_factory):
+    """The trained detector's ONNX file, and what the command said."""
+    out = tmp_path_factory.mktemp("exported") / "detector.onnx"
+    done = run_command("export.py", trained.config, trained.masks_off, out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_the_command_compares_at_two_sizes_and_prints_latencies(exported):
+    out, said = exported
+    assert "pruned the branch of 4 attentions" in said
+    compared = re.findall(r"onnxruntime against torch at (\d+)x(\d+): (\d+) det", said)
+    assert len(compared) == len({sizes[:2] for sizes in compared}) == 2
+    assert all(int(found) > 0 for *_, found in compared)
+    assert len(re.findall(r"torch [\d.]+ ms, onnxruntime [\d.]+ ms", said)) == 2
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_the_file_evaluates_to_torchs_figures(exported, trained, tmp_path):
+    cfg = load_config(trained.config, work_dir=str(tmp_path))
+    expected = evaluate(cfg, trained.masks_off)
+    result = evaluate_exported(cfg, exported[0])
+    assert result.metrics.keys() == expected.metrics.keys()
+    for name, value in expected.metrics.items():
+        assert result.metrics[name] == pytest.approx(value, abs=5e-4), name
+    assert result.seconds_per_image > 0
+    assert result.runtime == "onnxruntime"
+
+
+def test_the_file_knows_its_classes_and_images(exported, people):
+    inferencer = ExportedInferencer(exported[0])
+    assert inferencer.metadata.classes == ("person",)
+    assert inferencer.metadata.mean == pytest.approx((171.6, 124.7, 188.5))
+    image = next((people / "val").iterdir())
+    (found,) = inferencer(image)["predictions"]
+    assert set(found) == {"labels", "scores", "bboxes", "masks"}
+    masks = np.array(found["masks"])
+    assert masks.shape[0] == len(found["bboxes"]) > 0
+    assert masks.any()
+
+
+def refused(run_main, trained, *arguments, checkpoint=None):
+    checkpoint = checkpoint or trained.masks_off
+    done = run_main("export.py", trained.config, checkpoint, *arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_masks_that_have_not_decayed_are_refused(run_main, trained, tmp_path):
+    out = tmp_path / "x.onnx"
+    said = refused(run_main, trained, out, checkpoint=trained.masks_on)
+    assert re.search(r"not decayed: pruning changes the features by up to \d", said)
+    assert "--force" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("nowhere/x.onnx",), "the folder nowhere does not exist"),
+        (("x.engine",), "must end in .onnx"),
+        (("x.onnx", "--opset", "9"), "opset 9 is not supported"),
+        (("x.onnx", "--format", "tensorrt"), "format 'tensorrt' is not known"),
+        (("x.onnx", "--image", "none.jpg"), "image none.jpg does not exist"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_done(
+    run_main, trained, tmp_path, monkeypatch, arguments, said
+):
+    monkeypatch.chdir(tmp_path)
+    assert said in refused(run_main, trained, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Writing a graph takes no time: the file is a copy of one."""
+
+    def prepare(write):
+        monkeypatch.setattr(module, "write", write)
+
+    return prepare
+
+
+def test_a_full_disk_leaves_what_was_there(run_main, trained, tmp_path, quick):
+    out = tmp_path / "x.onnx"
+    out.write_bytes(b"before")
+
+    def fill(graph, path, *_):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    quick(fill)
+    assert "No space left" in refused(run_main, trained, out)
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    assert out.read_bytes() == b"before"
+
+
+def test_a_file_that_disagrees_is_removed(
+    run_main, trained, tmp_path, quick, exported, monkeypatch
+):
+    quick(lambda graph, path, *_: path.write_bytes(exported[0].read_bytes()))
+    original = module.reference_outputs
+
+    def moved(*arguments):
+        outputs = original(*arguments)
+        return {**outputs, "boxes": outputs["boxes"] + 5}
+
+    monkeypatch.setattr(module, "reference_outputs", moved)
+    said = refused(run_main, trained, tmp_path / "x.onnx")
+    assert "disagrees with torch in onnxruntime" in said
+    assert not list(tmp_path.iterdir())
