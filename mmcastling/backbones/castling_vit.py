@@ -271,13 +271,7 @@ class CastlingViT(CastledBackbone, VisionTransformer):
         tokens = [t for t in (self.cls_token, self.dist_token) if t is not None]
         if tokens:
             x = torch.cat([*(t.expand(x.shape[0], -1, -1) for t in tokens), x], dim=1)
-        x = x + resize_pos_embed(
-            self.pos_embed,
-            self.patch_resolution,
-            grid,
-            mode=self.interpolate_mode,
-            num_extra_tokens=self.num_extra_tokens,
-        )
+        x = x + self._positions(grid)
         x = self.pre_norm(self.drop_after_pos(x))
 
         outs = []
@@ -286,6 +280,26 @@ class CastlingViT(CastledBackbone, VisionTransformer):
             if i in self.out_indices:
                 outs.append(self._format_output(self._norm_output(i, x), grid))
         return tuple(outs)
+
+    def _positions(self, grid: Grid) -> Tensor:
+        """The position embedding for a grid, ``(1, N, C)``."""
+        if not (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+            return resize_pos_embed(
+                self.pos_embed,
+                self.patch_resolution,
+                grid,
+                mode=self.interpolate_mode,
+                num_extra_tokens=self.num_extra_tokens,
+            )
+        # The same, without asking whether the sizes are equal, which would become a
+        # condition of the graph. Where they are, interpolation changes nothing.
+        extra = self.pos_embed[:, : self.num_extra_tokens]
+        table = self.pos_embed[:, self.num_extra_tokens :].transpose(1, 2)
+        table = table.reshape(1, self.embed_dims, *self.patch_resolution)
+        table = nn.functional.interpolate(
+            table, size=grid, mode=self.interpolate_mode, align_corners=False
+        )
+        return torch.cat((extra, table.flatten(2).transpose(1, 2)), dim=1)
 
     def _norm_output(self, index: int, x: Tensor) -> Tensor:
         if index != self.num_layers - 1:

@@ -89,8 +89,8 @@ class ExportedTestModel(BaseModel):
         meta = sample.metainfo
         prepared = Prepared(
             image.cpu().numpy(),
-            tuple(meta["img_shape"][:2]),
-            tuple(meta["ori_shape"][:2]),
+            tuple(meta.get("img_shape", image.shape[2:])[:2]),
+            tuple(meta.get("ori_shape", image.shape[2:])[:2]),
             tuple(meta.get("scale_factor") or (1.0, 1.0)),
         )
         found = self.inferencer.predict_prepared(prepared)

@@ -126,7 +126,7 @@ def trace(
     free: dict[int, Any] = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     if metadata.size_divisor > 1:
         unit = metadata.size_divisor
-        free = {2: unit * Dim("rows", min=1), 3: unit * Dim("columns", min=1)}
+        free = {2: unit * Dim("rows"), 3: unit * Dim("columns")}
     if metadata.dynamic_batch:
         free[0] = Dim.DYNAMIC
     shapes = (free, *({} for _ in inputs[1:]))
