@@ -101,9 +101,10 @@ def _input_of(preprocessor: Any) -> dict[str, Any]:
 
 def _detector_facts(model: nn.Module, pad_divisor: int) -> dict[str, Any]:
     facts: dict[str, Any] = dict(size_divisor=pad_divisor)
-    upsampled = any(
+    neck = getattr(model, "neck", None)
+    upsampled = neck is not None and any(
         isinstance(module, nn.Upsample) and module.scale_factor is not None
-        for module in model.modules()
+        for module in neck.modules()
     )
     if upsampled:  # coarse maps doubled must meet the finer ones
         head = getattr(model, "rpn_head", None) or model.bbox_head
