@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -161,7 +162,9 @@ class TorchScriptSession(_TorchSession):
         super().__init__(library, threads)
         importlib.import_module("torchvision")  # registers nms and roi_align
         held = {f"{METADATA_KEY}.json": ""}
-        self._module = library.jit.load(str(path), "cpu", _extra_files=held)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch would rather have programs
+            self._module = library.jit.load(str(path), "cpu", _extra_files=held)
         self.metadata = _text(held[f"{METADATA_KEY}.json"])
         names = [value.debugName() for value in self._module.graph.inputs()]
         self.inputs = tuple(names[1:])  # the first is the module itself
