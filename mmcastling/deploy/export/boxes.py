@@ -28,6 +28,16 @@ def where(mask: Tensor) -> Tensor:
     return torch.nonzero(mask).squeeze(1)
 
 
+def first(x: Tensor, most: int) -> Tensor:
+    """The first ``most`` rows, or all where there are fewer.
+
+    A plain slice would decide at export which of the two it is, for all images.
+    """
+    if torch.compiler.is_exporting():
+        return x[: torch.sym_min(most, x.shape[0])]
+    return x[:most]
+
+
 def decode(coder: Any, priors: Tensor, deltas: Tensor, image_size: Tensor) -> Tensor:
     """What ``coder.decode`` makes of a head's output.
 

@@ -14,6 +14,7 @@ from mmcastling.deploy.export.boxes import (
     check_nms,
     crop_rois,
     decode,
+    first,
     suppress,
     where,
 )
@@ -82,7 +83,7 @@ class OneStageGraph(DetectorGraph):
         if (smallest := options.get("min_bbox_size", -1)) >= 0:
             index = where(_is_larger(boxes, smallest))
             boxes, scores, labels = boxes[index], scores[index], labels[index]
-        index = suppress(boxes, scores, labels, options.nms)[: options.max_per_img]
+        index = first(suppress(boxes, scores, labels, options.nms), options.max_per_img)
         return boxes[index], scores[index], labels[index]
 
 
@@ -129,7 +130,7 @@ class TwoStageGraph(DetectorGraph):
         for level, (scores, deltas, priors) in enumerate(_levels(head, *head(maps))):
             ranked, index = scores[:, 0].sort(descending=True)
             if (most := options.get("nms_pre", -1)) > 0:
-                ranked, index = ranked[:most], index[:most]
+                ranked, index = first(ranked, most), first(index, most)
             levels = torch.full_like(index, level)
             kept.append((deltas[index], priors[index], ranked, levels))
         deltas, priors, scores, levels = (
@@ -140,7 +141,7 @@ class TwoStageGraph(DetectorGraph):
             index = where(_is_larger(boxes, smallest))
             boxes, scores, levels = boxes[index], scores[index], levels[index]
         index = suppress(boxes, scores, levels, options.nms)
-        return boxes[index[: options.max_per_img]]
+        return boxes[first(index, options.max_per_img)]
 
     def _classify(
         self, maps: Sequence[Tensor], rois: Tensor, image_size: Tensor
@@ -158,7 +159,8 @@ class TwoStageGraph(DetectorGraph):
         deltas = deltas[:-1].reshape(rois.shape[0], -1, 4)  # (K, classes or 1, 4)
         column = torch.zeros_like(labels) if head.reg_class_agnostic else labels
         boxes = decode(head.bbox_coder, rois[index], deltas[index, column], image_size)
-        kept = suppress(boxes, best, labels, options.nms)[: options.max_per_img]
+        kept = suppress(boxes, best, labels, options.nms)
+        kept = first(kept, options.max_per_img)
         return boxes[kept], best[kept], labels[kept]
 
     def _masks(self, maps: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
@@ -236,7 +238,7 @@ def _above(
     best = flat[index]
     if most > 0:
         best, order = best.sort(descending=True)
-        best, index = best[:most], index[order[:most]]
+        best, index = first(best, most), index[first(order, most)]
     classes = scores.shape[1]
     return best, index // classes, index % classes
 
