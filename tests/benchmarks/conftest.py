@@ -11,6 +11,8 @@ import pytest
 def load_benchmark(root):
     """Load ``benchmarks/<name>.py`` by its name, once."""
     loaded = {}
+    folder = str(root / "benchmarks")
+    sys.path.insert(0, folder)  # as for a script that is run
 
     def load(name: str) -> ModuleType:
         if name not in loaded:
@@ -22,5 +24,6 @@ def load_benchmark(root):
         return loaded[name]
 
     yield load
+    sys.path.remove(folder)
     for module in loaded.values():
         del sys.modules[module.__name__]

@@ -16,6 +16,7 @@ from mmcastling.deploy.export import (
     write,
 )
 from mmcastling.deploy.export.agreement import compare
+from mmcastling.deploy.export.boxes import first
 from mmcastling.deploy.export.parts import AnySizeAdaptivePool
 from mmcastling.deploy.runtime import (
     ExportedInferencer,
@@ -289,6 +290,24 @@ def test_inputs_that_the_file_cannot_take_are_refused(mask_rcnn, shape, said):
     _, inferencer = mask_rcnn
     with pytest.raises(ExportedModelError, match=said):
         inferencer.model(np.zeros(shape, np.float32))
+
+
+class FirstTen(nn.Module):
+    def forward(self, x):
+        return first(x, 10)
+
+
+@pytest.mark.parametrize("traced", [4, 20])
+def test_cuts_hold_at_sizes_on_both_sides_of_the_one_traced(traced):
+    program = torch.export.export(
+        FirstTen(),
+        (torch.zeros(traced),),
+        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    for length in (3, 10, 30):
+        x = torch.arange(length)
+        assert_close(program.module()(x.float()), x[:10].float())
 
 
 @pytest.mark.parametrize("size", [(6, 6), (7, 13), (12, 5), (3, 2)])
