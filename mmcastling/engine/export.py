@@ -31,8 +31,8 @@ from mmcastling.deploy.export import (
 from mmcastling.deploy.export.agreement import Agreement, compare
 from mmcastling.deploy.runtime import ExportedInferencer, ExportMetadata
 from mmcastling.deploy.runtime.preprocess import Prepared, prepare, read_image
-from mmcastling.deploy.runtime.sessions import SUFFIXES
-from mmcastling.engine.config import has_data
+from mmcastling.deploy.runtime.sessions import SUFFIXES, runtime_library
+from mmcastling.engine.config import check_data, has_data
 from mmcastling.engine.conversion import prune
 from mmcastling.engine.errors import ConfigError
 from mmcastling.engine.export_metadata import describe
@@ -118,6 +118,8 @@ def export(
             that writes it is missing.
     """
     check_format(format, opset)
+    runtime = SUFFIXES[FORMATS[format]][0]
+    runtime_library(runtime)  # before minutes of work
     out = _destination(source, out, format)
     picture = read_image(_image(cfg, image))
     checkpoint = load_checkpoint(source)
@@ -131,7 +133,6 @@ def export(
             written = Path(folder) / out.name
             write(graph, written, meta, format, opset)
             inferencer = ExportedInferencer(written, threads=torch.get_num_threads())
-            runtime = inferencer.model.runtime
             agreements = [_agreement(result.model, inferencer, x) for x in inputs]
             _refuse_unless_all_hold(agreements, runtime)
             latencies = [_latency(result.model, inferencer, x) for x in inputs]
@@ -171,6 +172,7 @@ def _image(cfg: Config, image: str | os.PathLike[str] | None) -> Path:
     if image is not None:
         return Path(image)
     if has_data(cfg, "test"):
+        check_data(cfg, "test")
         dataset = DATASETS.build(cfg.test_dataloader.dataset)
         if len(dataset):
             record = dataset.get_data_info(0)

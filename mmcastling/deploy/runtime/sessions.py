@@ -68,7 +68,7 @@ def open_session(path: Path, runtime: str | None, threads: int | None) -> Sessio
             f"{list(SUFFIXES[path.suffix])}, or export to its own format"
         )
     runtime = runtime or SUFFIXES[path.suffix][0]
-    library = _library(runtime)
+    library = runtime_library(runtime)
     kinds = {"onnxruntime": OnnxSession, "openvino": OpenVinoSession}
     kinds["torch"] = TorchScriptSession if path.suffix != ".pt2" else ProgramSession
     try:
@@ -81,7 +81,12 @@ def open_session(path: Path, runtime: str | None, threads: int | None) -> Sessio
         ) from error
 
 
-def _library(name: str) -> Any:
+def runtime_library(name: str) -> Any:
+    """The library of a runtime.
+
+    Raises:
+        ExportedModelError: If it is not installed; says what to install.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
