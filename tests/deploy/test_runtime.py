@@ -29,7 +29,7 @@ def metadata(**facts):
 def test_masks_are_pasted_as_mmdet_pastes_them():
     from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
 
-    corners = NOISE.uniform(-5, 90, (40, 2))
+    corners = NOISE.uniform(-5, (90, 60), (40, 2))
     boxes = np.concatenate([corners, corners + NOISE.uniform(0.5, 60, (40, 2))], 1)
     boxes = np.float32([*boxes, [10, 10, 10, 30], [0, 0, 100, 70]])
     masks = NOISE.random((len(boxes), 28, 28), np.float32)
