@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -40,6 +41,7 @@ from mmcastling.engine.reference import reference_outputs
 SIZE: Size = (800, 1344)
 ROUNDS = 5
 LIMIT = 0.8
+_SHARED = "MMCASTLING_BENCHMARK_RUNTIMES"
 BACKBONE, DETECTOR = "ViT-S", "Mask R-CNN ViT-S"
 RUNTIMES = {
     "onnxruntime": "onnx",
@@ -84,16 +86,20 @@ def metadata(name: str) -> ExportMetadata:
 
 @functools.cache
 def _folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="runtimes-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    # The processes that measure memory inherit the variable, and find the files there.
+    if _SHARED not in os.environ:
+        os.environ[_SHARED] = tempfile.mkdtemp(prefix="runtimes-")
+        atexit.register(shutil.rmtree, os.environ[_SHARED], ignore_errors=True)
+    return Path(os.environ[_SHARED])
 
 
 @functools.cache
 def exported(name: str, runtime: str) -> Path:
-    """A model's file for a runtime, written once in a process."""
+    """A model's file for a runtime, written once."""
     kind = RUNTIMES[runtime]
     path = _folder() / f"{name} {runtime}{FORMATS[kind]}"
+    if path.exists():
+        return path
     if runtime.endswith("int8"):
         full = exported(name, runtime.removesuffix(" int8"))
         (_quantise_onnx if kind == "onnx" else _quantise_openvino)(full, path)
