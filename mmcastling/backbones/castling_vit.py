@@ -267,6 +267,11 @@ class CastlingViT(CastledBackbone, VisionTransformer):
             ValueError: If the image is smaller than a patch.
         """
         check_image(x, self.patch_size, "a patch")
+        if _is_traced():
+            # mmpretrain asks whether to pad, and the answer would hold for all sizes.
+            patch = self.patch_size
+            below, right = ((patch - side % patch) % patch for side in x.shape[2:])
+            x = nn.functional.pad(x, (0, right, 0, below))
         x, grid = self.patch_embed(x)  # (B, H*W, C)
         tokens = [t for t in (self.cls_token, self.dist_token) if t is not None]
         if tokens:
@@ -283,7 +288,7 @@ class CastlingViT(CastledBackbone, VisionTransformer):
 
     def _positions(self, grid: Grid) -> Tensor:
         """The position embedding for a grid, ``(1, N, C)``."""
-        if not (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+        if not _is_traced():
             return resize_pos_embed(
                 self.pos_embed,
                 self.patch_resolution,
@@ -345,6 +350,11 @@ def _fit_token_positions(table: Tensor, held: int, wanted: int, patches: int) ->
             extra = nn.functional.pad(extra, (0, 0, 0, wanted - extra.shape[1]))
             return torch.cat((extra, table[:, count:]), dim=1)
     return table
+
+
+def _is_traced() -> bool:
+    """Whether what is computed now becomes a graph for all sizes."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def _is_square(number: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from mmcastling.deploy import tensors_in
 from mmcastling.deploy.runtime import ExportMetadata
 
 
+@torch.no_grad()
 def reference_outputs(
     model: nn.Module, metadata: ExportMetadata, images: Tensor, size: tuple[int, int]
 ) -> dict[str, np.ndarray]:
