@@ -85,6 +85,7 @@ setup(
     packages=find_packages(include=["mmcastling", "mmcastling.*"]),
     install_requires=requirements(),
     extras_require={
+        "coco": ["faster-coco-eval>=1.8,<1.9"],
         "export": [
             "onnx>=1.23,<2",
             "onnxscript>=0.7,<0.8",

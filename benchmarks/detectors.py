@@ -21,13 +21,12 @@ from mmengine.hub import get_config
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from mmcastling.analysis import ForwardTimer, count_model_macs
+from mmcastling.analysis import ForwardTimer, PartTimer, count_model_macs
 from mmcastling.protocol import switch_to_deploy
 
 SIZE: Size = (800, 1333)
 PADDED: Size = (800, 1344)
 ROUNDS = 5
-PARTS = ("data_preprocessor", "backbone", "neck")
 
 
 def detector(config: str) -> Callable[[], nn.Module]:
@@ -89,23 +88,25 @@ DETECTORS = {
 
 
 def where_time_goes(device: str) -> dict[str, Any]:
-    """Median seconds of each detector's parts, and how many boxes it returned."""
+    """Median seconds of each detector's parts, and how many boxes it returned.
+
+    ``heads`` is all that comes after the neck, of which ``post_processing`` is a part.
+    """
     parts = {}
     for name, config in DETECTORS.items():
         torch.manual_seed(0)
         model, (data,) = detector(config)().to(device), picture(SIZE)
-        timers = {part: ForwardTimer(getattr(model, part)) for part in PARTS}
-        whole = ForwardTimer(model)
-        with whole:
-            for timer in timers.values():
-                timer.__enter__()
+        preparing = ForwardTimer(model.data_preprocessor)
+        with preparing, PartTimer(model) as timer:
             for _ in range(3):
                 (sample,) = model.test_step(data)
-            for timer in timers.values():
-                timer.__exit__(None, None, None)
+        seconds = timer.parts
         parts[name] = dict(
-            {part: timer.median for part, timer in timers.items()},
-            heads=whole.median - timers["backbone"].median - timers["neck"].median,
+            data_preprocessor=preparing.median,
+            backbone=seconds["backbone"],
+            neck=seconds["neck"],
+            heads=seconds["heads"] + seconds["post-processing"],
+            post_processing=seconds["post-processing"],
             detections=len(sample.pred_instances),
         )
     return dict(parts=parts)

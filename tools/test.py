@@ -49,8 +49,7 @@ def main() -> None:
         cfg, args.checkpoint, deploy=args.deploy, precision=args.precision
     )
     if is_main_process():
-        seconds = result.seconds_per_image
-        print(f"{seconds:.4f} s per image in {result.precision}, median forward pass")
+        print(result)
 
 
 if __name__ == "__main__":

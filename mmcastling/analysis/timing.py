@@ -33,11 +33,11 @@ class ForwardTimer:
 
     def __enter__(self) -> ForwardTimer:
         def before(*_: Any) -> None:
-            _synchronise()
+            synchronise()
             self._start = time.perf_counter()
 
         def after(*_: Any) -> None:
-            _synchronise()
+            synchronise()
             self.seconds.append(time.perf_counter() - self._start)
 
         self._handles = [
@@ -67,7 +67,8 @@ class ForwardTimer:
         return statistics.median(self.seconds[1:] or self.seconds)
 
 
-def _synchronise() -> None:
+def synchronise() -> None:
+    """Wait until the GPU has done what it was given; nothing without one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -92,10 +93,10 @@ def paired_seconds(
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     for turn in range(repeats):
         for name in list(passes) if turn % 2 == 0 else reversed(passes):
-            _synchronise()
+            synchronise()
             start = time.perf_counter()
             passes[name]()
-            _synchronise()
+            synchronise()
             seconds[name].append(time.perf_counter() - start)
     return seconds
 

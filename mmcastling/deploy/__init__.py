@@ -18,7 +18,12 @@ if find_spec("torch") is not None:
         check_precision,
         set_precision,
     )
-    from mmcastling.deploy.verify import features, largest_difference, tensors_in
+    from mmcastling.deploy.verify import (
+        difference_of,
+        features,
+        largest_difference,
+        tensors_in,
+    )
 
     __all__ = [
         "DEPLOY_META_KEY",
@@ -26,6 +31,7 @@ if find_spec("torch") is not None:
         "check_precision",
         "deploy_checkpoint",
         "deploy_config",
+        "difference_of",
         "drop_training_hooks",
         "features",
         "is_deployed",

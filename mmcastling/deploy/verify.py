@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,11 +47,30 @@ def largest_difference(
         The largest difference, and the largest magnitude in the reference, both over
         all batches. NaN where a feature is not finite.
     """
+    pairs = [
+        difference_of(features(model, images), features(other, images))
+        for images in batches
+    ]
+    largest = torch.tensor([(0.0, 0.0), *pairs], dtype=torch.float64).amax(0)
+    return largest[0].item(), largest[1].item()
+
+
+def difference_of(
+    outputs: Sequence[Tensor], others: Sequence[Tensor]
+) -> tuple[float, float]:
+    """The largest absolute difference between the outputs of two models.
+
+    Args:
+        outputs: Those of the reference.
+        others: Those of the model compared with it, in the same order.
+
+    Returns:
+        The largest difference and the largest magnitude in the reference. NaN where a
+        value is not finite.
+    """
     differences, magnitudes = [torch.zeros(())], [torch.zeros(())]
-    for images in batches:
-        pairs = zip(features(model, images), features(other, images), strict=True)
-        for a, b in pairs:
-            differences.append((a - b).abs().max().cpu())
-            magnitudes.append(a.abs().max().cpu())
+    for a, b in zip(outputs, others, strict=True):
+        differences.append((a - b).abs().max().cpu())
+        magnitudes.append(a.abs().max().cpu())
     # Python's max() would pass over a NaN.
     return torch.stack(differences).max().item(), torch.stack(magnitudes).max().item()

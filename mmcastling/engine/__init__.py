@@ -3,8 +3,9 @@
 from mmcastling.engine.config import DATA_VARIABLE, check_data, load_config
 from mmcastling.engine.conversion import ConversionReport, convert
 from mmcastling.engine.errors import ConfigError, run_cli
-from mmcastling.engine.evaluation import Evaluation, Pruning, evaluate
+from mmcastling.engine.evaluation import Evaluation, evaluate
 from mmcastling.engine.exported import ExportedEvaluation, evaluate_exported
+from mmcastling.engine.pruning import Pruning
 from mmcastling.engine.training import train
 
 __all__ = [

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.model import BaseTTAModel
-from mmengine.runner import Runner
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmcastling.analysis import ForwardTimer, count_macs
+from mmcastling.analysis import PartTimer
 from mmcastling.checkpoint import load_checkpoint, load_weights
+from mmcastling.compat import fast_coco_eval
 from mmcastling.deploy import (
     check_precision,
     drop_training_hooks,
@@ -27,47 +25,9 @@ from mmcastling.deploy import (
 )
 from mmcastling.engine.config import check_data, check_work_dir, datasets_of, require
 from mmcastling.engine.errors import ConfigError
+from mmcastling.engine.pruning import Pruning, prune
 from mmcastling.engine.runner import build_runner, core_model
-from mmcastling.protocol import (
-    castling_modules,
-    restore_mask,
-    set_mask,
-    switch_to_deploy,
-)
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """What deploying removed.
-
-    Attributes:
-        attentions: Attentions whose auxiliary branch was pruned.
-        was_on: Whether the branch still contributed, so that the output changes.
-        shape: ``(H, W)`` at which the backbone's cost was counted.
-        macs_training: MACs of the backbone with the branch on, for one image.
-        macs_deployed: MACs of the deployed backbone, for one image.
-    """
-
-    attentions: int
-    was_on: bool
-    shape: tuple[int, int]
-    macs_training: int
-    macs_deployed: int
-
-    def __str__(self) -> str:
-        height, width = self.shape
-        saved = 1.0 - self.macs_deployed / self.macs_training
-        text = (
-            f"pruned the auxiliary softmax branch of {self.attentions} attentions: the "
-            f"backbone at {height}x{width} takes {self.macs_deployed / 1e9:.3f} GMACs, "
-            f"{self.macs_training / 1e9:.3f} with the branch on (-{saved:.1%})"
-        )
-        if self.was_on:
-            text += (
-                "\nwarning: the masks of this checkpoint have not decayed, so pruning "
-                "changes the output; --no-deploy evaluates with the branch on"
-            )
-        return text
+from mmcastling.protocol import restore_mask, switch_to_deploy
 
 
 @dataclass(frozen=True)
@@ -80,12 +40,25 @@ class Evaluation:
             of one view with test-time augmentation.
         pruning: What deploying removed, or None where nothing was.
         precision: What the layers computed in.
+        parts: The same time, by the parts of :class:`mmcastling.analysis.PartTimer`;
+            empty where a model cannot be split.
     """
 
     metrics: dict[str, float]
     seconds_per_image: float
     pruning: Pruning | None
     precision: str = "fp32"
+    parts: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.seconds_per_image:.4f} s per image in {self.precision}, median "
+            "forward pass"
+        )
+        if not self.parts:
+            return text
+        split = ", ".join(f"{part} {time:.4f}" for part, time in self.parts.items())
+        return f"{text}: {split}"
 
 
 def evaluate(
@@ -130,16 +103,25 @@ def evaluate(
 
     pruning = None
     if deploy:
-        pruning = _deploy(runner, model)
-        if is_main_process():
-            print(pruning or _nothing_pruned(checkpoint), flush=True)
+        pruning = prune(runner, model)
+        _say(str(pruning or _nothing_pruned(checkpoint)))
     set_precision(model, precision)
-    if precision != "fp32" and is_main_process():
-        print(f"layers compute in {precision}", flush=True)
-    with ForwardTimer(model) as timer:  # wrappers pass their own forward by
+    if precision != "fp32":
+        _say(f"layers compute in {precision}")
+    coco_metrics = fast_coco_eval(runner.test_evaluator.metrics)
+    # Wrappers pass their own forward by, so it is the model's that is timed.
+    with coco_metrics as library, PartTimer(model) as timer:
+        if library:
+            _say(f"COCO evaluation by {library}")
         metrics = runner.test()
-    batch_size = cfg.test_dataloader.get("batch_size", 1)
-    return Evaluation(metrics, timer.median / batch_size, pruning, precision)
+    size = cfg.test_dataloader.get("batch_size", 1)
+    parts = {part: seconds / size for part, seconds in timer.parts.items()}
+    return Evaluation(metrics, timer.median / size, pruning, precision, parts)
+
+
+def _say(text: str) -> None:
+    if is_main_process():
+        print(text, flush=True)
 
 
 def testing_config(cfg: Config) -> Config:
@@ -167,50 +149,6 @@ def _leave_out_masks(model: nn.Module) -> None:
 def _nothing_pruned(checkpoint: dict[str, Any]) -> str:
     why = "it was deployed before" if is_deployed(checkpoint) else "nothing is castled"
     return f"pruned nothing: {why}"
-
-
-def _deploy(runner: Runner, model: nn.Module) -> Pruning | None:
-    modules = [module for _, module in castling_modules(model)]
-    if not modules:
-        switch_to_deploy(model, inplace=True)
-        return None
-    was_on = any(module.mask_is_on for module in modules)
-    backbone = getattr(model, "backbone", model)
-    shape = test_shape(runner, model)
-    before = branch_on_macs(backbone, shape)
-    switch_to_deploy(model, inplace=True)
-    return Pruning(len(modules), was_on, shape, before, _macs(backbone, shape))
-
-
-def test_shape(runner: Runner, model: nn.Module) -> tuple[int, int]:
-    """``(H, W)`` of the first test image as the network sees it, padding included."""
-    loader = runner.test_dataloader
-    batch = loader.collate_fn([loader.dataset[0]])
-    inputs = batch["inputs"]
-    while isinstance(inputs, (list, tuple)) and isinstance(inputs[0], (list, tuple)):
-        batch = {
-            key: value[0] for key, value in batch.items()
-        }  # test-time augmentation
-        inputs = batch["inputs"]
-    inputs = model.data_preprocessor(batch, False)["inputs"]
-    height, width = inputs[0].shape[-2:]
-    return int(height), int(width)
-
-
-def branch_on_macs(backbone: nn.Module, shape: tuple[int, int]) -> int:
-    """MACs of a backbone for one image with its auxiliary branch on, as in training."""
-    copied = copy.deepcopy(backbone)
-    set_mask(copied, 0.0)
-    return _macs(copied, shape)
-
-
-def _macs(backbone: nn.Module, shape: tuple[int, int]) -> int:
-    # With fake tensors nothing is computed, so any resolution is counted at once. They
-    # keep their device, unlike the meta device's, for which torch has no autocast.
-    copied = copy.deepcopy(backbone)
-    device = next(copied.parameters()).device
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        return count_macs(copied, torch.empty(1, 3, *shape, device=device)).macs
 
 
 # -- options of the command line -------------------------------------------------------

@@ -8,18 +8,21 @@ import torch
 from mmengine.registry import MODELS
 from torch.testing import assert_close
 
-from mmcastling.analysis import count_macs
+from mmcastling.analysis import PARTS, count_macs
 from mmcastling.backbones import CastlingViT
-from mmcastling.checkpoint import CheckpointError
+from mmcastling.checkpoint import CheckpointError, load_checkpoint, load_weights
+from mmcastling.deploy import largest_difference
 from mmcastling.engine import ConfigError, convert, evaluate, load_config
 from mmcastling.engine.config import datasets_of
-from mmcastling.engine.evaluation import (
-    branch_on_macs,
-    enable_drawing,
-    enable_output,
-    enable_tta,
+from mmcastling.engine.evaluation import enable_drawing, enable_output, enable_tta
+from mmcastling.engine.pruning import branch_on_macs
+from mmcastling.engine.runner import build_runner
+from mmcastling.protocol import (
+    castling_modules,
+    restore_mask,
+    set_mask,
+    switch_to_deploy,
 )
-from mmcastling.protocol import castling_modules, set_mask, switch_to_deploy
 
 pytestmark = pytest.mark.slow
 
@@ -79,13 +82,20 @@ def test_at_masks_zero_the_train_graph_and_the_deployed_one_agree(trained, predi
     assert_close(boxes(predictions), boxes(expected), rtol=1e-4, atol=1e-3)
     assert graph.pruning is None
     assert pruned.pruning.attentions == 4 and not pruned.pruning.was_on
+    assert pruned.pruning.difference < 1e-5 < pruned.pruning.magnitude
+    assert pruned.pruning.images == 1
     assert pruned.seconds_per_image > 0
+    assert tuple(pruned.parts) == PARTS and min(pruned.parts.values()) > 0
+    assert sum(pruned.parts.values()) == pytest.approx(
+        pruned.seconds_per_image, rel=0.5
+    )
 
 
 def test_with_masks_on_pruning_changes_predictions_and_says_so(trained, predict):
     _, expected = predict(trained.config, trained.masks_on, deploy=False)
     pruned, predictions = predict(trained.config, trained.masks_on)
     assert pruned.pruning.was_on
+    assert pruned.pruning.difference > 1e-3
     assert "masks of this checkpoint have not decayed" in str(pruned.pruning)
     with pytest.raises(AssertionError):
         assert_close(boxes(predictions), boxes(expected), rtol=1e-4, atol=1e-3)
@@ -110,6 +120,9 @@ def test_the_classifier_is_pruned_the_same_way(trained_classifier, predict):
     assert pruned.metrics == graph.metrics
     assert pruned.metrics["accuracy/top1"] >= 50.0
     assert_close(scores(predictions), scores(expected))
+    assert pruned.pruning.images == 4  # a batch, as it is evaluated
+    assert pruned.parts["backbone"] > pruned.parts["heads"] > 0
+    assert pruned.parts["neck"] == 0 < pruned.parts["post-processing"]
     _, with_branch = predict(config, trained_classifier.masks_on, deploy=False)
     _, without = predict(config, trained_classifier.masks_on)
     assert (scores(with_branch)[0] - scores(without)[0]).abs().max() > 1e-7
@@ -123,6 +136,21 @@ def test_a_network_without_castling_has_nothing_to_prune(
     torch.save({"state_dict": MODELS.build(cfg.model).state_dict()}, tmp_path / "s.pth")
     assert evaluate(cfg, tmp_path / "s.pth").pruning is None
     assert "pruned nothing: nothing is castled" in capfd.readouterr().out
+
+
+def test_the_difference_is_that_of_the_first_batch(trained_classifier, tmp_path):
+    config, checkpoint = trained_classifier.config, trained_classifier.masks_on
+    cfg = load_config(config, work_dir=str(tmp_path))
+    said = evaluate(cfg, checkpoint).pruning
+    runner = build_runner(load_config(config, work_dir=str(tmp_path)))
+    model = runner.model
+    load_weights(model, load_checkpoint(checkpoint), "it")
+    restore_mask(model, load_checkpoint(checkpoint))
+    batch = next(iter(runner.test_dataloader))
+    images = model.eval().data_preprocessor(batch)["inputs"]
+    expected = largest_difference(model, switch_to_deploy(model), [images])
+    assert (said.difference, said.magnitude) == pytest.approx(expected, rel=1e-4)
+    assert said.difference > 0
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (48, 32)])

@@ -1,6 +1,7 @@
 """The commands as a person runs them: train, resume, test and convert on real data."""
 
 import pickle
+import re
 import shutil
 
 import pytest
@@ -75,6 +76,13 @@ def test_a_checkpoint_is_converted_and_evaluated(trained, run_command, tmp_path)
             "deployed": "pruned nothing: it was deployed before",
         }[name]
         assert 0 < tested.stdout.find(said) < tested.stdout.find("Evaluating bbox")
+        after = tested.stdout[tested.stdout.find("Evaluating bbox") :]
+        assert re.search(
+            r"\d s per image in fp32, median forward pass: backbone 0\.\d{4}, neck "
+            r"0\.\d{4}, heads 0\.\d{4}, post-processing 0\.\d{4}\n",
+            after,
+        )
+        assert "COCO evaluation by " in tested.stdout
         assert len(list((tmp_path / f"{name}_pictures").rglob("*.jpg"))) == 4
         results[name] = [
             item["pred_instances"]["scores"]
@@ -97,6 +105,10 @@ def test_what_pruning_saves_is_said_in_macs(trained, run_main, tmp_path):
     )
     # q k^T and P v over 256 tokens of 128 channels, in four layers.
     saved = 4 * 2 * 256 * 256 * 128 / 1e9
+    (difference,) = re.findall(
+        r"neck on the first batch \(1 images\): (\S+), of values up to", result.stdout
+    )
+    assert float(difference) > 1e-3
     assert training - deployed == pytest.approx(saved, abs=2e-3)
     assert f"(-{1 - deployed / training:.0%}"[:4] in line
     assert "warning: the masks of this checkpoint have not decayed" in result.stdout
