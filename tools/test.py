@@ -1,10 +1,10 @@
-"""Evaluate a checkpoint, with its auxiliary softmax branch pruned by default."""
+"""Evaluate a checkpoint, pruned by default, or a file that tools/export.py wrote."""
 
 import argparse
 
 from mmengine.dist import is_main_process
 
-from mmcastling.engine import evaluate, run_cli
+from mmcastling.engine import evaluate_file, run_cli
 from mmcastling.engine.cli import (
     add_config_arguments,
     add_precision_argument,
@@ -17,7 +17,9 @@ from mmcastling.engine.evaluation import enable_drawing, enable_output, enable_t
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_config_arguments(parser)
-    parser.add_argument("checkpoint", help="training or deployed checkpoint")
+    parser.add_argument(
+        "checkpoint", help="training or deployed checkpoint, or an exported file"
+    )
     add_run_arguments(parser)
     parser.add_argument(
         "--deploy",
@@ -26,6 +28,11 @@ def parse_args() -> argparse.Namespace:
         help="prune the auxiliary softmax branch before evaluating",
     )
     add_precision_argument(parser, "the config's, or fp32")
+    parser.add_argument(
+        "--runtime",
+        choices=["torch", "onnxruntime", "openvino"],
+        help="what runs the model (torch for checkpoints, its own for exported files)",
+    )
     parser.add_argument("--out", metavar="FILE.pkl", help="write all predictions")
     parser.add_argument("--show", action="store_true", help="show predictions")
     parser.add_argument("--show-dir", metavar="FOLDER", help="write painted images")
@@ -45,8 +52,13 @@ def main() -> None:
         enable_tta(cfg)
     if args.out is not None:
         enable_output(cfg, args.out)
-    result = evaluate(
-        cfg, args.checkpoint, deploy=args.deploy, precision=args.precision
+    result = evaluate_file(
+        cfg,
+        args.checkpoint,
+        deploy=args.deploy,
+        precision=args.precision,
+        runtime=args.runtime,
+        tta=args.tta,
     )
     if is_main_process():
         print(result)

@@ -6,6 +6,7 @@ from mmcastling.engine.errors import ConfigError, run_cli
 from mmcastling.engine.evaluation import Evaluation, evaluate
 from mmcastling.engine.exported import ExportedEvaluation, evaluate_exported
 from mmcastling.engine.pruning import Pruning
+from mmcastling.engine.testing import evaluate_file
 from mmcastling.engine.training import train
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "convert",
     "evaluate",
     "evaluate_exported",
+    "evaluate_file",
     "load_config",
     "run_cli",
     "train",

@@ -12,6 +12,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.model import BaseTTAModel
+from mmengine.runner import Runner
 from torch import nn
 
 from mmcastling.analysis import PartTimer
@@ -108,15 +109,23 @@ def evaluate(
     set_precision(model, precision)
     if precision != "fp32":
         _say(f"layers compute in {precision}")
-    coco_metrics = fast_coco_eval(runner.test_evaluator.metrics)
-    # Wrappers pass their own forward by, so it is the model's that is timed.
-    with coco_metrics as library, PartTimer(model) as timer:
-        if library:
-            _say(f"COCO evaluation by {library}")
-        metrics = runner.test()
+    with PartTimer(model) as timer:  # wrappers pass their own forward by
+        metrics = run_test(runner)
     size = cfg.test_dataloader.get("batch_size", 1)
     parts = {part: seconds / size for part, seconds in timer.parts.items()}
     return Evaluation(metrics, timer.median / size, pruning, precision, parts)
+
+
+def run_test(runner: Runner) -> dict[str, float]:
+    """Run the test loop of a runner, and say what counts where the metric is COCO's.
+
+    Returns:
+        What the evaluator returned.
+    """
+    with fast_coco_eval(runner.test_evaluator.metrics) as library:
+        if library:
+            _say(f"COCO evaluation by {library}")
+        return runner.test()
 
 
 def _say(text: str) -> None:

@@ -15,16 +15,18 @@ from mmengine.structures import InstanceData, PixelData
 from torch import Tensor
 
 from mmcastling.deploy.runtime import (
+    Classification,
     Detections,
     ExportedInferencer,
     ExportMetadata,
+    Prediction,
     Segmentation,
     load_exported,
 )
 from mmcastling.deploy.runtime.preprocess import Prepared
 from mmcastling.engine.config import check_data, check_work_dir, require
 from mmcastling.engine.errors import ConfigError
-from mmcastling.engine.evaluation import testing_config
+from mmcastling.engine.evaluation import run_test, testing_config
 from mmcastling.engine.runner import build_runner
 from mmcastling.registry import MODELS, model_spec
 
@@ -45,6 +47,12 @@ class ExportedEvaluation:
     seconds_per_image: float
     runtime: str
     metadata: ExportMetadata
+
+    def __str__(self) -> str:
+        return (
+            f"{self.seconds_per_image:.4f} s per image in {self.runtime}, median, "
+            "network and post-processing; an exported file has no parts to time"
+        )
 
 
 @MODELS.register_module()
@@ -93,21 +101,31 @@ class ExportedTestModel(BaseModel):
             tuple(meta.get("ori_shape", image.shape[2:])[:2]),
             tuple(meta.get("scale_factor") or (1.0, 1.0)),
         )
-        found = self.inferencer.predict_prepared(prepared)
-        if isinstance(found, Detections):
-            sample.pred_instances = InstanceData(
-                bboxes=torch.from_numpy(found.boxes),
-                scores=torch.from_numpy(found.scores),
-                labels=torch.from_numpy(found.labels),
-            )
-            if found.masks is not None:
-                sample.pred_instances.masks = torch.from_numpy(found.masks)
-        elif isinstance(found, Segmentation):
-            sample.seg_logits = PixelData(data=torch.from_numpy(found.logits))
-            sample.pred_sem_seg = PixelData(data=torch.from_numpy(found.labels[None]))
-        else:
-            sample.set_pred_score(torch.from_numpy(found.scores))
-            sample.set_pred_label(found.label)
+        add_prediction(sample, self.inferencer.predict_prepared(prepared))
+
+
+def add_prediction(sample: Any, found: Prediction) -> None:
+    """Put what an exported file predicted where the toolboxes' own models put it.
+
+    Args:
+        sample: A data sample of any toolbox.
+        found: What the file predicted; features have no place in a sample.
+    """
+    if isinstance(found, Detections):
+        instances = InstanceData(
+            bboxes=torch.from_numpy(found.boxes),
+            scores=torch.from_numpy(found.scores),
+            labels=torch.from_numpy(found.labels),
+        )
+        if found.masks is not None:
+            instances.masks = torch.from_numpy(found.masks)
+        sample.pred_instances = instances
+    elif isinstance(found, Segmentation):
+        sample.seg_logits = PixelData(data=torch.from_numpy(found.logits))
+        sample.pred_sem_seg = PixelData(data=torch.from_numpy(found.labels[None]))
+    elif isinstance(found, Classification):
+        sample.pred_score = torch.from_numpy(found.scores)
+        sample.pred_label = torch.tensor([found.label])
 
 
 def evaluate_exported(
@@ -149,7 +167,7 @@ def evaluate_exported(
         data_preprocessor=model_spec(cfg).get("data_preprocessor"),
     )
     runner = build_runner(cfg)
-    metrics = runner.test()
+    metrics = run_test(runner)
     model = runner.model
     seconds = statistics.median(model.seconds) if model.seconds else float("nan")
     return ExportedEvaluation(

@@ -1,0 +1,87 @@
+"""Paint predictions with the visualizers of the toolboxes."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+from mmengine.registry import VISUALIZERS, DefaultScope
+from mmengine.structures import BaseDataElement
+
+_KINDS = {
+    "mmdet": "DetLocalVisualizer",
+    "mmseg": "SegLocalVisualizer",
+    "mmpretrain": "UniversalVisualizer",
+}
+_READABLE = 224
+"""Shorter side in pixels to which pictures of a classifier are enlarged, for its text
+to be legible."""
+
+_count = itertools.count()
+
+
+class Painter:
+    """Draws boxes and masks, an overlay of classes, or a label.
+
+    Args:
+        scope: The toolbox, one of ``'mmdet'``, ``'mmseg'`` and ``'mmpretrain'``.
+        dataset_meta: ``classes`` and ``palette``; either may be None.
+        score_thr: Detections with lower scores are not drawn. Defaults to 0.3.
+    """
+
+    def __init__(
+        self, scope: str, dataset_meta: dict[str, Any], score_thr: float = 0.3
+    ) -> None:
+        self.scope = scope
+        self.score_thr = score_thr
+        with DefaultScope.overwrite_default_scope(scope):
+            spec = dict(type=_KINDS[scope], name=f"painter_{next(_count)}")
+            self.visualizer = VISUALIZERS.build(spec)
+        if scope == "mmseg":  # which draws nothing without names and colours
+            dataset_meta = _complete(dataset_meta)
+        self.visualizer.dataset_meta = dict(dataset_meta)
+
+    def __call__(self, image: np.ndarray, sample: BaseDataElement) -> np.ndarray:
+        """Draw on a copy of a picture.
+
+        Args:
+            image: ``(H, W, 3)`` in BGR.
+            sample: The prediction for it.
+
+        Returns:
+            The picture, BGR, uint8; of a classifier perhaps larger.
+        """
+        rgb = np.ascontiguousarray(image[..., ::-1])
+        if self.scope == "mmpretrain":
+            resize = max(_READABLE, min(rgb.shape[:2]))
+            self.visualizer.visualize_cls(rgb, sample, draw_gt=False, resize=resize)
+        elif self.scope == "mmseg":
+            self.visualizer.add_datasample("", rgb, sample, draw_gt=False)
+        else:
+            self.visualizer.add_datasample(
+                "", rgb, sample, draw_gt=False, pred_score_thr=self.score_thr
+            )
+        painted = self.visualizer.get_image()
+        return np.ascontiguousarray(painted[..., ::-1], dtype=np.uint8)
+
+    def shown(self, sample: BaseDataElement) -> str:
+        """What the picture shows, in words."""
+        meta = self.visualizer.dataset_meta
+        if self.scope == "mmdet":
+            count = int((sample.pred_instances.scores > self.score_thr).sum())
+            return f"{count} above {self.score_thr:g}"
+        if self.scope == "mmseg":
+            return f"{len(np.unique(sample.pred_sem_seg.data.cpu()))} classes"
+        label = int(sample.pred_label[0])
+        name = meta["classes"][label] if meta.get("classes") else f"class {label}"
+        return f"{name} {float(sample.pred_score[label]):.2f}"
+
+
+def _complete(meta: dict[str, Any]) -> dict[str, Any]:
+    classes = meta.get("classes") or [f"class {index}" for index in range(256)]
+    palette = meta.get("palette")
+    if not palette or len(palette) < len(classes):
+        noise = np.random.default_rng(0)
+        palette = noise.integers(0, 256, (len(classes), 3)).tolist()
+    return dict(classes=classes, palette=palette)
