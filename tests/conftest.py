@@ -371,6 +371,47 @@ def trained_classifier(classifier_config, tmp_path_factory):
     )
 
 
+@pytest.fixture(scope="session")
+def brightness(tmp_path_factory) -> Path:
+    """An exported classifier: light pictures from dark ones, as classifier_config."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from mmcastling.deploy.runtime import ExportMetadata
+
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    constants = dict(
+        weight=np.array([[-5, 5]], np.float32),
+        axes=np.array([1, 2, 3]),
+        shape=np.array([-1, 1]),
+    )
+    nodes = [
+        helper.make_node("ReduceMean", ["images", "axes"], ["mean"]),
+        helper.make_node("Reshape", ["mean", "shape"], ["column"]),
+        helper.make_node("MatMul", ["column", "weight"], ["logits"]),
+        helper.make_node("Softmax", ["logits"], ["scores"], axis=1),
+    ]
+    images = helper.make_tensor_value_info("images", kind, ["n", 3, "h", "w"])
+    scores = helper.make_tensor_value_info("scores", kind, ["n", 2])
+    values = [onnx.numpy_helper.from_array(v, name) for name, v in constants.items()]
+    graph = helper.make_graph(nodes, "brightness", [images], [scores], values)
+    opset = [helper.make_opsetid("", 18)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=10)
+    entry = model.metadata_props.add()
+    entry.key = "mmcastling"
+    entry.value = ExportMetadata(
+        kind="classifier",
+        name="Brightness",
+        outputs=("scores",),
+        classes=("dark", "light"),
+        mean=(123.675, 116.28, 103.53),
+        std=(58.395, 57.12, 57.375),
+        to_rgb=True,
+    ).to_json()
+    path = tmp_path_factory.mktemp("exported") / "brightness.onnx"
+    onnx.save(model, path)
+    return path
+
+
 class _Opener:
     """Pickled as a call that creates a file."""
 

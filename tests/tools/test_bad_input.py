@@ -253,3 +253,19 @@ def test_bad_outputs(refused, trained, tmp_path):
     command = (trained.config, trained.masks_on)
     refused("convert.py", *command, tmp_path / "x.pth", parts=parts)
     assert not list(tmp_path.glob("x.*"))
+
+
+def test_options_that_do_not_go_with_the_kind_of_file(
+    refused, trained, classifier_config, brightness
+):
+    parts = ["--runtime openvino runs exported files (.onnx or .xml)", "export the"]
+    command = ("test.py", trained.config, trained.masks_off)
+    refused(*command, "--runtime", "openvino", parts=parts)
+    command = ("test.py", classifier_config, brightness)
+    for options, why in (
+        (["--no-deploy"], "--no-deploy: the exported file"),
+        (["--precision", "bf16"], "--precision bf16: the exported file"),
+        (["--tta"], "--tta: the exported file"),
+        (["--runtime", "torch"], "torch does not run .onnx files"),
+    ):
+        refused(*command, *options, parts=[why])

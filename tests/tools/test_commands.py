@@ -209,3 +209,17 @@ default_hooks = dict(checkpoint=dict(interval=1, save_optimizer=False))
     assert result.returncode == 0
     meta = load_checkpoint(tmp_path / "work" / "iter_1.pth")["meta"]
     assert len(meta["dataset_meta"]["classes"]) == 80
+
+
+def test_an_exported_file_is_evaluated_in_its_runtime(
+    brightness, classifier_config, run_main, tmp_path
+):
+    command = ("test.py", classifier_config, brightness, "--work-dir", tmp_path)
+    for options in ((), ("--runtime", "onnxruntime")):
+        result = run_main(*command, *options)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert "accuracy/top1: 100.0" in result.stdout
+        assert "pruned nothing: an exported file holds the pruned graph" in (
+            result.stdout
+        )
+        assert re.search(r"\d s per image in onnxruntime, median", result.stdout)
