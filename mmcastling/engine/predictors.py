@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
+from mmengine.device import get_device
 from mmengine.registry import DATASETS
 from mmengine.structures import BaseDataElement
 
@@ -192,8 +193,7 @@ class ExportedPredictor:
 
 
 def _device(name: str | None) -> torch.device:
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = name or get_device()
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

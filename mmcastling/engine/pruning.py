@@ -108,7 +108,8 @@ def first_batch(runner: Runner, model: nn.Module) -> Tensor:
     while isinstance(inputs, (list, tuple)) and isinstance(inputs[0], (list, tuple)):
         batch = {key: value[0] for key, value in batch.items()}
         inputs = batch["inputs"]
-    return model.data_preprocessor(batch, False)["inputs"]
+    images = model.data_preprocessor(batch, False)["inputs"]
+    return torch.stack(list(images)) if isinstance(images, list) else images
 
 
 def branch_on_macs(backbone: nn.Module, shape: tuple[int, int]) -> int:
