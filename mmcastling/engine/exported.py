@@ -160,11 +160,14 @@ def evaluate_exported(
     check_data(cfg, "test")
     check_work_dir(cfg.work_dir)
     cfg = testing_config(cfg)
+    preprocessor = model_spec(cfg).get("data_preprocessor")
+    if preprocessor is not None and cfg.get("default_scope") == "mmpretrain":
+        preprocessor.setdefault("type", "ClsDataPreprocessor")  # as its classifiers do
     cfg.model = dict(
         type="mmcastling.ExportedTestModel",
         path=str(path),
         runtime=runtime,
-        data_preprocessor=model_spec(cfg).get("data_preprocessor"),
+        data_preprocessor=preprocessor,
     )
     runner = build_runner(cfg)
     metrics = run_test(runner)

@@ -26,7 +26,7 @@ class Painter:
 
     Args:
         scope: The toolbox, one of ``'mmdet'``, ``'mmseg'`` and ``'mmpretrain'``.
-        dataset_meta: ``classes`` and ``palette``; either may be None.
+        dataset_meta: ``classes`` and ``palette``, a list of tuples; either may be None.
         score_thr: Detections with lower scores are not drawn. Defaults to 0.3.
     """
 
@@ -83,5 +83,6 @@ def _complete(meta: dict[str, Any]) -> dict[str, Any]:
     palette = meta.get("palette")
     if not palette or len(palette) < len(classes):
         noise = np.random.default_rng(0)
-        palette = noise.integers(0, 256, (len(classes), 3)).tolist()
+        colours = noise.integers(0, 256, (len(classes), 3)).tolist()
+        palette = [tuple(colour) for colour in colours]
     return dict(classes=classes, palette=palette)

@@ -179,7 +179,7 @@ class ExportedPredictor:
                 "drawn: export the whole model"
             )
         self.scope = TOOLBOXES[metadata.kind]
-        palette = [list(colour) for colour in metadata.palette]
+        palette = [tuple(colour) for colour in metadata.palette] or None
         self.dataset_meta = dict(classes=metadata.classes or None, palette=palette)
         self.name = f"{self.inferencer.model.runtime} in {metadata.precision}"
 
@@ -219,7 +219,7 @@ def _dataset_meta(dataset: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
         if found.get("classes") and found["classes"] != meta["classes"]:
             meta.update(classes=found["classes"], palette=None)
         if found.get("palette"):
-            meta["palette"] = [list(colour) for colour in found["palette"]]
+            meta["palette"] = [tuple(colour) for colour in found["palette"]]
     return meta
 
 

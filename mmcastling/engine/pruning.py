@@ -103,11 +103,10 @@ def first_batch(runner: Runner, model: nn.Module) -> Tensor:
     loader = runner.test_dataloader
     dataset = loader.dataset
     count = min(loader.batch_size or 1, len(dataset))
-    batch: Any = loader.collate_fn([dataset[index] for index in range(count)])
-    inputs = batch["inputs"]
-    while isinstance(inputs, (list, tuple)) and isinstance(inputs[0], (list, tuple)):
-        batch = {key: value[0] for key, value in batch.items()}
-        inputs = batch["inputs"]
+    items: list[dict[str, Any]] = [dataset[index] for index in range(count)]
+    if isinstance(items[0]["inputs"], (list, tuple)):
+        items = [{key: views[0] for key, views in item.items()} for item in items]
+    batch = loader.collate_fn(items)
     images = model.data_preprocessor(batch, False)["inputs"]
     return torch.stack(list(images)) if isinstance(images, list) else images
 

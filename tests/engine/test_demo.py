@@ -37,7 +37,7 @@ class Predictor:
     def __init__(self, scope="mmdet", sample=None, classes=("cat", "dog")):
         self.scope = scope
         self.sample = sample or detections()
-        self.dataset_meta = dict(classes=classes, palette=[[255, 0, 0], [0, 0, 255]])
+        self.dataset_meta = dict(classes=classes, palette=[(255, 0, 0), (0, 0, 255)])
         self.seen = []
 
     def __call__(self, image):

@@ -137,7 +137,7 @@ def test_classes_of_pixels_are_those_of_mmsegs_inferencer(segmentor, picture):
     predictor = build_predictor(list(segmentor))
     assert predictor.dataset_meta == dict(
         classes=("road", "sky", "tree"),
-        palette=[[255, 0, 0], [0, 255, 0], [0, 0, 255]],
+        palette=[(255, 0, 0), (0, 255, 0), (0, 0, 255)],
     )
     with PartTimer(predictor.model) as timer:
         sample, _ = predictor(pixels)
