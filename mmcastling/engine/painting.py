@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -59,9 +61,10 @@ class Painter:
         elif self.scope == "mmseg":
             self.visualizer.add_datasample("", rgb, sample, draw_gt=False)
         else:
-            self.visualizer.add_datasample(
-                "", rgb, sample, draw_gt=False, pred_score_thr=self.score_thr
-            )
+            with _same_noise():
+                self.visualizer.add_datasample(
+                    "", rgb, sample, draw_gt=False, pred_score_thr=self.score_thr
+                )
         painted = self.visualizer.get_image()
         return np.ascontiguousarray(painted[..., ::-1], dtype=np.uint8)
 
@@ -76,6 +79,17 @@ class Painter:
         label = int(sample.pred_label[0])
         name = meta["classes"][label] if meta.get("classes") else f"class {label}"
         return f"{name} {float(sample.pred_score[label]):.2f}"
+
+
+@contextlib.contextmanager
+def _same_noise() -> Iterator[None]:
+    # mmdet varies the colour of each mask at random, so that a video would flicker.
+    state = np.random.get_state()
+    np.random.seed(0)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
 
 
 def _complete(meta: dict[str, Any]) -> dict[str, Any]:
