@@ -31,6 +31,16 @@ from mmcastling.protocol import switch_to_deploy
 
 ENDINGS = {"onnx": "onnx", "openvino": "xml"}
 NANO = {"model.backbone.arch": "nano"}
+LEVIT = {  # a block a stage; maps of strides 8 to 64 with these channels
+    "model.backbone.arch": {
+        "embed_dims": [32, 64, 96],
+        "key_dims": [16, 16, 16],
+        "num_heads": [1, 2, 3],
+        "depths": [1, 1, 1],
+        "_delete_": True,
+    },
+    "model.neck.in_channels": [16, 32, 64, 96],
+}
 # Untrained detectors: no threshold that all scores would miss, and few boxes.
 MODELS = {
     "mask_rcnn": (
@@ -46,8 +56,7 @@ MODELS = {
     "retinanet": (
         "retinanet_castling_levit_256_coco",
         {
-            "model.backbone.arch": "128s",
-            "model.neck.in_channels": [64, 128, 256, 384],
+            **LEVIT,
             "model.neck.out_channels": 32,
             "model.bbox_head.in_channels": 32,
             "model.bbox_head.feat_channels": 32,
@@ -58,7 +67,7 @@ MODELS = {
     ),
     "rtmdet": (
         "rtmdet_castling_levit_128_coco",
-        {"model.bbox_head.num_classes": 5, "model.test_cfg.nms_pre": 50},
+        {**LEVIT, "model.bbox_head.num_classes": 5, "model.test_cfg.nms_pre": 50},
     ),
     "classifier": (
         "castling_tiny_in1k",
