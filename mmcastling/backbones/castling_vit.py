@@ -267,7 +267,7 @@ class CastlingViT(CastledBackbone, VisionTransformer):
             ValueError: If the image is smaller than a patch.
         """
         check_image(x, self.patch_size, "a patch")
-        if _is_traced():
+        if _is_traced() and not isinstance(self.patch_embed, ConvStem):
             # mmpretrain asks whether to pad, and the answer would hold for all sizes.
             patch = self.patch_size
             below, right = ((patch - side % patch) % patch for side in x.shape[2:])
