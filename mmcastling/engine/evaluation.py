@@ -29,6 +29,7 @@ from mmcastling.engine.errors import ConfigError
 from mmcastling.engine.pruning import Pruning, prune
 from mmcastling.engine.runner import build_runner, core_model
 from mmcastling.protocol import restore_mask, switch_to_deploy
+from mmcastling.registry import model_spec
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,10 @@ def enable_tta(cfg: Config) -> None:
             dict(type="TestTimeAug", transforms=transforms),
         ]
     dataset.pipeline = cfg.tta_pipeline
-    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    module = model_spec(cfg)
+    # The runner gives the config's own to the wrapper, which puts it into the model.
+    cfg.data_preprocessor = module.get("data_preprocessor")
+    cfg.model = ConfigDict(**cfg.tta_model, module=module)
     evaluators = cfg.test_evaluator
     for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
         if scope == "mmdet" and "segm" in (evaluator.get("metric") or []):
