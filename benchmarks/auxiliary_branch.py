@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import duration, spread
 from torch import Tensor
 
 from mmcastling.analysis import PeakMemory, environment, paired_seconds
@@ -141,12 +142,6 @@ def survival(tokens: int, threshold: float, sharpness: float) -> dict[str, float
         pairs += mask.float().mean() / HEADS
         rows += mask.any(dim=-1).float().mean() / HEADS
     return dict(density=pairs.item(), active_rows=rows.item())
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return dict(median=median, low=low, high=high)
 
 
 def measure_step(device: str) -> dict[str, Any]:
@@ -349,13 +344,6 @@ def cell_line(cell: dict[str, Any]) -> str:
         *(column("memory", name) for name in names),
     ]
     return f"| {' | '.join(cells)} |\n"
-
-
-def duration(value: dict[str, float], factor: float, digits: int) -> str:
-    low, median, high = (
-        f"{value[key] * factor:,.{digits}f}" for key in ("low", "median", "high")
-    )
-    return f"{median} ({low} to {high})"
 
 
 # ------------------------------------------------------------------------------ main

@@ -15,7 +15,6 @@ A finished training in the work directory is used again.
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -42,6 +41,7 @@ from mmcastling.checkpoint import (
     write_text_atomically,
 )
 from mmcastling.engine import evaluate, load_config, run_cli
+from mmcastling.engine.cpu_environment import cpu_environment
 from mmcastling.engine.runner import build_model
 from mmcastling.protocol import restore_mask, switch_to_deploy
 
@@ -56,14 +56,6 @@ PIXELS = 400_000
 """Training pixels that the colour classifier sees, drawn at random."""
 STEPS = 2_000
 """Batches of 4,096 of them that it is trained with."""
-
-# Kept buffers and passive waiting halve the time of a step on a CPU; see the demo.
-ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
-    "MALLOC_TOP_PAD_": str(256 << 20),
-}
 
 
 def parse_args() -> argparse.Namespace:
@@ -108,7 +100,7 @@ def train(config: Path, data_root: str, work_dir: Path) -> tuple[Path, dict[str,
             command,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env={**ENVIRONMENT, **os.environ},
+            env=cpu_environment(),
             check=False,
         )
     if done.returncode:

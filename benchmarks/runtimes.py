@@ -28,7 +28,7 @@ from detectors import detector
 from torch import Tensor, nn
 
 from mmcastling.analysis import count_model_macs
-from mmcastling.deploy.export import FORMATS, export_graph, write
+from mmcastling.deploy.export import FORMATS, export_graph, quantise, write
 from mmcastling.deploy.runtime import (
     ExportedInferencer,
     ExportMetadata,
@@ -111,15 +111,8 @@ def exported(name: str, runtime: str) -> Path:
 
 
 def _quantise_onnx(source: Path, path: Path) -> None:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    quantize_dynamic(
-        source,
-        path,
-        op_types_to_quantize=["MatMul", "Gemm"],
-        weight_type=QuantType.QInt8,
-        per_channel=True,
-    )
+    shutil.copy(source, path)
+    quantise(path)
 
 
 def _quantise_openvino(source: Path, path: Path) -> None:

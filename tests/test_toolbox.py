@@ -111,7 +111,7 @@ def without_scope(node):
     if isinstance(node, dict):
         return {k: without_scope(v) for k, v in node.items() if k != "_scope_"}
     if isinstance(node, (list, tuple)):
-        return [without_scope(item) for item in node]
+        return type(node)(without_scope(item) for item in node)
     return node
 
 

@@ -27,6 +27,7 @@ nodes=${NNODES:-1} rank=${NODE_RANK:-0} port=${PORT:-29501}
     usage "NNODES=$nodes needs MASTER_ADDR, the address of the first machine"
 command -v torchrun >/dev/null ||
     usage "torchrun was not found: activate the environment, which has it"
+. "$(dirname "$0")/cpu_environment.sh" "$gpus"
 exec torchrun \
     --nnodes="$nodes" --node_rank="$rank" \
     --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="$port" \

@@ -6,7 +6,7 @@ if they agree.
 
 import argparse
 
-from mmcastling.deploy.export import DEFAULT_OPSET, FORMATS
+from mmcastling.deploy.export import DEFAULT_OPSET, FORMATS, PRECISIONS
 from mmcastling.engine import run_cli
 from mmcastling.engine.cli import add_config_arguments, config_from_arguments
 from mmcastling.engine.export import export
@@ -47,6 +47,12 @@ def parse_args() -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="demand averaged weights, or take the raw ones",
     )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="what matrix products compute in; int8 for --format onnx (fp32)",
+    )
     return parser.parse_args()
 
 
@@ -62,6 +68,7 @@ def main() -> None:
         image=args.image,
         force=args.force,
         ema=args.ema,
+        precision=args.precision,
     )
     if report.pruned:
         change = "not measured, the test data is missing"
@@ -70,6 +77,8 @@ def main() -> None:
         print(f"pruned the branch of {report.pruned} attentions, {change}")
     for agreement in report.agreements:
         print(f"{report.runtime} against torch at {agreement}")
+    for agreement in report.rounded:
+        print(f"{args.precision} against torch in fp32 at {agreement}")
     for latency in report.latencies:
         height, width = latency.size
         print(

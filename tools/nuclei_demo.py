@@ -6,7 +6,6 @@ checkpoint, and the deployed checkpoint with its config.
 
 import argparse
 import contextlib
-import os
 import re
 import subprocess
 import sys
@@ -48,22 +47,13 @@ from mmcastling.checkpoint import (
 )
 from mmcastling.datasets import prepare_nuclei
 from mmcastling.engine import ConfigError, convert, evaluate, load_config, run_cli
+from mmcastling.engine.cpu_environment import cpu_environment
 from mmcastling.engine.runner import build_model
 from mmcastling.protocol import set_mask, switch_to_deploy
 
 TOOLS = Path(__file__).resolve().parent
 CONFIG = TOOLS.parent / "configs" / "mask_rcnn_castling_nano_nuclei.py"
 METRICS = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50")
-
-# glibc returns large buffers to the system after every step and faults them in anew at
-# the next, so they are kept; and threads that spin while they wait stall each other
-# where something else runs. A user's own settings win.
-ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
-    "MALLOC_TOP_PAD_": str(256 << 20),
-}
 
 console = Console()
 
@@ -155,7 +145,7 @@ def train(work_dir: Path, options: dict[str, Any], max_iters: int) -> Path:
             command,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env={**ENVIRONMENT, **os.environ},
+            env=cpu_environment(),
         ) as process,
     ):
         task = bar.add_task("training", total=max_iters, state="")

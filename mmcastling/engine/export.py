@@ -24,8 +24,10 @@ from mmcastling.checkpoint import CheckpointError, load_checkpoint
 from mmcastling.deploy.export import (
     DEFAULT_OPSET,
     FORMATS,
+    check_export_precision,
     check_format,
     export_graph,
+    quantise,
     write,
 )
 from mmcastling.deploy.export.agreement import Agreement, compare
@@ -70,6 +72,7 @@ class ExportReport:
         difference: Of features by pruning, or None where not measured.
         agreements: How far its outputs are from torch's, by input size.
         latencies: Seconds, by input size.
+        rounded: How far a file in lower precision is from torch, by input size.
     """
 
     path: Path
@@ -79,6 +82,7 @@ class ExportReport:
     difference: float | None
     agreements: tuple[Agreement, ...]
     latencies: tuple[Latency, ...]
+    rounded: tuple[Agreement, ...] = ()
 
 
 def export(
@@ -92,6 +96,7 @@ def export(
     image: str | os.PathLike[str] | None = None,
     force: bool = False,
     ema: bool | None = None,
+    precision: str = "fp32",
 ) -> ExportReport:
     """Write a model in a runtime's format, run the file, and compare it with torch.
 
@@ -106,6 +111,10 @@ def export(
         image: The image to compare on. Defaults to None (the first of the test set).
         force: Go on although the masks have not decayed. Defaults to False.
         ema: See :func:`mmcastling.deploy.select_weights`. Defaults to None.
+        precision: ``'fp32'``, or ``'int8'`` for ONNX, see
+            :func:`mmcastling.deploy.export.quantise`: what is compared and refused is
+            the file in float32, and what rounding it changes is reported. Defaults to
+            ``'fp32'``.
 
     Raises:
         CheckpointError: If the source cannot be read or does not fit, its masks have
@@ -114,10 +123,11 @@ def export(
         UnsupportedModelError: If the model has no exportable form.
         ConfigError: If there is no image, or the file disagrees with torch; nothing is
             left of it then.
-        ValueError, RuntimeError: If the format or opset is not supported, or a library
-            that writes it is missing.
+        ValueError, RuntimeError: If the format, its opset or precision is not
+            supported, or a library that writes it is missing.
     """
     check_format(format, opset)
+    check_export_precision(precision, format)
     runtime = SUFFIXES[FORMATS[format]][0]
     runtime_library(runtime)  # before minutes of work
     out = _destination(source, out, format)
@@ -135,6 +145,14 @@ def export(
             inferencer = ExportedInferencer(written, threads=torch.get_num_threads())
             agreements = [_agreement(result.model, inferencer, x) for x in inputs]
             _refuse_unless_all_hold(agreements, runtime)
+            rounded: list[Agreement] = []
+            if precision == "int8":
+                del inferencer  # it maps the file
+                quantise(written)
+                inferencer = ExportedInferencer(
+                    written, threads=torch.get_num_threads()
+                )
+                rounded = [_agreement(result.model, inferencer, x) for x in inputs]
             latencies = [_latency(result.model, inferencer, x) for x in inputs]
             del inferencer  # it maps the file
             _move(Path(folder), out)
@@ -148,6 +166,7 @@ def export(
         result.difference,
         tuple(agreements),
         tuple(latencies),
+        tuple(rounded),
     )
 
 

@@ -4,6 +4,7 @@ import errno
 import re
 
 import numpy as np
+import onnx
 import pytest
 
 from mmcastling.deploy.runtime import ExportedInferencer
@@ -79,6 +80,10 @@ def test_masks_that_have_not_decayed_are_refused(run_main, trained, tmp_path):
         (("x.engine",), "must end in .onnx"),
         (("x.onnx", "--opset", "9"), "opset 9 is not supported"),
         (("x.onnx", "--format", "tensorrt"), "format 'tensorrt' is not known"),
+        (
+            ("x.xml", "--format", "openvino", "--precision", "int8"),
+            "precision int8 is for --format onnx",
+        ),
         (("x.onnx", "--image", "none.jpg"), "image none.jpg does not exist"),
     ],
 )
@@ -98,6 +103,29 @@ def quick(monkeypatch):
         monkeypatch.setattr(module, "write", write)
 
     return prepare
+
+
+def test_int8_rounds_the_products_and_says_what_that_changes(
+    run_main, trained, tmp_path, quick, exported, people
+):
+    quick(lambda graph, path, *_: path.write_bytes(exported[0].read_bytes()))
+    out = tmp_path / "x.onnx"
+    arguments = (trained.config, trained.masks_off, out, "--precision", "int8")
+    done = run_main("export.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert (
+        len(re.findall(r"\nint8 against torch in fp32 at \d+x\d+: ", done.stdout)) == 2
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    kinds = [node.op_type for node in onnx.load(out).graph.node]
+    assert "MatMulInteger" in kinds and "Conv" in kinds
+    assert out.stat().st_size < 0.8 * exported[0].stat().st_size
+    (image, *_) = (people / "val").iterdir()
+    full, rounded = (
+        ExportedInferencer(path).predict(image) for path in (exported[0], out)
+    )
+    assert rounded.masks.shape[1:] == full.masks.shape[1:]
+    assert 0 < abs(rounded.scores.max() - full.scores.max()) < 0.1
 
 
 def test_a_full_disk_leaves_what_was_there(run_main, trained, tmp_path, quick):

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = sorted((Path(__file__).resolve().parents[2] / "tools").rglob("*.sh"))
+from mmcastling.engine.cpu_environment import CPU_ENVIRONMENT
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+SOURCED = TOOLS / "cpu_environment.sh"
+SCRIPTS = sorted(set(TOOLS.rglob("*.sh")) - {SOURCED})
 
 
 def run(*command, **environment):
@@ -50,6 +54,38 @@ def fake_path(tmp_path):
 def script_named(name):
     (script,) = [path for path in SCRIPTS if path.name == name]
     return script
+
+
+def environment_of(name, path, **environment):
+    """What a launch script exports, seen from the launcher."""
+    stub = Path(path.split(os.pathsep)[0]) / "torchrun"
+    stub.write_text("#!/usr/bin/env bash\nenv\n")
+    result = run("bash", script_named(name), *USAGE[name], PATH=path, **environment)
+    return dict(line.split("=", 1) for line in result.stdout.splitlines())
+
+
+@pytest.fixture
+def no_settings(monkeypatch):
+    for name in ("OMP_NUM_THREADS", *CPU_ENVIRONMENT):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("name", ["dist_train.sh", "dist_test.sh"])
+def test_cpus_get_their_settings(name, fake_path, no_settings):
+    found = environment_of(name, fake_path)
+    assert found.items() >= CPU_ENVIRONMENT.items()
+    assert found["OMP_NUM_THREADS"] == str(max(1, os.cpu_count() // 4))
+    own = environment_of(name, fake_path, OMP_NUM_THREADS="3", MALLOC_TOP_PAD_="1")
+    assert (own["OMP_NUM_THREADS"], own["MALLOC_TOP_PAD_"]) == ("3", "1")
+    assert own["MALLOC_MMAP_MAX_"] == "0"
+
+
+def test_gpus_are_left_alone(fake_path, no_settings):
+    gpu = Path(fake_path.split(os.pathsep)[0]) / "nvidia-smi"
+    gpu.write_text("#!/usr/bin/env bash\nexit 0\n")
+    gpu.chmod(0o755)
+    found = environment_of("dist_train.sh", fake_path)
+    assert not {"OMP_NUM_THREADS", *CPU_ENVIRONMENT} & found.keys()
 
 
 def test_every_script_is_here():

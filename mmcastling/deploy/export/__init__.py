@@ -5,7 +5,10 @@ from mmcastling.deploy.export.formats import (
     DEFAULT_OPSET,
     FORMATS,
     OPSETS,
+    PRECISIONS,
+    check_export_precision,
     check_format,
+    quantise,
     write,
 )
 from mmcastling.deploy.export.parts import export_graph, kind_of
@@ -14,9 +17,12 @@ __all__ = [
     "DEFAULT_OPSET",
     "FORMATS",
     "OPSETS",
+    "PRECISIONS",
     "UnsupportedModelError",
+    "check_export_precision",
     "check_format",
     "export_graph",
     "kind_of",
+    "quantise",
     "write",
 ]
