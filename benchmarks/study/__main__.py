@@ -11,7 +11,9 @@ from mmengine.logging import MMLogger
 
 import benchmarks.study as study
 from benchmarks.castle_and_distil import find_data
+from benchmarks.study import nuclei, report, timing
 from benchmarks.study.fashion import Data, Trainer
+from benchmarks.study.nuclei import ITERATIONS
 from benchmarks.study.store import Run, Store
 from benchmarks.study.variants import Recipe, table_runs
 from mmcastling.engine import ConfigError, run_cli
@@ -27,10 +29,14 @@ def parse_args(options: list[str] | None = None) -> argparse.Namespace:
         description=study.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("table", choices=FASHION)
-    parser.add_argument("--data-root", type=Path, help="folder of the data")
+    parser.add_argument("table", choices=(*FASHION, "nuclei", "time", "report"))
     parser.add_argument(
-        "--download", action="store_true", help="get what is missing in --data-root"
+        "--data-root",
+        type=Path,
+        help="folder of the data: Fashion-MNIST's idx files, or the nuclei set",
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="get missing idx files in --data-root"
     )
     parser.add_argument(
         "--out", type=Path, default=RESULTS, help="folder of results (%(default)s)"
@@ -48,11 +54,18 @@ def parse_args(options: list[str] | None = None) -> argparse.Namespace:
         help="only every N-th run, beginning with the K-th: for N processes at a time",
     )
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (1)")
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        default=ITERATIONS,
+        help="of a detector's training (%(default)s)",
+    )
     for field in dataclasses.fields(Recipe):
-        name = field.name.replace("_", "-")
-        kind = type(field.default)
         parser.add_argument(
-            f"--{name}", type=kind, default=field.default, help=f"({field.default})"
+            f"--{field.name.replace('_', '-')}",
+            type=type(field.default),
+            default=field.default,
+            help=f"of the classifiers ({field.default:g})",
         )
     return parser.parse_args(options)
 
@@ -92,24 +105,44 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 
 def main(options: list[str] | None = None) -> None:
-    """Run a table's missing runs."""
+    """Run a table's missing runs, time the attentions, or write the page."""
     args = parse_args(options)
     torch.set_num_threads(args.threads)
     MMLogger.get_current_instance().setLevel("WARNING")  # not each weight's start
     recipe, store = recipe_of(args), Store(args.out)
-    runs = table_runs(args.table, recipe)
+    if args.table == "report":
+        report.write(store, recipe, args.iterations)
+    elif args.table == "time":
+        data = Data(find_data(args.data_root, args.download), recipe)
+        timing.measure(data, recipe, args.out / "timing.json")
+    elif args.table == "nuclei":
+        if args.iterations < 4:
+            raise ConfigError(
+                f"--iterations {args.iterations} leaves no room for a schedule: give "
+                "at least 4"
+            )
+        runs = nuclei.table_runs(args.iterations)
+        root = str(args.data_root or nuclei.DATA_ROOT)
+        run_all(runs, args.part, store, nuclei.Trainer(root, store))
+    else:
+        runs = table_runs(args.table, recipe)
+        store.check(runs)  # before data is looked for
+        folder = find_data(args.data_root, args.download)
+        trainer = Trainer(Data(folder, recipe), recipe, store, args.work_dir)
+        run_all(runs, args.part, store, trainer)
+
+
+def run_all(
+    runs: list[Run], part: str, store: Store, trainer: Trainer | nuclei.Trainer
+) -> None:
+    """Carry out what is not stored yet."""
     store.check(runs)
-    runs = part_of(runs, args.part)
-    trainer = None
+    runs = part_of(runs, part)
     for i, run in enumerate(runs, start=1):
         result = store.load(run)  # another process may have stored it meanwhile
         if result is None:
-            if trainer is None:
-                folder = find_data(args.data_root, args.download)
-                data = Data(folder, recipe)
-                trainer = Trainer(data, recipe, store, args.work_dir)
             result = trainer.carry_out(run)
-        print(f"{i}/{len(runs)} {run}: {result['accuracy']:.2f}%", flush=True)
+        print(f"{i}/{len(runs)} {run}: {trainer.headline(result)}", flush=True)
 
 
 if __name__ == "__main__":

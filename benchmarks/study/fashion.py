@@ -182,11 +182,13 @@ def record(
 
 
 @torch.no_grad()
-def predict(model: nn.Module, data: Data, scale: int = 1) -> Tensor:
-    """Predicted classes of the test images, enlarged ``scale`` times."""
+def predict(
+    model: nn.Module, data: Data, scale: int = 1, count: int | None = None
+) -> Tensor:
+    """Predicted classes of the first test images, enlarged ``scale`` times."""
     model.eval()
     found = []
-    for images in data.test.images.split(256 // scale):
+    for images in data.test.images[:count].split(128 // scale**2):
         inputs = model.data_preprocessor(dict(inputs=images))["inputs"]
         if scale != 1:
             inputs = nn.functional.interpolate(
@@ -244,10 +246,15 @@ class Trainer:
         self.store.save(run, result)
         return result
 
+    @staticmethod
+    def headline(result: dict[str, Any]) -> str:
+        """A result in a few words."""
+        return f"{result['accuracy']:.2f}%"
+
     def _train(self, run: Run) -> dict[str, Any]:
         settings = run.settings
         model = initialised(settings["model"], settings["window"], run.seed)
-        recipe = self.recipe
+        recipe = Recipe(**settings["recipe"])
         result = train(
             model,
             self.data,
@@ -282,8 +289,9 @@ class Trainer:
         for module in model.modules():
             if isinstance(module, LinearAngularMixer):
                 module.reference_tokens = settings["reference_tokens"]
-        found = predict(model, self.data, settings["scale"])
-        return dict(accuracy=percent(found == self.data.test.labels))
+        count = settings["test_images"]
+        found = predict(model, self.data, settings["scale"], count)
+        return dict(accuracy=percent(found == self.data.test.labels[:count]))
 
     def _finetune(self, run: Run) -> dict[str, Any]:
         settings, recipe = run.settings, self.recipe

@@ -24,8 +24,8 @@ from mmcastling.protocol import switch_to_deploy
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/mask_rcnn_castling_nano_nuclei.py"
 DATA_ROOT = "data/nuclei/"
-ITERATIONS = 250  # of the demo's 700
-WARM_UP = 25
+ITERATIONS = 150  # of the demo's 700
+WARM_UP = 20
 TRAIN_SIZE = (256, 256)
 
 # The config's own attention is that of the full method.
@@ -80,6 +80,7 @@ def config(
         "train_cfg.max_iters": iterations,
         "train_cfg.val_begin": iterations + 1,  # never: it is tested at the end
         "default_hooks.checkpoint.interval": iterations,
+        "default_hooks.logger.interval": min(10, iterations),
         "randomness.seed": seed,
     }
     cfg = load_config(ROOT / CONFIG, options, work_dir)
@@ -89,8 +90,7 @@ def config(
     cosine.end, cosine.T_max = iterations, iterations - cosine.begin
     softmax = copy.deepcopy(cfg.model.to_dict())
     softmax["backbone"]["attention"] = dict(ATTENTIONS["softmax"][1])
-    cfg.model.backbone.attention = dict(_delete_=True, **ATTENTIONS[name][1])
-    cfg.model.backbone.attention.pop("_delete_")
+    cfg.model.backbone.attention = dict(ATTENTIONS[name][1])
     hooks = list(cfg.custom_hooks) if name == "decay" else []
     cfg.custom_hooks = [
         dict(type="SharedStartHook", seed=seed, model=softmax),
@@ -114,43 +114,62 @@ def table_runs(iterations: int) -> list[Run]:
     return [run_of(name, seed, iterations) for seed in SEEDS for name in ATTENTIONS]
 
 
-def carry_out(run: Run, iterations: int, data_root: str, store: Store) -> dict:
-    """Train, test before and after pruning, and store."""
-    with tempfile.TemporaryDirectory() as folder:
-        cfg = config(run.name, run.seed, iterations, data_root, f"{folder}/train")
-        test_cfg = copy.deepcopy(cfg)
-        started = time.process_time()
-        model = train(cfg)
-        seconds = time.process_time() - started
-        records = _records(Path(folder))
-        (weights,) = Path(folder, "train").glob("iter_*.pth")
-        result: dict[str, Any] = {}
-        for key, deploy in (("before", False), ("after", True)):
-            if deploy and run.name != "decay":
-                result["after"] = result["before"]
-                continue
-            test_cfg.work_dir = f"{folder}/{key}"
-            metrics = evaluate(copy.deepcopy(test_cfg), weights, deploy=deploy).metrics
-            result[key] = {name.removeprefix("coco/"): v for name, v in metrics.items()}
-    cost = count_model_macs(switch_to_deploy(model).backbone, TRAIN_SIZE)
-    result.update(
-        iterations=iterations,
-        train_cpu_seconds=round(seconds, 1),
-        backbone_params=cost.params,
-        backbone_macs=cost.macs,
-        curve=records,
-    )
-    store.save(run, result)
-    return result
+class Trainer:
+    """Carries out runs.
+
+    Args:
+        data_root: Folder of the nuclei set.
+        store: Where results go.
+    """
+
+    def __init__(self, data_root: str, store: Store) -> None:
+        self.data_root = data_root
+        self.store = store
+
+    @staticmethod
+    def headline(result: dict[str, Any]) -> str:
+        """A result in a few words."""
+        after = result["after"]
+        return f"AP50 {after['bbox_mAP_50']:.3f} box, {after['segm_mAP_50']:.3f} mask"
+
+    def carry_out(self, run: Run) -> dict[str, Any]:
+        """Train, test before and after pruning, and store."""
+        iterations = run.settings["config"]["train_cfg"]["max_iters"]
+        with tempfile.TemporaryDirectory() as folder:
+            cfg = config(run.name, run.seed, iterations, self.data_root, folder)
+            test_cfg = copy.deepcopy(cfg)
+            cfg.work_dir = f"{folder}/train"
+            started = time.process_time()
+            model = train(cfg)
+            seconds = time.process_time() - started
+            curve = _curve(Path(folder, "train"))
+            (weights,) = Path(folder, "train").glob("iter_*.pth")
+            result: dict[str, Any] = {}
+            for key, deploy in (("before", False), ("after", True)):
+                if deploy and run.name != "decay":  # there is nothing to prune
+                    result["after"] = result["before"]
+                    continue
+                test_cfg.work_dir = f"{folder}/{key}"
+                found = evaluate(test_cfg, weights, deploy=deploy).metrics
+                result[key] = {k.removeprefix("coco/"): v for k, v in found.items()}
+        cost = count_model_macs(switch_to_deploy(model).backbone, TRAIN_SIZE)
+        result.update(
+            train_cpu_seconds=round(seconds, 1),
+            backbone_params=cost.params,
+            backbone_macs=cost.macs,
+            curve=curve,
+        )
+        self.store.save(run, result)
+        return result
 
 
-def _records(folder: Path) -> dict[str, list[float]]:
+def _curve(work_dir: Path) -> dict[str, list[float]]:
     """Loss, and where there is one the density of the masks, over training."""
-    (log,) = folder.glob("train/*/vis_data/scalars.json")
+    (log,) = work_dir.glob("*/vis_data/scalars.json")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]
     curve = dict(step=[line["step"] for line in lines])
     for name in ("loss", "mask_density", "mask_threshold"):
-        if name in lines[0]:
+        if lines and name in lines[0]:
             curve[name] = [line[name] for line in lines]
     return curve

@@ -77,7 +77,7 @@ class Store:
                 f"{path} was measured with other settings: "
                 f"{_differences(settings, run.settings)}. Going on would mix results: "
                 "repeat the command with the stored settings, store elsewhere with "
-                f"--out FOLDER, or remove {self.folder} to begin anew"
+                f"--out FOLDER, or remove {path.parent} to begin anew"
             )
         return result
 

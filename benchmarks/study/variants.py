@@ -14,11 +14,13 @@ from benchmarks.study.store import Run
 # windows of 4x4 tile without padding.
 BORDER = 2
 TOKENS = 64
-WIDTH = 48
+WIDTH = 32
 
 BACKBONE = dict(
     type="mmcastling.CastlingViT",
-    arch=dict(embed_dims=WIDTH, num_layers=3, num_heads=2, feedforward_channels=96),
+    arch=dict(
+        embed_dims=WIDTH, num_layers=2, num_heads=2, feedforward_channels=2 * WIDTH
+    ),
     img_size=32,
     patch_size=4,
     in_channels=1,
@@ -39,6 +41,7 @@ class Recipe:
     Args:
         train_images: The first ones of the training set.
         test_images: The first ones of the test set.
+        test_images_x4: The same on images enlarged four times, to 1,024 tokens.
         epochs: Of training from scratch.
         finetune_epochs: Of finetuning a castled network.
         batch_size: Images per iteration.
@@ -50,7 +53,8 @@ class Recipe:
 
     train_images: int = 6_000
     test_images: int = 10_000
-    epochs: int = 5
+    test_images_x4: int = 2_500
+    epochs: int = 4
     finetune_epochs: int = 2
     batch_size: int = 64
     lr: float = 4e-3
@@ -167,12 +171,15 @@ def train_run(name: str, seed: int, recipe: Recipe) -> Run:
     return Run("fashion", name, seed, _plain(settings))
 
 
-def resize_run(name: str, scale: int, reference: bool, seed: int, recipe: Recipe) -> Run:
+def resize_run(
+    name: str, scale: int, reference: bool, seed: int, recipe: Recipe
+) -> Run:
     """Testing a trained variant on images enlarged by ``scale``."""
     settings = dict(
         kind="resize",
         trained=train_run(name, seed, recipe).settings,
         scale=scale,
+        test_images=recipe.test_images_x4 if scale == 4 else recipe.test_images,
         reference_tokens=TOKENS if reference else None,
     )
     word = "reference" if reference else "plain"
@@ -194,6 +201,13 @@ def finetune_run(name: str, seed: int, recipe: Recipe) -> Run:
         seed=seed,
     )
     return Run("finetune", name, seed, _plain(settings))
+
+
+def scratch_run(seed: int, recipe: Recipe) -> Run:
+    """The full method from scratch, as long as training and finetuning together."""
+    epochs = recipe.epochs + recipe.finetune_epochs
+    run = train_run("decay", seed, dataclasses.replace(recipe, epochs=epochs))
+    return dataclasses.replace(run, name="decay-long")
 
 
 def table_runs(table: str, recipe: Recipe) -> list[Run]:
@@ -219,7 +233,12 @@ def table_runs(table: str, recipe: Recipe) -> list[Run]:
             for run in _resize_runs(name, seed, recipe)
         ]
     return [
-        finetune_run(name, seed, recipe) for seed in range(3) for name in FINETUNED
+        run
+        for seed in range(3)
+        for run in (
+            scratch_run(seed, recipe),
+            *(finetune_run(name, seed, recipe) for name in FINETUNED),
+        )
     ]
 
 

@@ -1,9 +1,12 @@
-"""The scripts in ``benchmarks/`` as modules."""
+"""The scripts in ``benchmarks/`` as modules, and pictures for those that learn."""
 
+import gzip
 import importlib.util
+import struct
 import sys
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 
@@ -27,3 +30,20 @@ def load_benchmark(root):
     sys.path.remove(folder)
     for module in loaded.values():
         del sys.modules[module.__name__]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Dark and light pictures in Fashion-MNIST's files, half of them compressed."""
+    folder = tmp_path_factory.mktemp("fashion")
+    noise = np.random.default_rng(0)
+    for split, count in (("train", 512), ("t10k", 128)):
+        labels = noise.integers(0, 2, count, dtype=np.uint8)
+        images = noise.integers(0, 100, (count, 28, 28), dtype=np.uint8)
+        images += 150 * labels[:, None, None]
+        header = struct.pack(">4I", 0x803, count, 28, 28)
+        with gzip.open(folder / f"{split}-images-idx3-ubyte.gz", "wb") as file:
+            file.write(header + images.tobytes())
+        labels = struct.pack(">2I", 0x801, count) + labels.tobytes()
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(labels)
+    return folder

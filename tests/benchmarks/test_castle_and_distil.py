@@ -1,8 +1,6 @@
 """The benchmark of castling and distillation, on pictures a ViT learns in no time."""
 
-import gzip
 import json
-import struct
 import sys
 
 import numpy as np
@@ -12,23 +10,6 @@ import pytest
 @pytest.fixture(scope="module")
 def benchmark(load_benchmark):
     return load_benchmark("castle_and_distil")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Dark and light pictures in Fashion-MNIST's files, half of them compressed."""
-    folder = tmp_path_factory.mktemp("fashion")
-    noise = np.random.default_rng(0)
-    for split, count in (("train", 512), ("t10k", 128)):
-        labels = noise.integers(0, 2, count, dtype=np.uint8)
-        images = noise.integers(0, 100, (count, 28, 28), dtype=np.uint8)
-        images += 150 * labels[:, None, None]
-        header = struct.pack(">4I", 0x803, count, 28, 28)
-        with gzip.open(folder / f"{split}-images-idx3-ubyte.gz", "wb") as file:
-            file.write(header + images.tobytes())
-        labels = struct.pack(">2I", 0x801, count) + labels.tobytes()
-        (folder / f"{split}-labels-idx1-ubyte").write_bytes(labels)
-    return folder
 
 
 @pytest.mark.slow
