@@ -3,7 +3,10 @@
 import importlib
 import json
 import sys
+from types import SimpleNamespace
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -108,6 +111,97 @@ def test_repeating_a_run_gives_the_same_result(study, data, tmp_path):
     assert results[0] == results[1]
 
 
+@pytest.fixture
+def tiny_nuclei(tmp_path):
+    """Bright discs on a dark ground, in the layout of the nuclei set."""
+    root = tmp_path / "nuclei"
+    noise = np.random.default_rng(0)
+    (root / "annotations").mkdir(parents=True)
+    for split, count in (("train", 4), ("val", 1)):
+        (root / split).mkdir()
+        content = dict(
+            images=[], annotations=[], categories=[dict(id=1, name="nucleus")]
+        )
+        for i in range(count):
+            image = noise.integers(0, 60, (250, 250, 3), dtype=np.uint8)
+            name = f"{i}.png"
+            for x in range(35, 230, 60):
+                for y in range(35, 230, 60):
+                    cv2.circle(image, (x, y), 8, (220, 220, 220), -1)
+                    angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
+                    outline = np.stack(
+                        [x + 8 * np.cos(angles), y + 8 * np.sin(angles)], axis=1
+                    )
+                    content["annotations"].append(
+                        dict(
+                            id=len(content["annotations"]) + 1,
+                            image_id=i,
+                            category_id=1,
+                            bbox=[x - 8, y - 8, 16, 16],
+                            area=200,
+                            iscrowd=0,
+                            segmentation=[outline.flatten().round(2).tolist()],
+                        )
+                    )
+            cv2.imwrite(str(root / split / name), image)
+            content["images"].append(dict(id=i, file_name=name, width=250, height=250))
+        path = root / "annotations" / f"instances_{split}.json"
+        path.write_text(json.dumps(content))
+    return root
+
+
+@pytest.mark.slow
+def test_a_detector_cell_is_trained_pruned_and_stored(study, tiny_nuclei, tmp_path):
+    out = tmp_path / "out"
+    nuclei = study("nuclei")
+    runs = nuclei.table_runs(4)
+    number = [run.name for run in runs].index("decay") + 1
+    options = ["--data-root", tiny_nuclei, "--out", out, "--iterations", "4"]
+    options += ["--part", f"{number}/{len(runs)}"]
+    study("__main__").main(["nuclei", *map(str, options)])
+    (path,) = out.rglob("*.json")
+    stored = json.loads(path.read_text())
+    assert path.name == "decay-seed0.json" and str(tmp_path) not in path.read_text()
+    config = stored["settings"]["config"]
+    assert config["model"]["backbone"]["attention"]["mask_threshold"] == "1/N"
+    assert config["data_root"] == nuclei.DATA_ROOT
+    result = stored["result"]
+    assert result["before"] == result["after"]  # the masks had decayed
+    assert {"bbox_mAP_50", "segm_mAP_50"} <= result["after"].keys()
+    assert result["curve"]["mask_density"][-1] == 0
+    assert result["backbone_macs"] > 5e8
+
+
+def test_all_detectors_of_a_seed_start_from_the_same_weights(study, tmp_path):
+    from mmengine.registry import MODELS
+
+    nuclei = study("nuclei")
+    shared = None
+    for name in nuclei.ATTENTIONS:
+        cfg = nuclei.config(name, 1, 8, nuclei.DATA_ROOT, str(tmp_path))
+        assert cfg.randomness.seed == 1
+        assert cfg.param_scheduler[1].end == cfg.train_cfg.max_iters == 8
+        model = MODELS.build(cfg.model)
+        attention = type(model.backbone.layers[0].attn).__name__
+        assert attention == {
+            "softmax": "SoftmaxAttention",
+            "performer": "PerformerAttention",
+            "decay": "CastlingAttention",
+        }.get(name, "LinearAngularAttention")
+        start = {key: cfg.custom_hooks[0][key] for key in ("seed", "model")}
+        hook = nuclei.SharedStartHook(**start)
+        hook.before_train(SimpleNamespace(model=model))
+        drawn = torch.rand(3)
+        weights = model.state_dict()
+        if shared is None:
+            shared, first = weights, drawn  # plain softmax is the first
+        assert torch.equal(drawn, first)  # and training draws alike from there
+        for key, value in shared.items():
+            assert torch.equal(weights[key], value), (name, key)
+        hooks = [hook["type"] for hook in cfg.custom_hooks]
+        assert ("MaskDecayHook" in hooks) == (name == "decay")
+
+
 # -- never mixed -----------------------------------------------------------------------
 
 
@@ -134,7 +228,7 @@ def test_changed_settings_are_refused_before_anything_is_computed(
 def test_a_detector_study_of_other_length_is_refused(study, tmp_path):
     nuclei, store = study("nuclei"), study("store").Store(tmp_path)
     store.save(nuclei.run_of("decay", 0, 8), {})
-    with pytest.raises(ValueError, match=r"train_cfg.max_iters was 8, is 16"):
+    with pytest.raises(ValueError, match=r"max_iters was 8, is 16"):
         store.check([nuclei.run_of("decay", 0, 16)])
 
 
