@@ -228,7 +228,7 @@ class Study:
         if missing:
             text += (
                 f"\n**{len(missing)} runs are not stored yet**; their rows say so, and "
-                "comparisons use the seeds that both sides have. "
+                "comparisons use the seeds that both sides have, three at least. "
                 f"`{COMMAND} TABLE` goes on where it stopped.\n"
             )
         full = sentence("On Fashion-MNIST the full method", self.against_all())

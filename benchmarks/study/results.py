@@ -56,6 +56,7 @@ def cell(value: Interval | None, digits: int = 1, signed: bool = False) -> str:
     return "not run" if value is None else value.text(digits, signed)
 
 
+FEWEST = 3  # seeds that a verdict needs
 VERDICTS = {1: "higher", -1: "lower", 0: "not told apart"}
 
 
@@ -81,7 +82,7 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """In one word."""
-        if self.difference is None or self.difference.count < 2:
+        if self.difference is None or self.difference.count < FEWEST:
             return "not measured"
         return VERDICTS[self.difference.verdict]
 
