@@ -6,7 +6,7 @@ python benchmarks/report.py           # write docs/speed.md and its pictures
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ import attention
 import backbones
 import detectors
 import matplotlib
+import precision
+import runtimes
 import training_steps
-from common import ROOT, Benchmark, Target, line, load
+from common import ROOT, Benchmark, Target, duration, line, load
 from matplotlib.figure import Figure
 
 from mmcastling.checkpoint import write_text_atomically
@@ -26,19 +28,27 @@ PAGE = ROOT / "docs" / "speed.md"
 ASSETS = ROOT / "docs" / "assets"
 SCRIPTS = {
     module.BENCHMARK.name: module
-    for module in (attention, backbones, detectors, training_steps)
+    for module in (
+        attention,
+        backbones,
+        precision,
+        detectors,
+        runtimes,
+        training_steps,
+    )
 }
+Results = dict[str, Any]
 
 PREAMBLE = """\
 # Deployed speed
 
 Made by `python benchmarks/report.py` from the results that these commands stored in
-[benchmarks/results](../benchmarks/results), each in one run on {device}, {threads}
-threads, torch {torch}, mmdet {mmdet}, mmpretrain {mmpretrain}, timm {timm}, Python
-{python}, float32, batch 1, default allocator:
+[benchmarks/results](../benchmarks/results), each in one run on a CPU ({device}),
+{threads} threads, torch {torch}, mmdet {mmdet}, mmpretrain {mmpretrain}, timm {timm},
+Python {python}, float32, batch 1, default allocator:
 
 {commands}
-
+{missing}
 Within a script contenders take turns, so that a machine that grows slower hits all
 alike; another machine gives other times. Milliseconds are medians (quartiles) of
 forward passes in inference mode, weights are random. Memory is the peak beyond weights
@@ -49,6 +59,10 @@ cuda` runs the same scripts with synchronised clocks; that has not been tried.
 
 | | measured | reached |
 | --- | --- | --- |
+"""
+
+MISSING = """
+Not stored yet, so that their parts of this page are not there: {}.
 """
 
 HEADER = """\
@@ -83,6 +97,31 @@ network whose attentions are their projections alone.
 ![Latency against MACs at 800x1344](assets/speed_macs.png)
 
 """
+
+PRECISION = """
+## Lower precision
+
+The ViT-S backbone at 800x1344. `bf16` rounds linear layers and convolutions; `int8`
+quantises linear layers, weights once and inputs as they arrive; norms and the sums of
+attention stay float32.
+
+"""
+
+LIBRARIES = """
+One linear layer, 4,200 tokens from 384 to 1,536 channels, in eager mode:
+
+| | ms |
+| --- | --- |
+"""
+
+ACCURACY = """
+The demo's detector on its 24 validation tiles, by `tools/test.py --precision`:
+
+| precision | bbox AP | segm AP | s / image |
+| --- | --- | --- | --- |
+"""
+
+LACKING = "\nThis machine has no instructions for {names}, which were not measured.\n"
 
 DETECTORS = """
 ## Detectors
@@ -156,31 +195,62 @@ def _check_complete(benchmark: Benchmark, result: dict[str, Any], path: Path) ->
         )
 
 
-def page(results: dict[str, dict[str, Any]]) -> str:
-    """The page in Markdown."""
-    first = results["attention"]
+def page(results: dict[str, Results]) -> str:
+    """The page in Markdown: a section for each benchmark whose result is stored."""
+    first = next(iter(results.values()))
     commands = "\n".join(f"- `{result['command']}`" for result in results.values())
-    text = PREAMBLE.format(commands=commands, **first["environment"])
+    absent = [s.BENCHMARK.command for name, s in SCRIPTS.items() if name not in results]
+    missing = MISSING.format(", ".join(f"`{c}`" for c in absent)) if absent else ""
+    text = PREAMBLE.format(commands=commands, missing=missing, **first["environment"])
     text += "".join(f"{target}\n" for target in targets(results))
-    text += ATTENTION + table(first)
+    return text + "".join(SECTIONS[name](results[name]) for name in results)
+
+
+def attention_section(result: Results) -> str:
     floor, whole = (
         next(
             cell["seconds"]["median"]
-            for cell in first["cells"]
+            for cell in result["cells"]
             if cell["contender"] == name and cell["size"] == [50, 84]
         )
         for name in ("projections", "castling")
     )
-    text += ROOFLINE.format(share=floor / whole)
-    for name, value in first["gemm"].items():
+    text = ATTENTION + table(result) + ROOFLINE.format(share=floor / whole)
+    for name, value in result["gemm"].items():
         text += f"| {name} | {value['median']:,.0f} |\n"
-    text += BACKBONES + table(results["backbones"])
-    text += DETECTORS + table(results["detectors"]) + PARTS
-    for name, parts in results["detectors"]["parts"].items():
+    return text
+
+
+def precision_section(result: Results) -> str:
+    text = PRECISION + table(result) + LIBRARIES
+    for name, value in result["linear"].items():
+        text += f"| {name} | {duration(value, 1e3, 1)} |\n"
+    text += ACCURACY
+    for name, row in result["detector"].items():
+        cells = f"{row['bbox']:.3f} | {row['segm']:.3f} | {row['seconds']:.3f}"
+        text += f"| {name} | {cells} |\n"
+    if result["lacking"]:
+        text += LACKING.format(names=" and ".join(result["lacking"]))
+    return text
+
+
+def detectors_section(result: Results) -> str:
+    text = DETECTORS + table(result) + PARTS
+    for name, parts in result["parts"].items():
         keys = ("data_preprocessor", "backbone", "neck", "heads")
         times = " | ".join(f"{1e3 * parts[key]:,.0f}" for key in keys)
         text += f"| {name} | {times} | {parts['detections']} |\n"
-    return text + TRAINING + table(results["training_steps"])
+    return text
+
+
+SECTIONS: dict[str, Callable[[Results], str]] = {
+    "attention": attention_section,
+    "backbones": lambda result: BACKBONES + table(result),
+    "precision": precision_section,
+    "detectors": detectors_section,
+    "runtimes": lambda result: runtimes.section(result, table(result)),
+    "training_steps": lambda result: TRAINING + table(result),
+}
 
 
 def targets(results: dict[str, dict[str, Any]]) -> list[Target]:
@@ -245,14 +315,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args()
+    paths = [script.BENCHMARK.stored for script in SCRIPTS.values()]
     try:
-        results = read([script.BENCHMARK.stored for script in SCRIPTS.values()])
+        results = read([path for path in paths if path.exists()])
     except ValueError as error:
         parser.error(str(error))
+    if not results:
+        parser.error(
+            f"no result is stored: run {SCRIPTS['attention'].BENCHMARK.command}"
+        )
     for target in targets(results):
         print(target)
-    plot_resolution(results["backbones"], ASSETS / "speed_resolution.png")
-    plot_macs(results["backbones"], ASSETS / "speed_macs.png")
+    if "backbones" in results:
+        plot_resolution(results["backbones"], ASSETS / "speed_resolution.png")
+        plot_macs(results["backbones"], ASSETS / "speed_macs.png")
     write_text_atomically(PAGE, page(results))
 
 

@@ -1,0 +1,177 @@
+"""The speed benchmarks: fair contenders, honest targets, reports of one machine."""
+
+import copy
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+NAMES = ("attention", "backbones", "precision", "detectors", "runtimes")
+NAMES += ("training_steps",)
+
+
+@pytest.fixture
+def layers(load_benchmark):
+    return load_benchmark("attention")
+
+
+@pytest.fixture
+def report(load_benchmark):
+    return load_benchmark("report")
+
+
+@pytest.fixture
+def stored(report):
+    paths = [script.BENCHMARK.stored for script in report.SCRIPTS.values()]
+    return report.read([path for path in paths if path.exists()])
+
+
+# -- contenders ------------------------------------------------------------------------
+
+
+def test_the_released_order_computes_what_castling_does(layers):
+    castling = layers.LAYERS["castling"]().eval()
+    released = layers.LAYERS["released"]().eval()
+    released.load_state_dict(castling.state_dict())
+    x, grid = layers.tokens((5, 7))
+    assert_close(released(x, grid), castling(x, grid), atol=1e-5, rtol=0)
+
+
+def test_projections_keep_tokens_apart(layers):
+    projections = layers.LAYERS["projections"]().eval()
+    x, grid = layers.tokens((5, 7))
+    before = projections(x, grid)
+    x[0, 3] += 1.0
+    changed = (projections(x, grid) != before).any(-1)[0]
+    assert changed.nonzero().flatten().tolist() == [3]
+
+
+def test_no_mixing_takes_every_attention_out(load_benchmark):
+    script = load_benchmark("backbones")
+    model = script.vit_without_mixing()
+    kinds = {type(block.attn).__name__ for block in model.layers}
+    assert kinds == {"ProjectionsAttention"}
+
+
+def test_detectors_have_as_many_boxes_as_they_may_return(load_benchmark):
+    script = load_benchmark("detectors")
+    torch.manual_seed(0)
+    model = script.detector("retinanet_castling_levit_256_coco")()
+    (data,) = script.picture((128, 160))
+    with torch.inference_mode():
+        (sample,) = model.test_step(data)
+    assert len(sample.pred_instances) == model.test_cfg.max_per_img
+
+
+# -- measuring -------------------------------------------------------------------------
+
+
+def test_a_size_is_measured(layers, capsys):
+    benchmark = dataclasses.replace(
+        layers.BENCHMARK, repeats={(4, 4): 3}, extra=lambda device: {"more": 1}
+    )
+    result = benchmark.measure(["castling", "softmax"], "cpu")
+    assert [cell["contender"] for cell in result["cells"]] == ["castling", "softmax"]
+    for cell in result["cells"]:
+        seconds = cell["seconds"]
+        assert 0 < seconds["low"] <= seconds["median"] <= seconds["high"]
+        assert cell["memory"] >= 0 and cell["macs"] > 16 * 4 * 384 * 384
+    assert result["more"] == 1 and result["environment"]["torch"]
+    assert "| 4x4 | castling |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "castlin"], "['castlin'] are not contenders: choose among"),
+        (["--only", "castling"], "attention.json holds complete results: name another"),
+    ],
+)
+def test_what_cannot_be_stored_is_not_measured(
+    layers, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.setattr(sys, "argv", ["attention.py", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        layers.BENCHMARK.main("")
+    assert message in capsys.readouterr().err
+
+
+def test_a_target_is_reached_up_to_its_limit(layers):
+    target = layers.Target
+    assert target("time", 0.8, 0.8).reached and not target("time", 0.81, 0.8).reached
+    assert target("speed", 5.0, 5, least=True).reached
+    assert not target("speed", 4.9, 5, least=True).reached
+    assert "**no**" in str(target("speed", 4.9, 5, least=True))
+
+
+def test_targets_compare_the_right_contenders(layers):
+    seconds = {"castling": 1.0, "released": 2.0, "softmax": 7.0}
+    cells = [
+        dict(contender=name, size=list(grid), seconds=dict(median=value))
+        for name, value in seconds.items()
+        for grid in layers.GRIDS
+    ]
+    found = [target.measured for target in layers.targets(dict(cells=cells))]
+    assert found == pytest.approx([0.5, 7.0, 1 / 7, 0.0])
+
+
+# -- the report ------------------------------------------------------------------------
+
+
+def write(folder, results):
+    paths = []
+    for name, result in results.items():
+        paths.append(folder / f"{name}.json")
+        paths[-1].write_text(json.dumps(result))
+    return paths
+
+
+def test_the_page_is_generated_from_the_stored_results(report, stored):
+    assert tuple(report.SCRIPTS) == tuple(report.SECTIONS) == NAMES
+    assert report.PAGE.read_text() == report.page(stored)
+
+
+def test_the_page_names_what_is_not_stored(report, stored):
+    name, *others = stored
+    text = report.page({name: stored[name]})
+    for other in others:
+        assert report.SCRIPTS[other].BENCHMARK.command in text.split("## Targets")[0]
+        assert report.SECTIONS[other](stored[other]) not in text
+    assert report.SECTIONS[name](stored[name]) in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("device", "Abacus"), ("torch", "1.0"), ("threads", 64)]
+)
+def test_results_of_another_machine_are_not_mixed_in(
+    report, stored, tmp_path, key, value
+):
+    results = copy.deepcopy(stored)
+    results["backbones"]["environment"][key] = value
+    message = rf"backbones\.json was measured with {key} {value!r}, attention\.json"
+    with pytest.raises(ValueError, match=message):
+        report.read(write(tmp_path, results))
+
+
+def test_an_incomplete_result_is_refused(report, stored, tmp_path):
+    results = copy.deepcopy(stored)
+    results["backbones"]["cells"].pop()
+    with pytest.raises(ValueError, match=r"lacks .*EfficientViT-B2.* without --only"):
+        report.read(write(tmp_path, results))
+
+
+def test_unknown_and_missing_results_are_refused(report, tmp_path):
+    with pytest.raises(ValueError, match=r"speed\.json is not the result of a known"):
+        report.read([tmp_path / "speed.json"])
+    with pytest.raises(ValueError, match=r"run python benchmarks/attention\.py"):
+        report.read([tmp_path / "attention.json"])
+
+
+def test_pictures_are_drawn(report, stored, tmp_path):
+    for draw in (report.plot_resolution, report.plot_macs):
+        draw(stored["backbones"], tmp_path / "x.png")
+        assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+        (tmp_path / "x.png").unlink()
