@@ -36,14 +36,13 @@ from mmcastling.analysis import count_model_macs, environment
 from mmcastling.analysis.figures import SegmentationLegend, plot_segmentation
 from mmcastling.checkpoint import (
     load_checkpoint,
-    load_weights,
     write_json_atomically,
     write_text_atomically,
 )
 from mmcastling.engine import evaluate, load_config, run_cli
 from mmcastling.engine.cpu_environment import cpu_environment
-from mmcastling.engine.runner import build_model
-from mmcastling.protocol import restore_mask, switch_to_deploy
+from mmcastling.engine.runner import build_model, load_trained
+from mmcastling.protocol import switch_to_deploy
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "upernet_castling_nano_camvid.py"
@@ -124,8 +123,7 @@ def deployed_model(cfg: Config, checkpoint: Path) -> nn.Module:
     """The pruned segmentor, in evaluation mode."""
     model = build_model(cfg)
     loaded = load_checkpoint(checkpoint)
-    load_weights(model, loaded, str(checkpoint))
-    restore_mask(model, loaded)
+    load_trained(model, loaded, checkpoint)
     return switch_to_deploy(model.eval())
 
 

@@ -64,6 +64,12 @@ def _scopes_in_use() -> list[str]:
     return outer[-1:] or [name for name in TOOLBOXES if name in sys.modules]
 
 
+def type_name(kind: str | type) -> str:
+    """The bare name of a config's ``type``: without its scope, of a class its own."""
+    name = kind if isinstance(kind, str) else kind.__name__
+    return name.rpartition(".")[2]
+
+
 def model_spec(cfg: Config) -> dict[str, Any]:
     """A copy of what a config says of its model, as MMEngine's Runner would build it.
 

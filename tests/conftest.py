@@ -250,6 +250,16 @@ def segmentor_config(scenes, tmp_path_factory) -> Path:
     return path
 
 
+def finished(config: Path, work_dir: Path, on: str, off: str) -> SimpleNamespace:
+    """A run, with its checkpoints before and after its masks have decayed."""
+    return SimpleNamespace(
+        config=config,
+        work_dir=work_dir,
+        masks_on=work_dir / f"{on}.pth",
+        masks_off=work_dir / f"{off}.pth",
+    )
+
+
 @pytest.fixture(scope="session")
 def trained_segmentor(segmentor_config, tmp_path_factory):
     """The segmentor after two iterations, masks on, and after four, masks off."""
@@ -257,12 +267,7 @@ def trained_segmentor(segmentor_config, tmp_path_factory):
 
     work_dir = tmp_path_factory.mktemp("segmentor")
     train(load_config(segmentor_config, work_dir=str(work_dir)))
-    return SimpleNamespace(
-        config=segmentor_config,
-        work_dir=work_dir,
-        masks_on=work_dir / "iter_2.pth",
-        masks_off=work_dir / "iter_4.pth",
-    )
+    return finished(segmentor_config, work_dir, "iter_2", "iter_4")
 
 
 @pytest.fixture(scope="session")
@@ -348,12 +353,7 @@ def trained(detector_config, run_command, tmp_path_factory):
     work_dir = tmp_path_factory.mktemp("detector")
     process = run_command("train.py", detector_config, "--work-dir", work_dir)
     assert process.returncode == 0, process.stderr[-3000:]
-    return SimpleNamespace(
-        config=detector_config,
-        work_dir=work_dir,
-        masks_on=work_dir / "iter_2.pth",
-        masks_off=work_dir / "iter_4.pth",
-    )
+    return finished(detector_config, work_dir, "iter_2", "iter_4")
 
 
 @pytest.fixture(scope="session")
@@ -363,12 +363,7 @@ def trained_classifier(classifier_config, tmp_path_factory):
 
     work_dir = tmp_path_factory.mktemp("classifier")
     train(load_config(classifier_config, work_dir=str(work_dir)))
-    return SimpleNamespace(
-        config=classifier_config,
-        work_dir=work_dir,
-        masks_on=work_dir / "epoch_1.pth",
-        masks_off=work_dir / "epoch_2.pth",
-    )
+    return finished(classifier_config, work_dir, "epoch_1", "epoch_2")
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
+from mmcastling.registry import type_name
+
 TRAINING_HOOKS = ("MaskDecayHook", "EMAHook")
 
 
@@ -16,13 +18,8 @@ def drop_training_hooks(cfg: Config) -> None:
     """Remove the hooks that act on weights or masks while training, in place."""
     hooks = cfg.get("custom_hooks") or []
     cfg.custom_hooks = [
-        hook for hook in hooks if _name(hook["type"]) not in TRAINING_HOOKS
+        hook for hook in hooks if type_name(hook["type"]) not in TRAINING_HOOKS
     ]
-
-
-def _name(kind: str | type) -> str:
-    name = kind if isinstance(kind, str) else kind.__name__
-    return name.split(".")[-1]
 
 
 def deploy_config(cfg: Config) -> Config:

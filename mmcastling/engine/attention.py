@@ -25,12 +25,11 @@ from mmcastling.analysis.attention_maps import (
 )
 from mmcastling.analysis.figures import HeatMap, plot_attention
 from mmcastling.attention import MaskThreshold
-from mmcastling.checkpoint import load_checkpoint, load_weights
-from mmcastling.deploy import is_deployed
+from mmcastling.checkpoint import load_checkpoint
 from mmcastling.engine.config import datasets_of
 from mmcastling.engine.errors import ConfigError
-from mmcastling.engine.runner import build_model
-from mmcastling.protocol import restore_mask, switch_to_deploy
+from mmcastling.engine.runner import build_model, load_trained
+from mmcastling.registry import type_name
 
 Point = tuple[float, float]
 
@@ -142,7 +141,9 @@ def view_attention(
     seen = transform(image)
     point = _follow(point, image.shape[:2], transform, seen["img"].shape[:2])
 
-    model = _load_model(cfg, checkpoint, source)
+    model = build_model(cfg)
+    load_trained(model, checkpoint, source)
+    model.eval()
     rgb, inputs = _preprocess(model, pack(seen))
     call = record_attention(model, inputs, layer)
     covered = (inputs.shape[-2], inputs.shape[-1])
@@ -178,17 +179,6 @@ def view_attention(
     )
 
 
-def _load_model(
-    cfg: Config, checkpoint: dict[str, Any], source: str | os.PathLike[str]
-) -> nn.Module:
-    model = build_model(cfg)
-    load_weights(model, checkpoint, str(source))
-    restore_mask(model, checkpoint)
-    if is_deployed(checkpoint):
-        switch_to_deploy(model, inplace=True)
-    return model.eval()
-
-
 def _test_transforms(
     cfg: Config,
 ) -> tuple[Callable[[np.ndarray], dict[str, Any]], Callable[[dict[str, Any]], Any]]:
@@ -199,7 +189,7 @@ def _test_transforms(
             f"config {cfg.filename} has no test_dataloader with a pipeline, which says "
             "how an image reaches the network: start from a config that has"
         )
-    kinds = [(str(step["type"]).rpartition(".")[2], step) for step in dataset.pipeline]
+    kinds = [(type_name(step["type"]), step) for step in dataset.pipeline]
     steps = [step for kind, step in kinds if not kind.startswith(("Load", "Pack"))]
     packing = [step for kind, step in kinds if kind.startswith("Pack")]
     change, pack = Compose(steps), Compose(packing)

@@ -122,7 +122,7 @@ def convert(
             f"cannot write {out}: the folder {out.parent} does not exist: create it"
         )
 
-    pruned = prune(
+    pruned = build_pruned(
         cfg, checkpoint, source, verify=verify, force=force, ema=ema, images=num_images
     )
     if not pruned.attentions:
@@ -173,7 +173,7 @@ class Pruned:
     images: list[Tensor]
 
 
-def prune(
+def build_pruned(
     cfg: Config,
     checkpoint: dict[str, Any],
     source: Path,

@@ -17,6 +17,7 @@ from mmengine.device import get_device
 from mmengine.dist import init_dist, is_distributed
 
 from mmcastling.engine.errors import ConfigError
+from mmcastling.registry import type_name
 
 LAUNCHERS = {
     "none": (),
@@ -80,8 +81,7 @@ def setup_distributed(cfg: Config) -> None:
 
 def is_sharded(cfg: Config) -> bool:
     """Whether a config trains with MMEngine's ``FSDPStrategy`` or ours."""
-    kind = (cfg.get("strategy") or {}).get("type", "")
-    name = kind.split(".")[-1] if isinstance(kind, str) else kind.__name__
+    name = type_name((cfg.get("strategy") or {}).get("type", ""))
     return cfg.get("runner_type") == "FlexibleRunner" and name in (
         "FSDPStrategy",
         "ResumableFSDPStrategy",
@@ -104,8 +104,7 @@ def _prepare_sharded(cfg: Config, launcher: str) -> None:
     wrapper = cfg.get("optim_wrapper")
     if wrapper is None:
         return
-    kind = wrapper.get("type", "OptimWrapper")
-    name = kind.split(".")[-1] if isinstance(kind, str) else kind.__name__
+    name = type_name(wrapper.get("type", "OptimWrapper"))
     if name not in _SHARDED_WRAPPERS:
         raise ConfigError(
             f"{name} cannot clip the gradients that FSDPStrategy shards: use an "

@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmcastling.analysis import PartTimer
-from mmcastling.checkpoint import load_checkpoint, load_weights
+from mmcastling.checkpoint import load_checkpoint
 from mmcastling.compat import fast_coco_eval
 from mmcastling.deploy import (
     check_precision,
@@ -27,9 +27,8 @@ from mmcastling.deploy import (
 from mmcastling.engine.config import check_data, check_work_dir, datasets_of, require
 from mmcastling.engine.errors import ConfigError
 from mmcastling.engine.pruning import Pruning, prune
-from mmcastling.engine.runner import build_runner, core_model
-from mmcastling.protocol import restore_mask, switch_to_deploy
-from mmcastling.registry import model_spec
+from mmcastling.engine.runner import build_runner, core_model, load_trained
+from mmcastling.registry import model_spec, type_name
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,7 @@ def evaluate(
     cfg = testing_config(cfg)
     runner = build_runner(cfg)
     model = core_model(runner.model)
-    load_weights(model, checkpoint, str(source))
-    restore_mask(model, checkpoint)
-    if is_deployed(checkpoint):  # pruned, whatever the config says
-        switch_to_deploy(model, inplace=True)
+    load_trained(model, checkpoint, source)
     if isinstance(runner.model, BaseTTAModel):
         _leave_out_masks(model)
 
@@ -224,7 +220,7 @@ def enable_tta(cfg: Config) -> None:
 
 
 def _loads_truth(step: dict[str, Any]) -> bool:
-    return str(step["type"]).rpartition(".")[2] == "LoadAnnotations"
+    return type_name(step["type"]) == "LoadAnnotations"
 
 
 def enable_drawing(

@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata as package_metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +17,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS
 from torch import nn
 
+from mmcastling.analysis import paired_medians
 from mmcastling.checkpoint import CheckpointError, load_checkpoint
 from mmcastling.deploy.export import (
     DEFAULT_OPSET,
@@ -35,7 +33,7 @@ from mmcastling.deploy.runtime import ExportedInferencer, ExportMetadata
 from mmcastling.deploy.runtime.preprocess import Prepared, prepare, read_image
 from mmcastling.deploy.runtime.sessions import SUFFIXES, runtime_library
 from mmcastling.engine.config import check_data, has_data
-from mmcastling.engine.conversion import prune
+from mmcastling.engine.conversion import build_pruned
 from mmcastling.engine.errors import ConfigError
 from mmcastling.engine.export_metadata import describe
 from mmcastling.engine.reference import reference_outputs
@@ -133,7 +131,7 @@ def export(
     out = _destination(source, out, format)
     picture = read_image(_image(cfg, image))
     checkpoint = load_checkpoint(source)
-    result = prune(cfg, checkpoint, Path(source), force=force, ema=ema)
+    result = build_pruned(cfg, checkpoint, Path(source), force=force, ema=ema)
     graph = export_graph(result.model, part)
     meta = describe(cfg, checkpoint, result.model, graph, part)
     meta = dataclasses.replace(meta, versions=_versions(format))
@@ -237,17 +235,8 @@ def _latency(
     def eager() -> None:
         reference_outputs(model, inferencer.metadata, images, prepared.size)
 
-    runtime = _median(lambda: inferencer.predict_prepared(prepared))
-    return Latency(tuple(prepared.batch.shape[2:]), _median(eager), runtime)
-
-
-def _median(run: Callable[[], Any]) -> float:
-    seconds = []
-    for _ in range(ROUNDS):
-        begin = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
+    passes = dict(torch=eager, runtime=lambda: inferencer.predict_prepared(prepared))
+    return Latency(tuple(prepared.batch.shape[2:]), **paired_medians(passes, ROUNDS))
 
 
 def _refuse_unless_all_hold(agreements: list[Agreement], runtime: str) -> None:

@@ -16,15 +16,16 @@ from mmengine.device import get_device
 from mmengine.registry import DATASETS
 from mmengine.structures import BaseDataElement
 
-from mmcastling.checkpoint import load_checkpoint, load_weights
+from mmcastling.checkpoint import load_checkpoint
 from mmcastling.deploy import check_precision, is_deployed, set_precision
 from mmcastling.deploy.runtime import ExportedInferencer, is_exported
 from mmcastling.engine.config import datasets_of, load_config, require
 from mmcastling.engine.errors import ConfigError
 from mmcastling.engine.exported import add_prediction
-from mmcastling.engine.runner import build_model
+from mmcastling.engine.runner import build_model, load_trained
 from mmcastling.model_index import find_config
 from mmcastling.protocol import switch_to_deploy
+from mmcastling.registry import type_name
 
 TOOLBOXES = {"detector": "mmdet", "classifier": "mmpretrain", "segmentor": "mmseg"}
 """Whose data samples and visualizer each kind of model has."""
@@ -137,7 +138,7 @@ class TorchPredictor:
         self.dataset_meta = _dataset_meta(dataset, loaded)
         self.pipeline = Compose(_without_loading(dataset.pipeline))
         self.model = build_model(cfg)
-        load_weights(self.model, loaded, str(checkpoint))
+        load_trained(self.model, loaded, checkpoint)
         switch_to_deploy(self.model, inplace=True)
         self.model.to(self.device).eval()
         set_precision(self.model, precision)
@@ -227,7 +228,7 @@ def _without_loading(pipeline: list[Any]) -> list[Any]:
     steps = [
         copy.deepcopy(step)
         for step in pipeline
-        if not str(step["type"]).rsplit(".", 1)[-1].startswith("Load")
+        if not type_name(step["type"]).startswith("Load")
     ]
     if len(steps) == len(pipeline):
         raise ConfigError(

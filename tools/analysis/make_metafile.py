@@ -16,6 +16,7 @@ from get_flops import AS_BUILT, DEPLOYED, count_graphs
 from mmengine.config import Config
 
 from mmcastling.engine import load_config, run_cli
+from mmcastling.registry import type_name
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -70,7 +71,7 @@ def entry(cfg: Config) -> dict[str, Any]:
     shape = test_shape(cfg)
     graphs = count_graphs(cfg.model, shape)
     report = graphs.get(DEPLOYED) or graphs[AS_BUILT]
-    backbone = cfg.model.backbone.type.split(".")[-1]
+    backbone = type_name(cfg.model.backbone.type)
     metadata = {
         "FLOPs": report.macs,  # as OpenMMLab means it: multiply-accumulates
         "Parameters": report.params,
