@@ -10,6 +10,7 @@ many boxes and masks as a detector may return: 1,000 proposals, 100 detections.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from mmcastling.protocol import switch_to_deploy
 SIZE: Size = (800, 1333)
 PADDED: Size = (800, 1344)
 ROUNDS = 5
+PARTS_ROUNDS = 3
 
 
 def detector(config: str) -> Callable[[], nn.Module]:
@@ -90,25 +92,34 @@ DETECTORS = {
 def where_time_goes(device: str) -> dict[str, Any]:
     """Median seconds of each detector's parts, and how many boxes it returned.
 
-    ``heads`` is all that comes after the neck, of which ``post_processing`` is a part.
+    Detectors take turns here too. ``heads`` is all that comes after the neck, of which
+    ``post_processing`` is a part.
     """
-    parts = {}
-    for name, config in DETECTORS.items():
-        torch.manual_seed(0)
-        model, (data,) = detector(config)().to(device), picture(SIZE)
-        preparing = ForwardTimer(model.data_preprocessor)
-        with preparing, PartTimer(model) as timer:
-            for _ in range(3):
+    torch.manual_seed(0)
+    (data,) = picture(SIZE)
+    models = {name: detector(config)().to(device) for name, config in DETECTORS.items()}
+    parts: dict[str, Any] = {name: {} for name in models}
+    with ExitStack() as timing:
+        timers = {
+            name: (
+                timing.enter_context(ForwardTimer(model.data_preprocessor)),
+                timing.enter_context(PartTimer(model)),
+            )
+            for name, model in models.items()
+        }
+        for _ in range(PARTS_ROUNDS):
+            for name, model in models.items():
                 (sample,) = model.test_step(data)
-        seconds = timer.parts
-        parts[name] = dict(
-            data_preprocessor=preparing.median,
-            backbone=seconds["backbone"],
-            neck=seconds["neck"],
-            heads=seconds["heads"] + seconds["post-processing"],
-            post_processing=seconds["post-processing"],
-            detections=len(sample.pred_instances),
-        )
+                parts[name]["detections"] = len(sample.pred_instances)
+        for name, (preparing, timer) in timers.items():
+            seconds = timer.parts
+            parts[name].update(
+                data_preprocessor=preparing.median,
+                backbone=seconds["backbone"],
+                neck=seconds["neck"],
+                heads=seconds["heads"] + seconds["post-processing"],
+                post_processing=seconds["post-processing"],
+            )
     return dict(parts=parts)
 
 

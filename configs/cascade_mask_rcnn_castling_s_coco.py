@@ -1,7 +1,6 @@
 # Cascade Mask R-CNN on COCO 2017 with Castling-ViT-S/16: mask_rcnn_castling_s_coco.py,
 # data and schedule included, with the box head three times. Each works on the boxes of
-# the one before at a higher overlap (Cai and Vasconcelos 2018; mmdet's settings), and
-# has ViTDet's layers.
+# the one before at a higher overlap (Cai and Vasconcelos 2018; mmdet's settings).
 _base_ = ["./mask_rcnn_castling_s_coco.py"]
 
 spread = (0.1, 0.1, 0.2, 0.2)  # of box offsets at the first head

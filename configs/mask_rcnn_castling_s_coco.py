@@ -1,4 +1,4 @@
-# Mask R-CNN on COCO 2017 with Castling-ViT-S/16 and ViTDet's recipe.
+# Mask R-CNN on COCO 2017 with Castling-ViT-S/16 and ViTDet's pyramid and recipe.
 #
 #   python tools/train.py configs/mask_rcnn_castling_s_coco.py
 #

@@ -62,9 +62,9 @@ def unit_rows(x: Tensor, *, plus: Tensor | None = None) -> Tensor:
 
 def _to_unit(x: Tensor, smallest: float | Tensor, plus: Tensor | None) -> Tensor:
     """Scale rows to length 1; those up to ``smallest`` long become zero."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    factor = torch.where(norm > smallest, 1.0 / norm.clamp_min(smallest), 0.0)
-    return x * factor if plus is None else torch.addcmul(plus.to(x.dtype), x, factor)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    length = length.masked_fill(length <= smallest, math.inf)  # divides to zero
+    return x / length if plus is None else torch.addcdiv(plus.to(x.dtype), x, length)
 
 
 @in_full_precision
@@ -196,7 +196,7 @@ def linear_angular_direction(
         half-precision inputs.
     """
     length = torch.linalg.vector_norm(q, dim=-1, keepdim=True)  # (B, h, N, 1)
-    length = torch.where(length > NORM_EPS, length, 1.0)  # a zero row keeps 1/2 v
+    length = length.masked_fill(length <= NORM_EPS, 1.0)  # a zero row keeps 1/2 v
     y = q @ _key_value(k, v, reference_tokens)
     y = y.addcmul_(v, length, value=0.5)  # the product's gradient needs it not
     return _to_unit(y, NORM_EPS * length, plus)

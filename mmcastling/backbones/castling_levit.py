@@ -260,7 +260,7 @@ class CastlingLeViT(CastledBackbone, BaseBackbone):
             if self.out_stem and i == STEM_OUT:
                 outs.append(self.norm_stem(x))
         grid = (x.shape[2], x.shape[3])
-        x = x.flatten(2).transpose(1, 2)  # (B, H*W, C)
+        x = x.flatten(2).transpose(1, 2).contiguous()  # (B, H*W, C)
         for i, stage in enumerate(self.stages):
             for block in stage:
                 x = self._run(block, x, grid)

@@ -195,7 +195,8 @@ class CastlingMViT(CastledBackbone, MViT):
             ValueError: If the image is smaller than a patch.
         """
         check_image(x, self.patch_embed.projection.stride[0], "a patch")
-        x, grid = self.patch_embed(x)  # (B, H*W, C)
+        x, grid = self.patch_embed(x)
+        x = x.contiguous()  # (B, H*W, C), each token's channels together in memory
         if self.use_abs_pos_embed:
             x = x + resize_pos_embed(
                 self.pos_embed,

@@ -272,7 +272,8 @@ class CastlingViT(CastledBackbone, VisionTransformer):
             patch = self.patch_size
             below, right = ((patch - side % patch) % patch for side in x.shape[2:])
             x = nn.functional.pad(x, (0, right, 0, below))
-        x, grid = self.patch_embed(x)  # (B, H*W, C)
+        x, grid = self.patch_embed(x)
+        x = x.contiguous()  # (B, H*W, C), each token's channels together in memory
         tokens = [t for t in (self.cls_token, self.dist_token) if t is not None]
         if tokens:
             x = torch.cat([*(t.expand(x.shape[0], -1, -1) for t in tokens), x], dim=1)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
 _WEIGHT_LEVELS = 127  # of a signed weight, symmetric
 _SMALLEST_STEP = 1e-12  # of a tensor of zeros
+_ROWS = 256  # rounded at a time, so that the steps between stay in the cache
 
 
 def has_int8() -> bool:
@@ -24,10 +27,13 @@ class QuantisedLinear(nn.Module):
 
     Args:
         linear: The layer in float32.
+        gelu: Apply the GELU to the outputs, while they are in the cache. Defaults to
+            False.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, gelu: bool = False) -> None:
         super().__init__()
+        self.gelu = gelu
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.input_levels = 254 if torch.cpu._is_vnni_supported() else 127
@@ -47,25 +53,41 @@ class QuantisedLinear(nn.Module):
             _SMALLEST_STEP
         )
         zero = (-low / step).round()
+        rounded = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+        rows = (x.flatten(0, -2), rounded.flatten(0, -2))
         # The conversion cuts decimals off: with 1/2 added that is rounding.
-        rounded = torch.addcmul(zero + 0.5, x, 1.0 / step).to(torch.uint8)
+        shift, factor = zero + 0.5, 1.0 / step
+        for part, target in zip(*(all.split(_ROWS) for all in rows), strict=True):
+            target.copy_(torch.addcmul(shift, part, factor))
         return torch.ops.onednn.qlinear_pointwise(
             *(rounded, step, zero.to(torch.int32)),
             *(self._weight, self._steps, self._zeros, self._bias),
             *(1.0, 0, torch.float32),  # what comes out is not rounded
-            *("none", [], ""),  # and nothing follows
+            *(("gelu", [], "none") if self.gelu else ("none", [], "")),
         )
 
     def extra_repr(self) -> str:
         return (
-            f"{self.in_features}, {self.out_features}, input_levels={self.input_levels}"
+            f"{self.in_features}, {self.out_features}, "
+            f"input_levels={self.input_levels}, gelu={self.gelu}"
         )
 
 
 def quantise_linear_layers(module: nn.Module) -> None:
-    """Put a :class:`QuantisedLinear` in the place of every linear layer below."""
+    """Put a :class:`QuantisedLinear` in the place of every linear layer below.
+
+    It takes over a GELU that follows in an ``nn.Sequential``.
+    """
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, QuantisedLinear(child))
         else:
             quantise_linear_layers(child)
+    if isinstance(module, nn.Sequential):
+        for i, (layer, after) in enumerate(itertools.pairwise(module)):
+            if isinstance(layer, QuantisedLinear) and _is_gelu(after):
+                layer.gelu, module[i + 1] = True, nn.Identity()
+
+
+def _is_gelu(module: nn.Module) -> bool:
+    return isinstance(module, nn.GELU) and module.approximate == "none"

@@ -37,7 +37,7 @@ class ChannelLayerNorm(nn.LayerNorm):
         super().__init__(num_channels, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise each position; shape and dtype of the input are kept."""
+        """Normalise each position; shape, dtype and memory format are kept."""
         weight, bias = self.weight.float(), self.bias.float()
         # Statistics of half-precision maps are taken in fp32, with or without
         # autocast (CPU autocast leaves layer_norm in bf16).
@@ -48,8 +48,10 @@ class ChannelLayerNorm(nn.LayerNorm):
             bias,
             self.eps,
         )
-        # Heads of several toolboxes call `.view` on the maps they are given.
-        return out.permute(0, 3, 1, 2).to(x.dtype).contiguous()
+        out = out.permute(0, 3, 1, 2).to(x.dtype)
+        # Whose channels lie together already needs no copy, before or after.
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        return out if channels_last else out.contiguous()
 
 
 @MODELS.register_module()
@@ -172,8 +174,10 @@ class SimpleFeaturePyramid(BaseModule):
             ValueError: If it holds more or less than one map, or one of the wrong
                 shape.
         """
-        x = self._single_map(inputs)
-        outs = [level(x) for level in self.levels]
+        # With channels last the norms need no copies and convolutions are faster.
+        x = self._single_map(inputs).contiguous(memory_format=torch.channels_last)
+        # Heads of several toolboxes call `.view` on the maps they are given.
+        outs = [level(x).contiguous() for level in self.levels]
         for _ in range(self.num_extra_levels):
             outs.append(outs[-1][:, :, ::2, ::2].contiguous())
         return tuple(outs)

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from mmcastling.backbones import CastlingLeViT, CastlingMViT, CastlingViT
 from mmcastling.deploy import precision as module
 from mmcastling.deploy import set_precision
-from mmcastling.deploy.int8 import QuantisedLinear
+from mmcastling.deploy.int8 import QuantisedLinear, quantise_linear_layers
 from mmcastling.engine import ConfigError, convert, evaluate, load_config
 
 FAMILIES = {
@@ -140,6 +140,32 @@ def test_a_quantised_layer_is_off_by_the_rounding_of_input_and_weight(bias):
     error = (layer(x) - linear(x)).abs().amax((0, 1))
     assert (error <= 1.1 * bound + 1e-5).all() and error[3] > 0
     assert_close(layer(x)[..., 5], linear(x)[..., 5])
+
+
+def test_rows_are_rounded_alike_in_whatever_number():
+    """More than are rounded at a time, and in any layout in memory."""
+    torch.manual_seed(0)
+    layer = QuantisedLinear(nn.Linear(24, 16).requires_grad_(False))
+    x = torch.randn(3, 24, 150).transpose(1, 2)  # 450 rows, channels apart in memory
+    x[0, 0, 0], x[0, 1, 0] = 9.0, -9.0  # one step for whatever holds the first image
+    assert torch.equal(layer(x)[0], layer(x[:1].contiguous())[0])
+
+
+def test_a_gelu_after_a_quantised_layer_is_part_of_it():
+    torch.manual_seed(0)
+    linear = nn.Linear(32, 48).requires_grad_(False)
+    x = torch.randn(5, 32)
+    model = nn.Sequential(nn.Sequential(linear, nn.GELU()), nn.Dropout())
+    tanh = nn.Sequential(linear, nn.GELU("tanh"))
+    for sequence in (model, tanh):
+        quantise_linear_layers(sequence)
+    assert isinstance(model[0][0], QuantisedLinear)
+    assert isinstance(model[0][1], nn.Identity) and isinstance(tanh[1], nn.GELU)
+    expected = nn.functional.gelu(QuantisedLinear(linear)(x))
+    assert_close(model.eval()(x), expected)
+    assert_close(
+        tanh(x), nn.functional.gelu(QuantisedLinear(linear)(x), approximate="tanh")
+    )
 
 
 def test_large_inputs_do_not_overflow_the_sums():
