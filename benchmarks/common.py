@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ class Benchmark:
 
     def measure(self, names: Sequence[str], device: str) -> dict[str, Any]:
         """All sizes, contenders in turns; prints a line per contender and size."""
-        cells = []
+        cells: list[dict[str, Any]] = []
         for size, repeats in self.repeats.items():
             present = self.at(size, names)
             passes = {
@@ -120,21 +121,34 @@ class Benchmark:
             seconds = paired_seconds(passes, repeats) if passes else {}
             del passes
             for name in present:
-                cell = dict(
-                    contender=name,
-                    size=list(size),
-                    rounds=repeats,
-                    seconds=spread(seconds[name]),
-                    memory=self._memory_in_fresh_process(name, size, device),
-                    macs=self._macs(name, size),
+                milliseconds = 1e3 * spread(seconds[name])["median"]
+                print(f"{size[0]}x{size[1]} {name}: {milliseconds:,.1f} ms", flush=True)
+                cells.append(
+                    dict(
+                        contender=name,
+                        size=list(size),
+                        rounds=repeats,
+                        seconds=spread(seconds[name]),
+                        macs=self._macs(name, size),
+                    )
                 )
-                cells.append(cell)
+        extra = self.extra(device)
+        # Nothing is timed any more, so that processes may share the machine.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            peaks = pool.map(
+                lambda cell: self._memory_in_fresh_process(
+                    cell["contender"], tuple(cell["size"]), device
+                ),
+                cells,
+            )
+            for cell, peak in zip(cells, peaks, strict=True):
+                cell["memory"] = peak
                 print(line(cell), flush=True)
         return dict(
             command=self.command,
             environment=versions(device),
             cells=cells,
-            **self.extra(device),
+            **extra,
         )
 
     def _macs(self, name: str, size: Size) -> int:

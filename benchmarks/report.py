@@ -132,7 +132,7 @@ likely, so that there are as many boxes as a detector may return.
 """
 
 PARTS = """
-Where the time goes, in ms, one detector after the other; *heads* is the rest, with
+Where the time goes, in ms, in further passes by turns; *heads* is the rest, with
 proposals, suppression and masks:
 
 | | preparing | backbone | neck | heads | detections |
@@ -188,6 +188,7 @@ def _check_complete(benchmark: Benchmark, result: dict[str, Any], path: Path) ->
         (name, size)
         for size in benchmark.repeats
         for name in benchmark.at(size, list(benchmark.contenders))
+        if name not in result.get("lacking", {})  # where it was measured
     }
     if missing := sorted(wanted - found):
         raise ValueError(

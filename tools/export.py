@@ -6,9 +6,13 @@ if they agree.
 
 import argparse
 
-from mmcastling.deploy.export import DEFAULT_OPSET, FORMATS, PRECISIONS
+from mmcastling.deploy.export import DEFAULT_OPSET, FORMATS
 from mmcastling.engine import run_cli
-from mmcastling.engine.cli import add_config_arguments, config_from_arguments
+from mmcastling.engine.cli import (
+    add_config_arguments,
+    add_precision_argument,
+    config_from_arguments,
+)
 from mmcastling.engine.export import export
 
 
@@ -47,12 +51,7 @@ def parse_args() -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="demand averaged weights, or take the raw ones",
     )
-    parser.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="fp32",
-        help="what matrix products compute in; int8 for --format onnx (fp32)",
-    )
+    add_precision_argument(parser, "fp32")
     return parser.parse_args()
 
 
@@ -68,7 +67,7 @@ def main() -> None:
         image=args.image,
         force=args.force,
         ema=args.ema,
-        precision=args.precision,
+        precision=args.precision or "fp32",
     )
     if report.pruned:
         change = "not measured, the test data is missing"

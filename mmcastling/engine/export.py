@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import os
@@ -19,6 +20,7 @@ from torch import nn
 
 from mmcastling.analysis import paired_medians
 from mmcastling.checkpoint import CheckpointError, load_checkpoint
+from mmcastling.deploy import set_precision
 from mmcastling.deploy.export import (
     DEFAULT_OPSET,
     FORMATS,
@@ -41,6 +43,9 @@ from mmcastling.version import __version__
 
 ROUNDS = 3
 """Passes whose median is the latency that is printed."""
+
+EXAMPLES = 16
+"""Training images that show a quantiser what inputs are like."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +114,11 @@ def export(
         image: The image to compare on. Defaults to None (the first of the test set).
         force: Go on although the masks have not decayed. Defaults to False.
         ema: See :func:`mmcastling.deploy.select_weights`. Defaults to None.
-        precision: ``'fp32'``, or ``'int8'`` for ONNX, see
-            :func:`mmcastling.deploy.export.quantise`: what is compared and refused is
-            the file in float32, and what rounding it changes is reported. Defaults to
+        precision: What products compute in, one of those that
+            :data:`mmcastling.deploy.export.PRECISIONS` has for the format. What is
+            compared and refused is the file in float32, and what rounding changes is
+            reported. OpenVINO's ``'int8'`` takes the steps of inputs from training
+            images, from the image compared on where there are none. Defaults to
             ``'fp32'``.
 
     Raises:
@@ -132,26 +139,35 @@ def export(
     picture = read_image(_image(cfg, image))
     checkpoint = load_checkpoint(source)
     result = build_pruned(cfg, checkpoint, Path(source), force=force, ema=ema)
-    graph = export_graph(result.model, part)
-    meta = describe(cfg, checkpoint, result.model, graph, part)
+    model = result.model
+    graph = export_graph(model, part)
+    meta = describe(cfg, checkpoint, model, graph, part)
     meta = dataclasses.replace(meta, versions=_versions(format))
     inputs = list(_inputs(picture, meta))
+    rounded: list[Agreement] = []
     try:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
             written = Path(folder) / out.name
             write(graph, written, meta, format, opset)
-            inferencer = ExportedInferencer(written, threads=torch.get_num_threads())
-            agreements = [_agreement(result.model, inferencer, x) for x in inputs]
+            inferencer = _open(written)
+            agreements = [_agreement(model, inferencer, x) for x in inputs]
             _refuse_unless_all_hold(agreements, runtime)
-            rounded: list[Agreement] = []
-            if precision == "int8":
+            if precision != "fp32":
                 del inferencer  # it maps the file
-                quantise(written)
-                inferencer = ExportedInferencer(
-                    written, threads=torch.get_num_threads()
-                )
-                rounded = [_agreement(result.model, inferencer, x) for x in inputs]
-            latencies = [_latency(result.model, inferencer, x) for x in inputs]
+                meta = dataclasses.replace(meta, precision=precision)
+                if precision == "int8":
+                    examples = _training_inputs(cfg, meta) or inputs
+                    quantise(written, [_feed(x, meta) for x in examples])
+                else:
+                    lowered = model
+                    if runtime == "torch":  # others lower what they read
+                        lowered = copy.deepcopy(model)
+                        set_precision(lowered, precision)
+                    graph = export_graph(lowered, part)
+                    write(graph, written, meta, format, opset)
+                inferencer = _open(written)
+                rounded = [_agreement(model, inferencer, x) for x in inputs]
+            latencies = [_latency(model, inferencer, x) for x in inputs]
             del inferencer  # it maps the file
             _move(Path(folder), out)
     except OSError as error:
@@ -214,6 +230,29 @@ def _inputs(picture: np.ndarray, meta: ExportMetadata) -> Iterator[Prepared]:
     step = dict(type="Resize", scale=(width, height), keep_ratio=False)
     smaller = prepare(picture, dataclasses.replace(padded, pipeline=(step,)))
     yield dataclasses.replace(smaller, original=smaller.size, scale=(1.0, 1.0))
+
+
+def _training_inputs(cfg: Config, meta: ExportMetadata) -> list[Prepared]:
+    """Training images as the file takes them; none where they are not there."""
+    if not has_data(cfg, "train"):
+        return []
+    unit = meta.size_divisor
+    padded = dataclasses.replace(meta, pad_divisor=math.lcm(meta.pad_divisor, unit))
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    step = max(1, len(dataset) // EXAMPLES)
+    records = map(dataset.get_data_info, range(0, len(dataset), step)[:EXAMPLES])
+    return [prepare(read_image(record["img_path"]), padded) for record in records]
+
+
+def _feed(prepared: Prepared, meta: ExportMetadata) -> dict[str, np.ndarray]:
+    feed = {"images": prepared.batch}
+    if meta.kind == "detector":
+        feed["image_size"] = np.array(prepared.size, np.int64)
+    return feed
+
+
+def _open(path: Path) -> ExportedInferencer:
+    return ExportedInferencer(path, threads=torch.get_num_threads())
 
 
 def _agreement(

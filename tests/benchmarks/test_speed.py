@@ -163,6 +163,20 @@ def test_an_incomplete_result_is_refused(report, stored, tmp_path):
         report.read(write(tmp_path, results))
 
 
+def test_what_the_measuring_machine_lacked_is_not_demanded(report, stored, tmp_path):
+    result = copy.deepcopy(stored["precision"])
+    gone = {cell["contender"] for cell in result["cells"]} - {"softmax fp32", "fp32"}
+    cells = [cell for cell in result["cells"] if cell["contender"] not in gone]
+    (path,) = write(tmp_path, {"precision": {**result, "cells": cells}})
+    here = {p for p, why in report.SCRIPTS["precision"].supported().items() if not why}
+    if gone & here:
+        with pytest.raises(ValueError, match="lacks"):
+            report.read([path])
+    lacking = dict.fromkeys([*gone, *result["lacking"]], "no instructions")
+    write(tmp_path, {"precision": {**result, "cells": cells, "lacking": lacking}})
+    assert list(report.read([path])) == ["precision"]
+
+
 def test_unknown_and_missing_results_are_refused(report, tmp_path):
     with pytest.raises(ValueError, match=r"speed\.json is not the result of a known"):
         report.read([tmp_path / "speed.json"])

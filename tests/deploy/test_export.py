@@ -183,19 +183,6 @@ def test_one_stage_detectors_agree_at_any_size(root, tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["torchscript", "exported-program"])
-def test_torch_formats_agree_at_any_size(root, tmp_path, kind):
-    cfg, model = built(root, "mask_rcnn")
-    path = {"exported-program": "pt2"}.get(kind, kind)
-    graph = export_graph(model)
-    meta = describe(cfg, {}, model, graph, "model")
-    write(graph, tmp_path / f"model.{path}", meta, kind)
-    inferencer = ExportedInferencer(tmp_path / f"model.{path}")
-    for height, width in ((128, 192), (256, 160)):
-        assert_agrees(inferencer, model, picture(height, width))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "kind"), [("model", "onnx"), ("backbone", "openvino")]
 )

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import onnx
+import openvino
 import pytest
 
 from mmcastling.deploy.runtime import ExportedInferencer
@@ -56,6 +57,72 @@ def test_the_file_knows_its_classes_and_images(exported, people):
     assert masks.any()
 
 
+FORMATS = [
+    ("openvino", ".xml", "int8"),
+    ("torchscript", ".torchscript", None),
+    ("exported-program", ".pt2", "bf16"),
+]
+
+
+@pytest.mark.parametrize(("format", "ending", "precision"), FORMATS)
+def test_every_format_is_compared_evaluated_and_painted(
+    run_main, trained, people, tmp_path, monkeypatch, format, ending, precision
+):
+    monkeypatch.setattr("mmcastling.deploy.precision._computes_in", lambda *_: True)
+    out = tmp_path / f"detector{ending}"
+    arguments = ["export.py", trained.config, trained.masks_off, out]
+    arguments += ["--format", format]
+    done = run_main(*arguments, *(("--precision", precision) if precision else ()))
+    assert done.returncode == 0, done.stderr
+    runtime = "openvino" if format == "openvino" else "torch"
+    said = re.findall(rf"\n{runtime} against torch at (\d+)x(\d+): (\d+)", done.stdout)
+    assert len(set(said)) == 2 and all(int(found) > 0 for *_, found in said)
+    rounded = re.findall(rf"\n{precision} against torch in fp32 at ", done.stdout)
+    assert len(rounded) == (2 if precision else 0)
+    beside = [out.name, "detector.bin"] if format == "openvino" else [out.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(beside)
+
+    inferencer = ExportedInferencer(out)
+    assert inferencer.metadata.precision == (precision or "fp32")
+    cfg = load_config(trained.config, work_dir=str(tmp_path / "test"))
+    expected = evaluate(cfg, trained.masks_off).metrics
+    result = evaluate_exported(cfg, out)
+    assert result.runtime == runtime
+    apart = 0.05 if precision else 5e-4
+    assert result.metrics == pytest.approx(expected, abs=apart)
+
+    picture = next((people / "val").iterdir())
+    folder = tmp_path / "painted"
+    options = ("--out-dir", folder, "--score-thr", 0)
+    done = run_main("demo.py", picture, out, *options)
+    assert done.returncode == 0, done.stderr
+    assert f"by {runtime}" in done.stdout
+    assert [path.suffix for path in folder.iterdir()] == [".png"]
+
+
+def test_bf16_files_need_a_cpu_that_has_it(
+    run_main, trained, tmp_path, quick, exported, monkeypatch
+):
+    class Core(openvino.Core):
+        def get_property(self, *names):
+            assert names == ("CPU", "OPTIMIZATION_CAPABILITIES")
+            return ["FP32", "INT8"]
+
+    monkeypatch.setattr("mmcastling.deploy.precision._computes_in", lambda *_: True)
+    monkeypatch.setattr(openvino, "Core", Core)
+
+    def copy(graph, path, metadata, *_):
+        model = openvino.Core().read_model(str(exported[0]))
+        model.set_rt_info(metadata.to_json(), ["mmcastling"])
+        openvino.save_model(model, str(path))
+
+    quick(copy)
+    arguments = ("x.xml", "--format", "openvino", "--precision", "bf16")
+    said = refused(run_main, trained, tmp_path / arguments[0], *arguments[1:])
+    assert "for which this CPU has no instructions" in said
+    assert not list(tmp_path.iterdir())
+
+
 def refused(run_main, trained, *arguments, checkpoint=None):
     checkpoint = checkpoint or trained.masks_off
     done = run_main("export.py", trained.config, checkpoint, *arguments)
@@ -81,8 +148,13 @@ def test_masks_that_have_not_decayed_are_refused(run_main, trained, tmp_path):
         (("x.onnx", "--opset", "9"), "opset 9 is not supported"),
         (("x.onnx", "--format", "tensorrt"), "format 'tensorrt' is not known"),
         (
-            ("x.xml", "--format", "openvino", "--precision", "int8"),
-            "precision int8 is for --format onnx",
+            ("x.pt2", "--format", "exported-program", "--precision", "int8"),
+            "precision int8 is for --format onnx or openvino, not for exported-program",
+        ),
+        (
+            ("x.onnx", "--precision", "fp16"),
+            "fp16 is for --format torchscript or exported-program, not for onnx: "
+            "choose that, or one of ['fp32', 'int8']",
         ),
         (("x.onnx", "--image", "none.jpg"), "image none.jpg does not exist"),
     ],

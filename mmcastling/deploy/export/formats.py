@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mmcastling.checkpoint import CheckpointError
 from mmcastling.deploy.export.boxes import UnsupportedModelError
+from mmcastling.deploy.precision import check_precision
 from mmcastling.deploy.runtime import ExportMetadata
 from mmcastling.deploy.runtime.metadata import METADATA_KEY
+from mmcastling.deploy.runtime.sessions import rt_info
 
 FORMATS = {
     "onnx": ".onnx",
@@ -32,8 +36,13 @@ OPSETS = range(18, 24)
 
 DEFAULT_OPSET = 18
 
-PRECISIONS = ("fp32", "int8")
-"""What the products of an exported file compute in."""
+PRECISIONS = {
+    "onnx": ("fp32", "int8"),
+    "openvino": ("fp32", "bf16", "int8"),
+    "torchscript": ("fp32", "bf16", "fp16"),
+    "exported-program": ("fp32", "bf16", "fp16"),
+}
+"""What the products of a format's files may compute in."""
 
 _NEEDED = {
     "onnx": ("onnx", "onnxscript"),
@@ -56,67 +65,126 @@ def check_format(name: str, opset: int = DEFAULT_OPSET) -> None:
             f"{OPSETS[-1]}; without --opset it is {DEFAULT_OPSET}"
         )
     for library in _NEEDED.get(name, ()):
-        try:
-            importlib.import_module(library)
-        except ImportError as error:
-            raise RuntimeError(
-                f"format {name} needs {library} ({error}): pip install {library}"
-            ) from error
+        _require(library, f"format {name}")
+
+
+def _require(library: str, what: str) -> None:
+    try:
+        importlib.import_module(library)
+    except ImportError as error:
+        raise RuntimeError(
+            f"{what} needs {library} ({error}): pip install {library}"
+        ) from error
 
 
 def check_export_precision(precision: str, format: str) -> None:
-    """Check that a precision is known, and that a format has it.
+    """Check that a precision is known, that a format has it and that it can be made.
 
     Raises:
-        ValueError: If not.
+        ValueError: If not known, or not of this format.
+        RuntimeError: If a library is missing, or this machine does not compute in it.
     """
-    if precision not in PRECISIONS:
+    if precision in PRECISIONS[format]:
+        if format == "openvino" and precision == "int8":
+            _require("nncf", "precision int8 of openvino")
+        elif precision != "int8":
+            check_precision(precision)
+        return
+    having = [name for name, known in PRECISIONS.items() if precision in known]
+    if not having:
         raise ValueError(
             f"precision {precision!r} is not one of exported files: choose one of "
-            f"{list(PRECISIONS)}"
+            f"{sorted(set().union(*PRECISIONS.values()))}"
         )
-    if precision == "int8" and format != "onnx":
-        raise ValueError(
-            f"precision int8 is for --format onnx, by onnxruntime, not for {format}: "
-            "choose that, or fp32"
-        )
+    raise ValueError(
+        f"precision {precision} is for --format {' or '.join(having)}, not for "
+        f"{format}: choose that, or one of {list(PRECISIONS[format])}"
+    )
 
 
-def quantise(path: Path) -> None:
-    """Turn the products of an ONNX file into 8-bit integers, in place.
+def quantise(path: Path, feeds: Sequence[dict[str, np.ndarray]] = ()) -> None:
+    """Turn the products of an ONNX or OpenVINO file into 8-bit integers, in place.
 
-    Weights are rounded once, with a step per output channel, to 7 bits: CPUs without
-    integer dot products add pairs of products in 16 bits, which 8 would overflow.
-    Inputs are rounded as they arrive. Convolutions stay float32.
+    Those with constant weights; products of tokens with tokens stay float32, and so do
+    convolutions. In ONNX, by onnxruntime, inputs are rounded as they arrive, with steps
+    of their own, and weights once, to 7 bits: CPUs without integer dot products add
+    pairs of products in 16 bits, which 8 would overflow. In OpenVINO, by NNCF, the
+    steps of inputs are constant, from what they are on a few examples.
 
     Args:
         path: A file that :func:`write` wrote.
+        feeds: Examples of inputs by name, for OpenVINO.
 
     Raises:
         CheckpointError: If it cannot be written.
     """
+    by_suffix = {".onnx": _quantise_onnx, ".xml": _quantise_openvino}
+    passing = path.with_name(f"{path.stem}.int8{path.suffix}")
+    try:
+        with _quiet():
+            by_suffix[path.suffix](path, passing, feeds)
+        for left in path.parent.glob(f"{path.stem}{path.suffix}*"):  # weights, too
+            left.unlink()
+        for made in path.parent.glob(f"{passing.stem}.*"):
+            made.replace(path.with_suffix(made.suffix))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path.name}: {error}") from error
+
+
+def _quantise_onnx(path: Path, out: Path, _: Sequence[Any]) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    passing = path.with_name(f"{path.stem}.int8{path.suffix}")
     root = logging.getLogger()  # which the library talks to
     level = root.level
     root.setLevel(logging.ERROR)
     try:
         quantize_dynamic(
             path,
-            passing,
+            out,
             op_types_to_quantize=["MatMul", "Gemm"],
             weight_type=QuantType.QInt8,
             per_channel=True,
             reduce_range=True,
         )
-        for left in path.parent.glob(f"{path.name}*"):  # weights beside it, too
-            left.unlink()
-        passing.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path.name}: {error}") from error
     finally:
         root.setLevel(level)
+
+
+def _quantise_openvino(
+    path: Path, out: Path, feeds: Sequence[dict[str, np.ndarray]]
+) -> None:
+    import nncf
+    import openvino
+
+    model = openvino.Core().read_model(str(path))
+    among_tokens = [
+        op.get_friendly_name()
+        for op in model.get_ops()
+        if op.get_type_name() == "MatMul"
+        and not _is_weight(op.input_value(1).get_node())
+    ]
+    nncf.set_log_level(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):  # a bar per step
+        quantised = nncf.quantize(
+            model,
+            nncf.Dataset(feeds),
+            subset_size=len(feeds),
+            model_type=nncf.ModelType.TRANSFORMER,
+            ignored_scope=nncf.IgnoredScope(
+                names=among_tokens, types=["Convolution", "GroupConvolution"]
+            ),
+        )
+    quantised.set_rt_info(rt_info(model), [METADATA_KEY])
+    openvino.save_model(quantised, str(out), compress_to_fp16=False)
+    del model, quantised  # they map the files
+
+
+def _is_weight(node: Any, depth: int = 3) -> bool:
+    """Whether an OpenVINO node is a constant, up to conversions and transposition."""
+    if node.get_type_name() == "Constant":
+        return True
+    parents = [node.input_value(i).get_node() for i in range(node.get_input_size())]
+    return bool(parents and depth) and all(_is_weight(p, depth - 1) for p in parents)
 
 
 def write(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import warnings
 from pathlib import Path
@@ -121,9 +122,20 @@ class OpenVinoSession:
     def __init__(self, path: Path, library: Any, threads: int | None) -> None:
         core = library.Core()
         model = core.read_model(str(path))
-        self.metadata = _rt_info(model)
+        self.metadata = rt_info(model)
+        in_bf16 = _says_bf16(self.metadata)
+        if in_bf16 and "BF16" not in core.get_property(
+            "CPU", "OPTIMIZATION_CAPABILITIES"
+        ):
+            raise ExportedModelError(
+                "it was exported with --precision bf16, for which this CPU has no "
+                "instructions"
+            )
         # Where it can, the plugin would else compute in bfloat16 by itself.
-        config = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        config = {
+            "INFERENCE_PRECISION_HINT": "bf16" if in_bf16 else "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+        }
         if threads is not None:
             config["INFERENCE_NUM_THREADS"] = threads
         compiled = core.compile_model(model, "CPU", config)
@@ -137,12 +149,20 @@ class OpenVinoSession:
         return [np.array(output.data) for output in outputs]  # its memory is reused
 
 
-def _rt_info(model: Any) -> str | None:
+def rt_info(model: Any) -> str | None:
+    """The metadata in an OpenVINO model, as text."""
     for path in ([METADATA_KEY], ["framework", METADATA_KEY]):
         if model.has_rt_info(path):
             value = model.get_rt_info(path)
             return str(getattr(value, "value", value))
     return None
+
+
+def _says_bf16(metadata: str | None) -> bool:
+    try:
+        return json.loads(metadata or "")["precision"] == "bf16"
+    except (KeyError, TypeError, ValueError):
+        return False  # whoever reads the rest will say what is wrong with it
 
 
 class _TorchSession:
