@@ -289,7 +289,7 @@ class Target:
     def __str__(self) -> str:
         bound = f"at {'least' if self.least else 'most'} {self.limit:g}"
         reached = "yes" if self.reached else "**no**"
-        return f"| {self.claim}, {bound} | {self.measured:.2f} | {reached} |"
+        return f"| {self.claim}, {bound} | {self.measured:.3g} | {reached} |"
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ many boxes and masks as a detector may return: 1,000 proposals, 100 detections.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -73,7 +74,7 @@ def picture(size: Size) -> tuple[dict[str, Any]]:
 
 
 def test_step(model: nn.Module, data: dict[str, Any]) -> Callable[[], Any]:
-    return lambda: model.test_step(data)
+    return functools.partial(torch.inference_mode()(model.test_step), data)
 
 
 DETECTORS = {
@@ -89,6 +90,7 @@ DETECTORS = {
 }
 
 
+@torch.inference_mode()
 def where_time_goes(device: str) -> dict[str, Any]:
     """Median seconds of each detector's parts, and how many boxes it returned.
 

@@ -13,18 +13,25 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from backbones import SOFTMAX, TOKEN_CONV, vit
 from common import ROOT, Benchmark, Contender, Size, Target, image, median, spread
+from mmengine.config import Config
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
 from mmcastling.analysis import count_model_macs, paired_seconds
 from mmcastling.deploy import PRECISIONS, check_precision, set_precision
 from mmcastling.deploy.int8 import QuantisedLinear
-from mmcastling.engine import evaluate, load_config
+from mmcastling.engine import (
+    Evaluation,
+    ExportedEvaluation,
+    evaluate,
+    load_config,
+)
 
 SIZE: Size = (800, 1344)
 ROUNDS = 9
@@ -80,23 +87,34 @@ def measure_more(device: str) -> dict[str, Any]:
     return {**int8_libraries(device), **accuracy(device)}
 
 
-def accuracy(device: str) -> dict[str, Any]:
-    """The demo's detector in each precision, and what this machine lacks."""
+def demo_detector() -> tuple[Config, Path]:
+    """Config and checkpoint of the demo's deployed detector.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
     checkpoint = DEMO / "deployed.pth"
     if not checkpoint.exists():
         raise FileNotFoundError(
             f"{checkpoint} does not exist: train the demo's detector with 'make demo'"
         )
     options = {"data_root": str(ROOT / "data" / "nuclei"), "work_dir": str(DEMO / "p")}
+    return load_config(DEMO / "deployed.py", options), checkpoint
+
+
+def scores(result: Evaluation | ExportedEvaluation) -> dict[str, float]:
+    """Both APs of an evaluation, and seconds per image."""
+    found = {name: result.metrics[key] for name, key in METRICS.items()}
+    return dict(found, seconds=result.seconds_per_image)
+
+
+def accuracy(device: str) -> dict[str, Any]:
+    """The demo's detector in each precision, and what this machine lacks."""
     rows = {}
     for precision, reason in supported(device).items():
         if not reason:
-            cfg = load_config(DEMO / "deployed.py", options)
-            result = evaluate(cfg, checkpoint, precision=precision)
-            rows[precision] = dict(
-                {name: result.metrics[key] for name, key in METRICS.items()},
-                seconds=result.seconds_per_image,
-            )
+            cfg, checkpoint = demo_detector()
+            rows[precision] = scores(evaluate(cfg, checkpoint, precision=precision))
     lacking = {name: reason for name, reason in supported(device).items() if reason}
     return dict(detector=rows, lacking=lacking)
 

@@ -1,12 +1,13 @@
 """Exported models against torch: onnxruntime and OpenVINO, float32 and lower.
 
+make demo                             # trains the detector of the last table
 python benchmarks/runtimes.py         # measure (15 minutes), store the result
 python benchmarks/report.py           # write docs/speed.md from the stored results
 
 The ViT-S backbone, and Mask R-CNN on it from a preprocessed image to boxes and pasted
 masks, with as many detections as it may return (random weights, the first class made
-likely). Files and precisions are those that tools/export.py writes; OpenVINO's int8
-takes the steps of inputs from one picture of noise here.
+likely). Files are written as tools/export.py writes them; OpenVINO's int8 takes the
+steps of inputs from one picture of noise here, in the table of accuracies from images.
 """
 
 from __future__ import annotations
@@ -26,16 +27,20 @@ import torch
 from backbones import TOKEN_CONV, vit
 from common import Benchmark, Contender, Size, Target, image, median
 from detectors import detector
+from precision import METRICS, demo_detector, scores
 from torch import Tensor, nn
 
 from mmcastling.analysis import count_model_macs
-from mmcastling.deploy.export import FORMATS, export_graph, quantise, write
+from mmcastling.deploy.export import FORMATS, export_graph, lower, write
 from mmcastling.deploy.runtime import (
     ExportedInferencer,
     ExportMetadata,
     load_exported,
 )
 from mmcastling.deploy.runtime.preprocess import Prepared
+from mmcastling.deploy.runtime.sessions import openvino_has_bf16
+from mmcastling.engine import evaluate, evaluate_exported
+from mmcastling.engine.export import export
 from mmcastling.engine.reference import reference_outputs
 
 SIZE: Size = (800, 1344)
@@ -50,8 +55,19 @@ RUNTIMES = {
     "OpenVINO bf16": ("openvino", "bf16"),
     "OpenVINO int8": ("openvino", "int8"),
 }
-if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-    del RUNTIMES["OpenVINO bf16"]
+
+
+@functools.cache
+def lacking() -> dict[str, str]:
+    """The runtimes that this machine cannot run, and why."""
+    if openvino_has_bf16(openvino):
+        return {}
+    return {"OpenVINO bf16": "OpenVINO finds no instructions for it in this CPU"}
+
+
+def available() -> list[str]:
+    """The runtimes that it can."""
+    return [runtime for runtime in RUNTIMES if runtime not in lacking()]
 
 
 class Alone(nn.Module):
@@ -110,10 +126,10 @@ def exported(name: str, runtime: str) -> Path:
         return path
     torch.manual_seed(0)
     part = "backbone" if name == BACKBONE else "model"
-    write(export_graph(BUILD[name](), part), path, metadata(name, precision), kind)
-    if precision == "int8":
+    write(export_graph(BUILD[name](), part), path, metadata(name), kind)
+    if precision != "fp32":
         (picture,) = image((224, 224))
-        quantise(path, [dict(images=picture.numpy())])
+        lower(path, metadata(name, precision), [dict(images=picture.numpy())])
     return path
 
 
@@ -163,7 +179,7 @@ def contenders() -> dict[str, Contender]:
     found = {}
     for name, build in BUILD.items():
         passes = {"torch": eager(name), "torch compiled": compiled(name)}
-        for runtime in RUNTIMES:
+        for runtime in available():
             # NNCF would have to calibrate a detector on images with objects.
             if name == BACKBONE or runtime != "OpenVINO int8":
                 passes[runtime] = session(name, runtime)
@@ -187,27 +203,63 @@ def rounding(device: str) -> dict[str, Any]:
         (expected,) = model(picture)
     scale = float(expected.abs().max())
     found = {}
-    for runtime in RUNTIMES:
+    for runtime in available():
         run = load_exported(exported(BACKBONE, runtime))
         apart = np.abs(run(picture)["feature_0"] - expected.numpy()).max()
         found[runtime] = float(apart) / scale
     return dict(rounding=found)
 
 
+def accuracy() -> dict[str, Any]:
+    """The demo's detector from torch, and from the file of each runtime."""
+    cfg, checkpoint = demo_detector()
+    rows = {"torch": scores(evaluate(cfg, checkpoint))}
+    for runtime in available():
+        kind, precision = RUNTIMES[runtime]
+        path = _folder() / f"demo {runtime}{FORMATS[kind]}"
+        cfg, _ = demo_detector()
+        export(cfg, checkpoint, path, format=kind, precision=precision)
+        cfg, _ = demo_detector()
+        rows[runtime] = scores(evaluate_exported(cfg, path))
+    return dict(detector=rows)
+
+
+def measure_more(device: str) -> dict[str, Any]:
+    absent = {f"{BACKBONE}, {name}": reason for name, reason in lacking().items()}
+    return {**rounding(device), **accuracy(), "lacking": absent}
+
+
 def targets(result: dict[str, Any]) -> list[Target]:
     """What was to be reached."""
-    times = {
-        runtime: median(result, f"{BACKBONE}, {runtime}", SIZE) for runtime in RUNTIMES
-    }
-    full = {name: times[name] for name, kind in RUNTIMES.items() if kind[1] == "fp32"}
+    measured = [name for name in RUNTIMES if name in result["detector"]]
+    times = {name: median(result, f"{BACKBONE}, {name}", SIZE) for name in measured}
+    full, int8 = (
+        {name: times[name] for name in measured if RUNTIMES[name][1] == precision}
+        for precision in ("fp32", "int8")
+    )
     floor = median(result, f"{BACKBONE}, torch", SIZE)
+    apart = max(
+        abs(result["detector"][runtime][name] - result["detector"]["torch"][name])
+        for runtime in full
+        for name in METRICS
+    )
+    same = Target("demo's detector exported in float32: change of AP", apart, 0.0005)
     return [
+        *(
+            Target(
+                f"exported ViT-S at 800x1344, best runtime{what}: time over eager's",
+                min(values.values()) / floor,
+                LIMIT,
+            )
+            for what, values in (("", times), (", float32", full))
+        ),
         Target(
-            f"exported ViT-S at 800x1344 in the best runtime{what}: time over eager's",
-            min(values.values()) / floor,
-            LIMIT,
-        )
-        for what, values in (("", times), (", float32", full))
+            "ViT-S at 800x1344 in int8, best runtime: speed over eager float32's",
+            floor / min(int8.values()),
+            2.5,
+            least=True,
+        ),
+        same,
     ]
 
 
@@ -218,29 +270,39 @@ def section(result: dict[str, Any], table: str) -> str:
         result: The stored result.
         table: Its cells as a table.
     """
-    rows = "".join(
+    apart = "".join(
         f"| {name} | {value:.2g} |\n" for name, value in result["rounding"].items()
+    )
+    demo = "".join(
+        f"| {name} | {row['bbox']:.3f} | {row['segm']:.3f} | {row['seconds']:.3f} |\n"
+        for name, row in result["detector"].items()
     )
     return f"""
 ## Exported models
 
-`tools/export.py` wrote the files. Detectors run from a preprocessed image to boxes and
-pasted masks; *compiled* is `torch.compile` of the backbone. A runtime plans its memory
-before the pass whose peak is measured, so peaks compare within torch only.
+Files are as `tools/export.py` writes them. Detectors run from a preprocessed image to
+boxes and pasted masks; *compiled* is `torch.compile` of the backbone. A runtime plans
+its memory before the pass whose peak is measured, so peaks compare within torch only.
 
 {table}
 Largest difference of the backbone's features from torch's, over the largest feature:
 
 | runtime | difference |
 | --- | --- |
-{rows}"""
+{apart}
+The demo's detector on its 24 validation tiles, as by `tools/export.py --precision` and
+`tools/test.py`:
+
+| runtime | bbox AP | segm AP | s / image |
+| --- | --- | --- | --- |
+{demo}"""
 
 
 BENCHMARK = Benchmark(
     name="runtimes",
     contenders=contenders(),
     repeats={SIZE: ROUNDS},
-    extra=rounding,
+    extra=measure_more,
 )
 
 if __name__ == "__main__":

@@ -6,13 +6,9 @@ if they agree.
 
 import argparse
 
-from mmcastling.deploy.export import DEFAULT_OPSET, FORMATS
+from mmcastling.deploy.export import DEFAULT_OPSET, FORMAT_PRECISIONS, FORMATS
 from mmcastling.engine import run_cli
-from mmcastling.engine.cli import (
-    add_config_arguments,
-    add_precision_argument,
-    config_from_arguments,
-)
+from mmcastling.engine.cli import add_config_arguments, config_from_arguments
 from mmcastling.engine.export import export
 
 
@@ -51,7 +47,15 @@ def parse_args() -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="demand averaged weights, or take the raw ones",
     )
-    add_precision_argument(parser, "fp32")
+    lower = {name: known[1:] for name, known in FORMAT_PRECISIONS.items()}
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        metavar="PRECISION",
+        help="what matrix products compute in, below fp32: "
+        + "; ".join(f"{name}: {', '.join(known)}" for name, known in lower.items())
+        + " (fp32)",
+    )
     return parser.parse_args()
 
 
@@ -67,7 +71,7 @@ def main() -> None:
         image=args.image,
         force=args.force,
         ema=args.ema,
-        precision=args.precision or "fp32",
+        precision=args.precision,
     )
     if report.pruned:
         change = "not measured, the test data is missing"
@@ -76,6 +80,11 @@ def main() -> None:
         print(f"pruned the branch of {report.pruned} attentions, {change}")
     for agreement in report.agreements:
         print(f"{report.runtime} against torch at {agreement}")
+    if (args.format, args.precision) == ("openvino", "int8"):
+        source = f"{report.examples} training images"
+        if not report.examples:
+            source = "the image compared on, as there are no training images"
+        print(f"int8: steps of inputs are from {source}")
     for agreement in report.rounded:
         print(f"{args.precision} against torch in fp32 at {agreement}")
     for latency in report.latencies:

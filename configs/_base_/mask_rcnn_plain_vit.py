@@ -1,6 +1,6 @@
 # Mask R-CNN on a plain vision transformer: ViTDet's simple feature pyramid (Li et al.
 # 2022, section 3) between the backbone and mmdet's standard heads, the ones that its
-# Swin and PVT have. The config that inherits fills in the backbone.
+# Swin-T has. The config that inherits fills in the backbone.
 _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py"]
 
 custom_imports = dict(imports=["mmcastling"], allow_failed_imports=False)

@@ -53,12 +53,15 @@ class QuantisedLinear(nn.Module):
             _SMALLEST_STEP
         )
         zero = (-low / step).round()
-        rounded = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-        rows = (x.flatten(0, -2), rounded.flatten(0, -2))
         # The conversion cuts decimals off: with 1/2 added that is rounding.
         shift, factor = zero + 0.5, 1.0 / step
-        for part, target in zip(*(all.split(_ROWS) for all in rows), strict=True):
-            target.copy_(torch.addcmul(shift, part, factor))
+        if torch.compiler.is_compiling():  # which fuses it, and knows no loop
+            rounded = torch.addcmul(shift, x, factor).to(torch.uint8)
+        else:
+            rounded = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+            rows = (t.reshape(-1, self.in_features).split(_ROWS) for t in (x, rounded))
+            for part, target in zip(*rows, strict=True):
+                target.copy_(torch.addcmul(shift, part, factor))
         return torch.ops.onednn.qlinear_pointwise(
             *(rounded, step, zero.to(torch.int32)),
             *(self._weight, self._steps, self._zeros, self._bias),
@@ -76,14 +79,20 @@ class QuantisedLinear(nn.Module):
 def quantise_linear_layers(module: nn.Module) -> None:
     """Put a :class:`QuantisedLinear` in the place of every linear layer below.
 
-    It takes over a GELU that follows in an ``nn.Sequential``.
+    It takes over a GELU that follows in an ``nn.Sequential``, unless that belongs to a
+    module that calls its layers one by one and says so: ``calls_layers_apart = True``.
     """
+    _quantise(module, fuse=True)
+
+
+def _quantise(module: nn.Module, fuse: bool) -> None:
+    fuse = fuse and not getattr(module, "calls_layers_apart", False)
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, QuantisedLinear(child))
         else:
-            quantise_linear_layers(child)
-    if isinstance(module, nn.Sequential):
+            _quantise(child, fuse)
+    if fuse and isinstance(module, nn.Sequential):
         for i, (layer, after) in enumerate(itertools.pairwise(module)):
             if isinstance(layer, QuantisedLinear) and _is_gelu(after):
                 layer.gelu, module[i + 1] = True, nn.Identity()

@@ -20,6 +20,9 @@ from torch import nn
 
 from mmcastling.analysis import paired_medians
 from mmcastling.checkpoint import CheckpointError, load_checkpoint
+from mmcastling.datasets import DatasetError
+from mmcastling.datasets.coco_problems import CocoFormatError
+from mmcastling.datasets.segmentation_check import SegmentationFormatError
 from mmcastling.deploy import set_precision
 from mmcastling.deploy.export import (
     DEFAULT_OPSET,
@@ -27,7 +30,7 @@ from mmcastling.deploy.export import (
     check_export_precision,
     check_format,
     export_graph,
-    quantise,
+    lower,
     write,
 )
 from mmcastling.deploy.export.agreement import Agreement, compare
@@ -76,6 +79,7 @@ class ExportReport:
         agreements: How far its outputs are from torch's, by input size.
         latencies: Seconds, by input size.
         rounded: How far a file in lower precision is from torch, by input size.
+        examples: Training images that a quantiser took the steps of inputs from.
     """
 
     path: Path
@@ -86,6 +90,7 @@ class ExportReport:
     agreements: tuple[Agreement, ...]
     latencies: tuple[Latency, ...]
     rounded: tuple[Agreement, ...] = ()
+    examples: int = 0
 
 
 def export(
@@ -115,8 +120,8 @@ def export(
         force: Go on although the masks have not decayed. Defaults to False.
         ema: See :func:`mmcastling.deploy.select_weights`. Defaults to None.
         precision: What products compute in, one of those that
-            :data:`mmcastling.deploy.export.PRECISIONS` has for the format. What is
-            compared and refused is the file in float32, and what rounding changes is
+            :data:`mmcastling.deploy.export.FORMAT_PRECISIONS` has for the format. What
+            is compared and refused is the file in float32, and what rounding changes is
             reported. OpenVINO's ``'int8'`` takes the steps of inputs from training
             images, from the image compared on where there are none. Defaults to
             ``'fp32'``.
@@ -144,6 +149,9 @@ def export(
     meta = describe(cfg, checkpoint, model, graph, part)
     meta = dataclasses.replace(meta, versions=_versions(format))
     inputs = list(_inputs(picture, meta))
+    examples: list[Prepared] = []
+    if (format, precision) == ("openvino", "int8"):
+        examples = _training_inputs(cfg, meta)
     rounded: list[Agreement] = []
     try:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
@@ -155,18 +163,17 @@ def export(
             if precision != "fp32":
                 del inferencer  # it maps the file
                 meta = dataclasses.replace(meta, precision=precision)
-                if precision == "int8":
-                    examples = _training_inputs(cfg, meta) or inputs
-                    quantise(written, [_feed(x, meta) for x in examples])
+                if runtime == "torch":  # whose files hold the layers as they are
+                    lowered = copy.deepcopy(model)
+                    set_precision(lowered, precision)
+                    write(export_graph(lowered, part), written, meta, format)
                 else:
-                    lowered = model
-                    if runtime == "torch":  # others lower what they read
-                        lowered = copy.deepcopy(model)
-                        set_precision(lowered, precision)
-                    graph = export_graph(lowered, part)
-                    write(graph, written, meta, format, opset)
+                    feeds = [_feed(x, meta) for x in examples or inputs]
+                    lower(written, meta, feeds)
                 inferencer = _open(written)
-                rounded = [_agreement(model, inferencer, x) for x in inputs]
+                rounded = [
+                    _agreement(model, inferencer, x, rounded=True) for x in inputs
+                ]
             latencies = [_latency(model, inferencer, x) for x in inputs]
             del inferencer  # it maps the file
             _move(Path(folder), out)
@@ -181,6 +188,7 @@ def export(
         tuple(agreements),
         tuple(latencies),
         tuple(rounded),
+        len(examples),
     )
 
 
@@ -218,8 +226,7 @@ def _image(cfg: Config, image: str | os.PathLike[str] | None) -> Path:
 
 def _inputs(picture: np.ndarray, meta: ExportMetadata) -> Iterator[Prepared]:
     """The image as the pipeline makes it, and smaller, of another shape."""
-    unit = meta.size_divisor
-    padded = dataclasses.replace(meta, pad_divisor=math.lcm(meta.pad_divisor, unit))
+    padded = _padded(meta)
     whole = prepare(picture, padded)
     # In pixels of the network, as outputs are compared.
     yield dataclasses.replace(whole, original=whole.size, scale=(1.0, 1.0))
@@ -236,12 +243,23 @@ def _training_inputs(cfg: Config, meta: ExportMetadata) -> list[Prepared]:
     """Training images as the file takes them; none where they are not there."""
     if not has_data(cfg, "train"):
         return []
-    unit = meta.size_divisor
-    padded = dataclasses.replace(meta, pad_divisor=math.lcm(meta.pad_divisor, unit))
+    try:
+        check_data(cfg, "train")
+    except (DatasetError, CocoFormatError, SegmentationFormatError, ConfigError):
+        return []
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     step = max(1, len(dataset) // EXAMPLES)
-    records = map(dataset.get_data_info, range(0, len(dataset), step)[:EXAMPLES])
-    return [prepare(read_image(record["img_path"]), padded) for record in records]
+    chosen = range(0, len(dataset), step)[:EXAMPLES]
+    records = map(dataset.get_data_info, chosen)
+    paths = [Path(record.get("img_path", "")) for record in records]
+    padded = _padded(meta)
+    return [prepare(read_image(path), padded) for path in paths if path.is_file()]
+
+
+def _padded(meta: ExportMetadata) -> ExportMetadata:
+    """With images padded to what the graph takes."""
+    divisor = math.lcm(meta.pad_divisor, meta.size_divisor)
+    return dataclasses.replace(meta, pad_divisor=divisor)
 
 
 def _feed(prepared: Prepared, meta: ExportMetadata) -> dict[str, np.ndarray]:
@@ -256,13 +274,16 @@ def _open(path: Path) -> ExportedInferencer:
 
 
 def _agreement(
-    model: nn.Module, inferencer: ExportedInferencer, prepared: Prepared
+    model: nn.Module,
+    inferencer: ExportedInferencer,
+    prepared: Prepared,
+    rounded: bool = False,
 ) -> Agreement:
     meta, images = inferencer.metadata, torch.from_numpy(prepared.batch)
     with torch.inference_mode():
         expected = reference_outputs(model, meta, images, prepared.size)
     got = inferencer.model(prepared.batch, prepared.size)
-    return compare(expected, got, meta, prepared.size)
+    return compare(expected, got, meta, prepared.size, rounded)
 
 
 def _latency(

@@ -1,5 +1,7 @@
 """Lower precision: which layers compute in it, what stays float32, what is refused."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -166,6 +168,21 @@ def test_a_gelu_after_a_quantised_layer_is_part_of_it():
     assert_close(
         tanh(x), nn.functional.gelu(QuantisedLinear(linear)(x), approximate="tanh")
     )
+
+
+def test_a_convolution_stays_between_a_quantised_layer_and_its_gelu():
+    model = deployed("vit", ffn_conv=3)
+    for name, parameter in model.named_parameters():
+        if "dwconv" in name:
+            nn.init.normal_(parameter, std=0.2)
+    apart = copy.deepcopy(model)
+    for parent in list(apart.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, QuantisedLinear(child))
+    set_precision(model, "int8")
+    (found,), (expected,) = (m(images(64, 96)) for m in (model, apart))
+    assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_large_inputs_do_not_overflow_the_sums():

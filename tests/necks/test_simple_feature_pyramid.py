@@ -108,6 +108,18 @@ def test_norm_agrees_with_a_loop_over_positions():
             torch.testing.assert_close(out[:, :, h, w], expected)
 
 
+def test_memory_format_is_kept_by_the_norm_and_levels_are_plain():
+    x = torch.randn(2, 8, 6, 4)
+    last = x.to(memory_format=torch.channels_last)
+    norm = ChannelLayerNorm(8)
+    assert norm(last).is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(norm(last), norm(x))
+    neck = build_small(num_extra_levels=1)
+    for one, other in zip(neck([x]), neck([last]), strict=True):
+        assert one.is_contiguous() and other.is_contiguous()  # heads call `.view`
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_norm_of_half_precision_maps_is_computed_in_fp32(autocast):
     # At an offset of 200 bf16 resolves steps of 1: the squares of the mean must not be

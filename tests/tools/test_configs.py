@@ -122,7 +122,7 @@ def test_ade20k_is_trained_for_160k_iterations_of_16_crops():
 def test_the_local_attention_twin_keeps_data_and_schedule():
     changed = differences("mask_rcnn_swin_t_coco.py")
     assert changed
-    own = ("model.", "optim_wrapper.", "custom_hooks", "norm_cfg")
+    own = ("model.backbone.", "model.neck.", "optim_wrapper.", "custom_hooks")
     assert all(key.startswith(own) for key in changed), changed
     twins = [load(name) for name in ("mask_rcnn_swin_t_coco.py", MAIN)]
     for key in ("train_dataloader", "param_scheduler", "train_cfg", "auto_scale_lr"):
@@ -130,6 +130,15 @@ def test_the_local_attention_twin_keeps_data_and_schedule():
     assert twins[0].optim_wrapper.optimizer == twins[1].optim_wrapper.optimizer
     augments = [twin.model.data_preprocessor.batch_augments for twin in twins]
     assert augments[0] == augments[1]
+
+
+def test_vit_b_has_vitdets_heads():
+    heads = load("mask_rcnn_castling_b_coco.py").model
+    assert heads.rpn_head.num_convs == 2
+    assert heads.roi_head.bbox_head.type == "Shared4Conv1FCBBoxHead"
+    own = ("model.", "optim_wrapper.paramwise_cfg.layer_decay_rate", "norm_cfg")
+    changed = differences("mask_rcnn_castling_b_coco.py")
+    assert changed and all(key.startswith(own) for key in changed), changed
 
 
 def test_the_short_schedule_differs_in_its_schedule_only():

@@ -3,12 +3,12 @@
 from mmcastling.deploy.export.boxes import UnsupportedModelError
 from mmcastling.deploy.export.formats import (
     DEFAULT_OPSET,
+    FORMAT_PRECISIONS,
     FORMATS,
     OPSETS,
-    PRECISIONS,
     check_export_precision,
     check_format,
-    quantise,
+    lower,
     write,
 )
 from mmcastling.deploy.export.parts import export_graph, kind_of
@@ -16,13 +16,13 @@ from mmcastling.deploy.export.parts import export_graph, kind_of
 __all__ = [
     "DEFAULT_OPSET",
     "FORMATS",
+    "FORMAT_PRECISIONS",
     "OPSETS",
-    "PRECISIONS",
     "UnsupportedModelError",
     "check_export_precision",
     "check_format",
     "export_graph",
     "kind_of",
-    "quantise",
+    "lower",
     "write",
 ]

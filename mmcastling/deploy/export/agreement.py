@@ -18,6 +18,9 @@ SCORE_TOLERANCE = 1e-3
 SAME_BOX = 0.99
 """Smallest IoU of detections that are the same."""
 
+ROUNDED_BOX = 0.5
+"""The same where one side is rounded, whatever the scores."""
+
 MOST_UNMATCHED = 0.02
 """Share of detections without a partner that counts as agreement: where an IoU or a
 score lies within rounding of a threshold, one of two boxes survives here, the other
@@ -36,7 +39,8 @@ class Agreement:
         found: Detections of torch, None for what is no detector.
         matched: Of them and the file's, how many have a partner.
         unmatched: And how many have none.
-        mask_iou: Mean IoU of the masks of those that have.
+        box_iou: Mean IoU of the boxes of those that have.
+        mask_iou: And of their masks.
     """
 
     size: tuple[int, int]
@@ -45,6 +49,7 @@ class Agreement:
     found: int | None = None
     matched: int = 0
     unmatched: int = 0
+    box_iou: float | None = None
     mask_iou: float | None = None
 
     @property
@@ -64,8 +69,9 @@ class Agreement:
             return text + f"largest difference {self.difference:.2g}"
         text += f"{self.found} detections, {self.unmatched} of both unmatched"
         text += f", scores differ by up to {self.difference:.2g}"
-        if self.mask_iou is not None:
-            text += f", masks have IoU {self.mask_iou:.4f}"
+        for what, iou in (("boxes", self.box_iou), ("masks", self.mask_iou)):
+            if iou is not None:
+                text += f", {what} have IoU {iou:.4f}"
         return text
 
 
@@ -74,6 +80,7 @@ def compare(
     got: dict[str, np.ndarray],
     metadata: ExportMetadata,
     size: tuple[int, int],
+    rounded: bool = False,
 ) -> Agreement:
     """Compare a file's outputs with torch's.
 
@@ -82,9 +89,12 @@ def compare(
         got: The file's raw outputs.
         metadata: What the file says.
         size: ``(H, W)`` of the image without padding.
+        rounded: Whether the file computes in lower precision, so that the question is
+            how far detections are apart rather than whether they are the same. Defaults
+            to False.
     """
     if metadata.kind == "detector":
-        return _compare_detections(expected, got, metadata, size)
+        return _compare_detections(expected, got, metadata, size, rounded)
     difference, largest = 0.0, 1.0
     for name, value in expected.items():
         if value.shape != got[name].shape:
@@ -100,13 +110,18 @@ def _compare_detections(
     got: dict[str, np.ndarray],
     metadata: ExportMetadata,
     size: tuple[int, int],
+    rounded: bool,
 ) -> Agreement:
-    pairs = match(expected, got)
+    limits = dict(same_box=ROUNDED_BOX, score_tolerance=1.0) if rounded else {}
+    pairs = match(expected, got, **limits)
     counts = len(expected["scores"]), len(got["scores"])
     unmatched = sum(counts) - 2 * len(pairs)
     first, second = (np.array([p[i] for p in pairs], dtype=int) for i in (0, 1))
     apart = np.abs(expected["scores"][first] - got["scores"][second])
-    mask_iou = None
+    box_iou = mask_iou = None
+    if len(pairs):
+        overlap = _ious(expected["boxes"][first], got["boxes"][second])
+        box_iou = float(overlap.diagonal().mean())
     if "masks" in expected and len(pairs):
         ours = paste_masks(
             got["masks"][second], got["boxes"][second], size, metadata.mask_threshold
@@ -122,18 +137,25 @@ def _compare_detections(
         counts[0],
         2 * len(pairs),
         unmatched,
+        box_iou,
         mask_iou,
     )
 
 
 def match(
-    expected: dict[str, np.ndarray], got: dict[str, np.ndarray]
+    expected: dict[str, np.ndarray],
+    got: dict[str, np.ndarray],
+    same_box: float = SAME_BOX,
+    score_tolerance: float = SCORE_TOLERANCE,
 ) -> list[tuple[int, int]]:
     """Pairs of detections of one class whose boxes and scores are the same.
 
     Args:
         expected: ``boxes`` (N, 4), ``scores`` (N,), ``labels`` (N,).
         got: Likewise (M, ...).
+        same_box: Smallest IoU of a pair. Defaults to :data:`SAME_BOX`.
+        score_tolerance: Largest difference of its scores. Defaults to
+            :data:`SCORE_TOLERANCE`.
 
     Returns:
         Indices into the one and the other, each used once.
@@ -141,11 +163,11 @@ def match(
     overlap = _ious(expected["boxes"], got["boxes"])
     apart = np.abs(expected["scores"][:, None] - got["scores"][None])
     same = expected["labels"][:, None] == got["labels"][None]
-    overlap = np.where(same & (apart <= SCORE_TOLERANCE), overlap, 0.0)
+    overlap = np.where(same & (apart <= score_tolerance), overlap, 0.0)
     pairs = []
     for _ in range(min(overlap.shape)):
         index = np.unravel_index(overlap.argmax(), overlap.shape)
-        if overlap[index] < SAME_BOX:
+        if overlap[index] < same_box:
             break
         pairs.append((int(index[0]), int(index[1])))
         overlap[index[0]], overlap[:, index[1]] = 0.0, 0.0

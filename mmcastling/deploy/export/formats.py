@@ -21,7 +21,7 @@ from mmcastling.deploy.export.boxes import UnsupportedModelError
 from mmcastling.deploy.precision import check_precision
 from mmcastling.deploy.runtime import ExportMetadata
 from mmcastling.deploy.runtime.metadata import METADATA_KEY
-from mmcastling.deploy.runtime.sessions import rt_info
+from mmcastling.deploy.runtime.sessions import openvino_has_bf16
 
 FORMATS = {
     "onnx": ".onnx",
@@ -36,13 +36,17 @@ OPSETS = range(18, 24)
 
 DEFAULT_OPSET = 18
 
-PRECISIONS = {
+FORMAT_PRECISIONS = {
     "onnx": ("fp32", "int8"),
     "openvino": ("fp32", "bf16", "int8"),
     "torchscript": ("fp32", "bf16", "fp16"),
     "exported-program": ("fp32", "bf16", "fp16"),
 }
 """What the products of a format's files may compute in."""
+
+# What NNCF would quantise besides products.
+_NOT_INT8 = ["Convolution", "GroupConvolution", "ConvolutionBackpropData"]
+_NOT_INT8 += ["GroupConvolutionBackpropData", "Interpolate"]
 
 _NEEDED = {
     "onnx": ("onnx", "onnxscript"),
@@ -84,78 +88,126 @@ def check_export_precision(precision: str, format: str) -> None:
         ValueError: If not known, or not of this format.
         RuntimeError: If a library is missing, or this machine does not compute in it.
     """
-    if precision in PRECISIONS[format]:
+    if precision in FORMAT_PRECISIONS[format]:
         if format == "openvino" and precision == "int8":
             _require("nncf", "precision int8 of openvino")
+        elif format == "openvino" and precision == "bf16":
+            if not openvino_has_bf16(importlib.import_module("openvino")):
+                raise RuntimeError(
+                    "precision bf16: OpenVINO finds no instructions for it in this "
+                    "CPU: choose fp32 or int8, or another machine"
+                )
         elif precision != "int8":
             check_precision(precision)
         return
-    having = [name for name, known in PRECISIONS.items() if precision in known]
+    having = [name for name, known in FORMAT_PRECISIONS.items() if precision in known]
     if not having:
         raise ValueError(
             f"precision {precision!r} is not one of exported files: choose one of "
-            f"{sorted(set().union(*PRECISIONS.values()))}"
+            f"{sorted(set().union(*FORMAT_PRECISIONS.values()))}"
         )
     raise ValueError(
         f"precision {precision} is for --format {' or '.join(having)}, not for "
-        f"{format}: choose that, or one of {list(PRECISIONS[format])}"
+        f"{format}: choose that, or one of {list(FORMAT_PRECISIONS[format])}"
     )
 
 
-def quantise(path: Path, feeds: Sequence[dict[str, np.ndarray]] = ()) -> None:
-    """Turn the products of an ONNX or OpenVINO file into 8-bit integers, in place.
+def lower(
+    path: Path, metadata: ExportMetadata, feeds: Sequence[dict[str, np.ndarray]] = ()
+) -> None:
+    """Let the products of an ONNX or OpenVINO file compute in less than float32.
 
-    Those with constant weights; products of tokens with tokens stay float32, and so do
-    convolutions. In ONNX, by onnxruntime, inputs are rounded as they arrive, with steps
-    of their own, and weights once, to 7 bits: CPUs without integer dot products add
-    pairs of products in 16 bits, which 8 would overflow. In OpenVINO, by NNCF, the
-    steps of inputs are constant, from what they are on a few examples.
+    ``'int8'`` is for products with constant weights; those of tokens with tokens stay
+    float32, and so do convolutions. In ONNX, by onnxruntime, inputs are rounded as they
+    arrive, with steps of their own, and weights once, to 7 bits: CPUs without integer
+    dot products add pairs of products in 16 bits, which 8 would overflow. In OpenVINO,
+    by NNCF, the steps of inputs are constant, from what they are on a few examples.
+    ``'bf16'`` leaves an OpenVINO file in float32 and says in its metadata that
+    :func:`mmcastling.deploy.runtime.load_exported` shall compile it for bfloat16.
 
     Args:
-        path: A file that :func:`write` wrote.
-        feeds: Examples of inputs by name, for OpenVINO.
+        path: A file that :func:`write` wrote; it is replaced.
+        metadata: What the file says from then on, with the precision.
+        feeds: Examples of inputs by name, for OpenVINO's int8.
 
     Raises:
-        CheckpointError: If it cannot be written.
+        ValueError: If a file of this kind has no such precision, or examples miss.
+        UnsupportedModelError: If a library cannot quantise the graph.
+        CheckpointError: If the file cannot be written.
     """
-    by_suffix = {".onnx": _quantise_onnx, ".xml": _quantise_openvino}
-    passing = path.with_name(f"{path.stem}.int8{path.suffix}")
-    try:
-        with _quiet():
-            by_suffix[path.suffix](path, passing, feeds)
-        for left in path.parent.glob(f"{path.stem}{path.suffix}*"):  # weights, too
-            left.unlink()
-        for made in path.parent.glob(f"{passing.stem}.*"):
-            made.replace(path.with_suffix(made.suffix))
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path.name}: {error}") from error
+    key = (path.suffix, metadata.precision)
+    if key not in _LOWER:
+        raise ValueError(
+            f"precision {metadata.precision} for {path.name}: {path.suffix} files are "
+            f"written in one of {[name for end, name in _LOWER if end == path.suffix]}"
+        )
+    passing = path.with_name(f"{path.stem}.lower{path.suffix}")
+    with _quiet():
+        try:
+            save = _LOWER[key](path, metadata, feeds)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # of the quantiser
+            raise UnsupportedModelError(
+                f"{metadata.name} cannot be quantised to {metadata.precision}: "
+                f"{type(error).__name__}: {str(error)[:600]}. Choose --precision fp32"
+            ) from error
+        try:
+            save(passing)
+            for suffix in (".bin", path.suffix):  # the file that names the other last
+                made = passing.with_suffix(suffix)
+                if made.exists():
+                    made.replace(path.with_suffix(suffix))
+            path.with_name(f"{path.name}.data").unlink(missing_ok=True)
+        except Exception as error:  # each library has its own for a full disk
+            raise CheckpointError(f"cannot write {path.name}: {error}") from error
 
 
-def _quantise_onnx(path: Path, out: Path, _: Sequence[Any]) -> None:
+def _int8_onnx(
+    path: Path, metadata: ExportMetadata, _: Sequence[Any]
+) -> Callable[[Path], None]:
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    root = logging.getLogger()  # which the library talks to
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        quantize_dynamic(
-            path,
-            out,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-            reduce_range=True,
-        )
-    finally:
-        root.setLevel(level)
+    def save(out: Path) -> None:
+        root = logging.getLogger()  # which the library talks to
+        level = root.level
+        root.setLevel(logging.ERROR)
+        try:
+            quantize_dynamic(
+                path,
+                out,
+                op_types_to_quantize=["MatMul", "Gemm"],
+                weight_type=QuantType.QInt8,
+                per_channel=True,
+                reduce_range=True,
+            )
+        finally:
+            root.setLevel(level)
+        model = onnx.load(out)
+        onnx.helper.set_model_props(model, {METADATA_KEY: metadata.to_json()})
+        onnx.save(model, out)
+
+    return save
 
 
-def _quantise_openvino(
-    path: Path, out: Path, feeds: Sequence[dict[str, np.ndarray]]
-) -> None:
+def _bf16_openvino(
+    path: Path, metadata: ExportMetadata, _: Sequence[Any]
+) -> Callable[[Path], None]:
+    import openvino
+
+    model = openvino.Core().read_model(str(path))
+    return lambda out: _save_openvino(model, out, metadata)
+
+
+def _int8_openvino(
+    path: Path, metadata: ExportMetadata, feeds: Sequence[dict[str, np.ndarray]]
+) -> Callable[[Path], None]:
     import nncf
     import openvino
 
+    if not feeds:
+        raise ValueError("precision int8 of OpenVINO needs examples of inputs")
     model = openvino.Core().read_model(str(path))
     among_tokens = [
         op.get_friendly_name()
@@ -171,12 +223,24 @@ def _quantise_openvino(
             subset_size=len(feeds),
             model_type=nncf.ModelType.TRANSFORMER,
             ignored_scope=nncf.IgnoredScope(
-                names=among_tokens, types=["Convolution", "GroupConvolution"]
+                names=among_tokens, types=_NOT_INT8, validate=False
             ),
         )
-    quantised.set_rt_info(rt_info(model), [METADATA_KEY])
-    openvino.save_model(quantised, str(out), compress_to_fp16=False)
-    del model, quantised  # they map the files
+    return lambda out: _save_openvino(quantised, out, metadata)
+
+
+def _save_openvino(model: Any, out: Path, metadata: ExportMetadata) -> None:
+    import openvino
+
+    model.set_rt_info(metadata.to_json(), [METADATA_KEY])
+    openvino.save_model(model, str(out), compress_to_fp16=False)
+
+
+_LOWER: dict[tuple[str, str], Callable[..., Callable[[Path], None]]] = {
+    (".onnx", "int8"): _int8_onnx,
+    (".xml", "int8"): _int8_openvino,
+    (".xml", "bf16"): _bf16_openvino,
+}
 
 
 def _is_weight(node: Any, depth: int = 3) -> bool:
@@ -286,11 +350,10 @@ def _convert_to_openvino(path: Path, metadata: ExportMetadata) -> None:
 
     passing = path.with_suffix(".onnx")
     model = openvino.convert_model(str(passing))
-    model.set_rt_info(metadata.to_json(), [METADATA_KEY])
-    openvino.save_model(model, str(path), compress_to_fp16=False)
+    _save_openvino(model, path, metadata)
     del model  # it maps the file
-    for left in path.parent.glob(f"{passing.name}*"):
-        left.unlink()
+    for left in (passing, passing.with_name(f"{passing.name}.data")):
+        left.unlink(missing_ok=True)
 
 
 def _as_program(graph: nn.Module, metadata: ExportMetadata) -> Callable[[Path], None]:

@@ -74,6 +74,8 @@ def open_session(path: Path, runtime: str | None, threads: int | None) -> Sessio
     kinds["torch"] = TorchScriptSession if path.suffix != ".pt2" else ProgramSession
     try:
         return kinds[runtime](path, library, threads)
+    except ExportedModelError:
+        raise
     except Exception as error:  # whatever the parsers say of damaged bytes
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ExportedModelError(
@@ -124,12 +126,10 @@ class OpenVinoSession:
         model = core.read_model(str(path))
         self.metadata = rt_info(model)
         in_bf16 = _says_bf16(self.metadata)
-        if in_bf16 and "BF16" not in core.get_property(
-            "CPU", "OPTIMIZATION_CAPABILITIES"
-        ):
+        if in_bf16 and not openvino_has_bf16(library):
             raise ExportedModelError(
-                "it was exported with --precision bf16, for which this CPU has no "
-                "instructions"
+                f"{path} was exported with --precision bf16, for which OpenVINO finds "
+                "no instructions in this CPU: export it in fp32 or int8"
             )
         # Where it can, the plugin would else compute in bfloat16 by itself.
         config = {
@@ -147,6 +147,12 @@ class OpenVinoSession:
         self._request.infer(feeds)
         outputs = map(self._request.get_output_tensor, range(self._count))
         return [np.array(output.data) for output in outputs]  # its memory is reused
+
+
+def openvino_has_bf16(library: Any) -> bool:
+    """Whether OpenVINO finds bfloat16 instructions in this CPU."""
+    found = library.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in found
 
 
 def rt_info(model: Any) -> str | None:
