@@ -18,6 +18,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +228,12 @@ def accuracy() -> dict[str, Any]:
 
 def measure_more(device: str) -> dict[str, Any]:
     absent = {f"{BACKBONE}, {name}": reason for name, reason in lacking().items()}
-    return {**rounding(device), **accuracy(), "lacking": absent}
+    # Evaluating and exporting need a process in which nothing was compiled.
+    with ProcessPoolExecutor(
+        1, get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)
+    ) as pool:
+        found = pool.submit(accuracy).result()
+    return {**rounding(device), **found, "lacking": absent}
 
 
 def targets(result: dict[str, Any]) -> list[Target]:

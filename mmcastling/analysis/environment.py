@@ -20,7 +20,8 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     if torch.device(device).type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = _cpu_name()
+        # Machines of one name differ in what their cores compute with.
+        name = f"{_cpu_name()} with {torch.backends.cpu.get_cpu_capability()}"
     return dict(
         device=name,
         threads=torch.get_num_threads(),
