@@ -5,7 +5,7 @@ prunes it and evaluates it on the validation frames. The baselines say what the 
 are worth: the class that most training pixels have, everywhere; and a classifier that
 sees the colour of a pixel and nothing else, neither its place nor its neighbours.
 
-python benchmarks/camvid.py            # about 25 minutes; stores figures and a picture
+python benchmarks/camvid.py            # about 15 minutes; stores figures and a picture
 python benchmarks/camvid.py --docs     # write the page from the stored figures
 
 Needs CamVid's frames in ``data/camvid`` (``images/`` and ``annotations/``, each with

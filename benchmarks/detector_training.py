@@ -112,8 +112,8 @@ PREAMBLE = """\
 
 Made by `{command}`; the figures are in
 [benchmarks/results/detector_training.json](../benchmarks/results/detector_training.json).
-Mask R-CNN with Castling-ViT-S/16 exactly as `configs/mask_rcnn_castling_s_coco.py` has
-it (1024x1024, 4,096 tokens, 12 layers of 6 heads, no activation checkpointing), but one
+Mask R-CNN with Castling-ViT-S/16 as `configs/mask_rcnn_castling_s_coco.py` has it
+(1024x1024, 4,096 tokens, 12 layers of 6 heads, no activation checkpointing), but one
 image per iteration and {iterations} iterations. One run on {device}, {threads} threads,
 torch {torch}, float32, a fresh process per row on real COCO images.
 
@@ -126,6 +126,9 @@ Peak memory is the process's beyond what it held before training was set up. Sec
 the median after the first iteration (smallest to largest). The threshold is 1/N, which
 keeps about half of the pairs of an untrained network and lets no row be skipped: the
 most expensive state of the branch. A row that ended with a status was not measured.
+
+The stored figures are from before the config had mmdet's standard heads in place of
+ViTDet's, which cost more, and the same in all three rows.
 """
 
 

@@ -1,5 +1,5 @@
 # UPerNet with Castling-ViT-nano on CamVid's road scenes, from scratch on a CPU in about
-# twenty minutes.
+# ten minutes.
 #
 #   python tools/train.py configs/upernet_castling_nano_camvid.py
 #
