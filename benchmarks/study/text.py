@@ -80,8 +80,10 @@ An alternative replaces a default only where its whole interval lies above zero.
 
 DECISIONS = {
     "hook": "`MaskDecayHook` has `mode='threshold', finish=0.7`. Against it, pruned: ",
-    "convolution": "`local_conv` on the grid against the line: ",
-    "reference": "`reference_tokens` on against off: ",
+    "convolution": "`local_conv` on the grid against the line; detection and "
+    "segmentation configs on a plain ViT have the grid: ",
+    "reference": "`reference_tokens` on against off; the CamVid config alone has it, "
+    "for frames of 3.5 times its crops' tokens: ",
 }
 
 UNKNOWN = """
