@@ -301,8 +301,15 @@ def plot_macs(result: dict[str, Any], path: Path) -> None:
         castled = cell["contender"].startswith("Castling")
         point = cell["macs"] / 1e9, 1e3 * cell["seconds"]["median"]
         axis.scatter(*point, color="tab:red" if castled else "tab:gray", zorder=3)
+        # Ours and the softmax twins have neighbours on the right.
+        left = castled or cell["contender"].endswith("softmax")
         axis.annotate(
-            cell["contender"], point, (5, 4), textcoords="offset points", fontsize=8
+            cell["contender"],
+            point,
+            (-6 if left else 6, -3),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            fontsize=8,
         )
     height, width = backbones.LARGE
     axis.set(xscale="log", yscale="log", title=f"{height}x{width}")

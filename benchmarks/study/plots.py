@@ -45,7 +45,9 @@ def plot_means(
         axes.invert_yaxis()
         axes.set_xlabel(label)
         if len(panel) > 1:
-            axes.legend(frameon=False)
+            axes.legend(
+                frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2
+            )
         _tidy(axes)
     figure.savefig(path, dpi=130)
 

@@ -10,6 +10,7 @@ import openvino
 import pytest
 import torch
 
+from mmcastling.deploy import check_precision
 from mmcastling.deploy.runtime import ExportedInferencer, ExportedModelError
 from mmcastling.deploy.runtime.sessions import openvino_has_bf16
 from mmcastling.engine import evaluate, evaluate_exported, load_config
@@ -79,17 +80,21 @@ def operators(path):
     ("format", "ending", "precision"),
     [
         ("openvino", ".xml", "int8"),
-        ("torchscript", ".torchscript", "fp16"),
+        ("torchscript", ".torchscript", "fp32"),
         ("exported-program", ".pt2", "bf16"),
     ],
 )
 def test_every_format_is_compared_lowered_evaluated_and_painted(
-    run_main, trained, people, tmp_path, monkeypatch, format, ending, precision
+    run_command, run_main, trained, people, tmp_path, format, ending, precision
 ):
-    monkeypatch.setattr("mmcastling.deploy.precision._computes_in", lambda *_: True)
+    if precision == "bf16":
+        try:
+            check_precision(precision)
+        except RuntimeError as error:
+            pytest.skip(str(error))
     out = tmp_path / f"detector{ending}"
     arguments = (trained.config, trained.masks_off, out)
-    done = run_main(
+    done = run_command(
         *("export.py", *arguments, "--format", format, "--precision", precision)
     )
     assert done.returncode == 0, done.stderr
@@ -103,7 +108,7 @@ def test_every_format_is_compared_lowered_evaluated_and_painted(
         r"unmatched, scores differ by up to (\S+), boxes have IoU (\S+), masks"
     )
     rounded = re.findall(pattern, done.stdout, re.M)
-    assert len(rounded) == 2
+    assert len(rounded) == (0 if precision == "fp32" else 2)
     for _, scores, boxes in rounded:
         assert 0 < float(scores) < 0.1 and 0.7 < float(boxes) <= 1
     beside = {out.name, "detector.bin"} if format == "openvino" else {out.name}
@@ -115,7 +120,8 @@ def test_every_format_is_compared_lowered_evaluated_and_painted(
     expected = evaluate(cfg, trained.masks_off).metrics
     result = evaluate_exported(cfg, out)
     assert result.runtime == runtime
-    assert result.metrics == pytest.approx(expected, abs=0.05)
+    apart = 5e-4 if precision == "fp32" else 0.05
+    assert result.metrics == pytest.approx(expected, abs=apart)
 
     picture = next((people / "val").iterdir())
     folder = tmp_path / "painted"
@@ -137,10 +143,6 @@ def test_every_format_is_compared_lowered_evaluated_and_painted(
             for name, value in program.state_dict.items()
             if name.endswith("attn.qkv.weight")
         } == {torch.bfloat16}
-    else:
-        parameters = torch.jit.load(out).named_parameters()
-        dtypes = {p.dtype for name, p in parameters if name.endswith("qkv.weight")}
-        assert dtypes == {torch.float16}
 
 
 def test_a_file_in_bf16_is_left_in_float32_and_says_so(

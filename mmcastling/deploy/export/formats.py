@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import io
+import importlib.util
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.export import Dim, ExportedProgram
 
 from mmcastling.checkpoint import CheckpointError
 from mmcastling.deploy.export.boxes import UnsupportedModelError
+from mmcastling.deploy.export.nncf_process import quantise_apart
 from mmcastling.deploy.precision import check_precision
 from mmcastling.deploy.runtime import ExportMetadata
 from mmcastling.deploy.runtime.metadata import METADATA_KEY
@@ -43,10 +45,6 @@ FORMAT_PRECISIONS = {
     "exported-program": ("fp32", "bf16", "fp16"),
 }
 """What the products of a format's files may compute in."""
-
-# What NNCF would quantise besides products.
-_NOT_INT8 = ["Convolution", "GroupConvolution", "ConvolutionBackpropData"]
-_NOT_INT8 += ["GroupConvolutionBackpropData", "Interpolate"]
 
 _NEEDED = {
     "onnx": ("onnx", "onnxscript"),
@@ -90,7 +88,10 @@ def check_export_precision(precision: str, format: str) -> None:
     """
     if precision in FORMAT_PRECISIONS[format]:
         if format == "openvino" and precision == "int8":
-            _require("nncf", "precision int8 of openvino")
+            if importlib.util.find_spec("nncf") is None:  # not imported: see there
+                raise RuntimeError(
+                    "precision int8 of openvino needs nncf: pip install nncf"
+                )
         elif format == "openvino" and precision == "bf16":
             if not openvino_has_bf16(importlib.import_module("openvino")):
                 raise RuntimeError(
@@ -203,30 +204,16 @@ def _bf16_openvino(
 def _int8_openvino(
     path: Path, metadata: ExportMetadata, feeds: Sequence[dict[str, np.ndarray]]
 ) -> Callable[[Path], None]:
-    import nncf
     import openvino
 
     if not feeds:
         raise ValueError("precision int8 of OpenVINO needs examples of inputs")
-    model = openvino.Core().read_model(str(path))
-    among_tokens = [
-        op.get_friendly_name()
-        for op in model.get_ops()
-        if op.get_type_name() == "MatMul"
-        and not _is_weight(op.input_value(1).get_node())
-    ]
-    nncf.set_log_level(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()):  # a bar per step
-        quantised = nncf.quantize(
-            model,
-            nncf.Dataset(feeds),
-            subset_size=len(feeds),
-            model_type=nncf.ModelType.TRANSFORMER,
-            ignored_scope=nncf.IgnoredScope(
-                names=among_tokens, types=_NOT_INT8, validate=False
-            ),
-        )
-    return lambda out: _save_openvino(quantised, out, metadata)
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / path.name
+        quantise_apart(path, made, feeds)
+        # What is read is mapped, and stays when the folder goes.
+        model = openvino.Core().read_model(str(made))
+    return lambda out: _save_openvino(model, out, metadata)
 
 
 def _save_openvino(model: Any, out: Path, metadata: ExportMetadata) -> None:
@@ -241,14 +228,6 @@ _LOWER: dict[tuple[str, str], Callable[..., Callable[[Path], None]]] = {
     (".xml", "int8"): _int8_openvino,
     (".xml", "bf16"): _bf16_openvino,
 }
-
-
-def _is_weight(node: Any, depth: int = 3) -> bool:
-    """Whether an OpenVINO node is a constant, up to conversions and transposition."""
-    if node.get_type_name() == "Constant":
-        return True
-    parents = [node.input_value(i).get_node() for i in range(node.get_input_size())]
-    return bool(parents and depth) and all(_is_weight(p, depth - 1) for p in parents)
 
 
 def write(
