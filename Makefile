@@ -38,7 +38,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-# A process per core, up to four (2 GB each), each with one thread.
+# A process per core, up to four (2 GB each), each with one thread; one that dies ends
+# the run, which would wait for it for ever.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile
 

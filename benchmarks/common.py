@@ -121,17 +121,16 @@ class Benchmark:
             seconds = paired_seconds(passes, repeats) if passes else {}
             del passes
             for name in present:
-                milliseconds = 1e3 * spread(seconds[name])["median"]
-                print(f"{size[0]}x{size[1]} {name}: {milliseconds:,.1f} ms", flush=True)
-                cells.append(
-                    dict(
-                        contender=name,
-                        size=list(size),
-                        rounds=repeats,
-                        seconds=spread(seconds[name]),
-                        macs=self._macs(name, size),
-                    )
+                cell = dict(
+                    contender=name,
+                    size=list(size),
+                    rounds=repeats,
+                    seconds=spread(seconds[name]),
+                    macs=self._macs(name, size),
                 )
+                cells.append(cell)
+                milliseconds = duration(cell["seconds"], 1e3, 1)
+                print(f"{size[0]}x{size[1]} {name}: {milliseconds} ms", flush=True)
         extra = self.extra(device)
         # Nothing is timed any more, so that processes may share the machine.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:

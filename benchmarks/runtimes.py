@@ -13,6 +13,7 @@ steps of inputs from one picture of noise here, in the table of accuracies from 
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import functools
 import os
 import shutil
@@ -24,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino
 import torch
 from backbones import TOKEN_CONV, vit
 from common import Benchmark, Contender, Size, Target, image, median
@@ -33,14 +33,19 @@ from precision import METRICS, demo_detector, scores
 from torch import Tensor, nn
 
 from mmcastling.analysis import count_model_macs
-from mmcastling.deploy.export import FORMATS, export_graph, lower, write
+from mmcastling.deploy.export import (
+    FORMATS,
+    check_export_precision,
+    export_graph,
+    lower,
+    write,
+)
 from mmcastling.deploy.runtime import (
     ExportedInferencer,
     ExportMetadata,
     load_exported,
 )
 from mmcastling.deploy.runtime.preprocess import Prepared
-from mmcastling.deploy.runtime.sessions import openvino_has_bf16
 from mmcastling.engine import evaluate, evaluate_exported
 from mmcastling.engine.export import export
 from mmcastling.engine.reference import reference_outputs
@@ -62,9 +67,13 @@ RUNTIMES = {
 @functools.cache
 def lacking() -> dict[str, str]:
     """The runtimes that this machine cannot run, and why."""
-    if openvino_has_bf16(openvino):
-        return {}
-    return {"OpenVINO bf16": "OpenVINO finds no instructions for it in this CPU"}
+    reasons = {}
+    for runtime, (kind, precision) in RUNTIMES.items():
+        try:
+            check_export_precision(precision, kind)
+        except RuntimeError as error:
+            reasons[runtime] = str(error)
+    return reasons
 
 
 def available() -> list[str]:
@@ -89,15 +98,11 @@ BUILD: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def metadata(name: str, precision: str = "fp32") -> ExportMetadata:
+def metadata(name: str) -> ExportMetadata:
     """What the exported files of a model say."""
     if name == BACKBONE:
         return ExportMetadata(
-            kind="backbone",
-            name=name,
-            outputs=("feature_0",),
-            min_size=16,
-            precision=precision,
+            kind="backbone", name=name, outputs=("feature_0",), min_size=16
         )
     return ExportMetadata(
         kind="detector",
@@ -106,7 +111,6 @@ def metadata(name: str, precision: str = "fp32") -> ExportMetadata:
         size_divisor=32,
         min_size=32,
         dynamic_batch=False,
-        precision=precision,
     )
 
 
@@ -131,7 +135,8 @@ def exported(name: str, runtime: str) -> Path:
     write(export_graph(BUILD[name](), part), path, metadata(name), kind)
     if precision != "fp32":
         (picture,) = image((224, 224))
-        lower(path, metadata(name, precision), [dict(images=picture.numpy())])
+        said = dataclasses.replace(metadata(name), precision=precision)
+        lower(path, said, [dict(images=picture.numpy())])
     return path
 
 

@@ -54,8 +54,9 @@ model = dict(
         out_type="featmap",
         attention=dict(
             type="castling",
-            local_conv="grid",  # docs/study.md, (c), where reference_tokens made no
-            mask_threshold="1/N",  # difference that could be told
+            local_conv="grid",
+            mask_threshold="1/N",
+            # No difference by it could be told in docs/study.md, (c).
             reference_tokens=768,
         ),
     ),

@@ -19,9 +19,9 @@ model = dict(
         with_cls_token=False,
         out_type="featmap",
         drop_path_rate=0.1,
-        # On the grid of tokens: against the paper's along their line it won at the size
-        # trained and was not told apart at others (docs/study.md, c). There neither
-        # reference_tokens nor another end of the masks was, so these stay.
+        # The convolution on the grid was ahead of the paper's along the line of tokens
+        # at the resolution trained; at others, and for reference_tokens and schedules
+        # of the masks, no difference could be told (docs/study.md).
         attention=dict(type="castling", local_conv="grid"),
         # From scratch; to finetune use init_cfg=dict(type='Pretrained',
         # checkpoint=...) with weights that tools/model_converters/import_vit.py has

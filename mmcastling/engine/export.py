@@ -152,28 +152,24 @@ def export(
     examples: list[Prepared] = []
     if (format, precision) == ("openvino", "int8"):
         examples = _training_inputs(cfg, meta)
+    expected = [_expected(model, meta, x) for x in inputs]
     rounded: list[Agreement] = []
     try:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
             written = Path(folder) / out.name
             write(graph, written, meta, format, opset)
             inferencer = _open(written)
-            agreements = [_agreement(model, inferencer, x) for x in inputs]
+            agreements = _agreements(inferencer, inputs, expected)
             _refuse_unless_all_hold(agreements, runtime)
             if precision != "fp32":
                 del inferencer  # it maps the file
                 meta = dataclasses.replace(meta, precision=precision)
-                if runtime == "torch":  # whose files hold the layers as they are
-                    lowered = copy.deepcopy(model)
-                    set_precision(lowered, precision)
-                    write(export_graph(lowered, part), written, meta, format)
+                if runtime == "torch":
+                    write(_lowered(model, precision, part), written, meta, format)
                 else:
-                    feeds = [_feed(x, meta) for x in examples or inputs]
-                    lower(written, meta, feeds)
+                    lower(written, meta, [_feed(x, meta) for x in examples or inputs])
                 inferencer = _open(written)
-                rounded = [
-                    _agreement(model, inferencer, x, rounded=True) for x in inputs
-                ]
+                rounded = _agreements(inferencer, inputs, expected, rounded=True)
             latencies = [_latency(model, inferencer, x) for x in inputs]
             del inferencer  # it maps the file
             _move(Path(folder), out)
@@ -273,29 +269,46 @@ def _open(path: Path) -> ExportedInferencer:
     return ExportedInferencer(path, threads=torch.get_num_threads())
 
 
-def _agreement(
-    model: nn.Module,
+def _lowered(model: nn.Module, precision: str, part: str) -> nn.Module:
+    """The graph of a copy whose layers compute in less, as torch's files hold them."""
+    model = copy.deepcopy(model)
+    set_precision(model, precision)
+    return export_graph(model, part)
+
+
+@torch.inference_mode()
+def _expected(
+    model: nn.Module, meta: ExportMetadata, prepared: Prepared
+) -> dict[str, np.ndarray]:
+    images = torch.from_numpy(prepared.batch)
+    return reference_outputs(model, meta, images, prepared.size)
+
+
+def _agreements(
     inferencer: ExportedInferencer,
-    prepared: Prepared,
+    inputs: list[Prepared],
+    expected: list[dict[str, np.ndarray]],
     rounded: bool = False,
-) -> Agreement:
-    meta, images = inferencer.metadata, torch.from_numpy(prepared.batch)
-    with torch.inference_mode():
-        expected = reference_outputs(model, meta, images, prepared.size)
-    got = inferencer.model(prepared.batch, prepared.size)
-    return compare(expected, got, meta, prepared.size, rounded)
+) -> list[Agreement]:
+    return [
+        compare(
+            outputs,
+            inferencer.model(prepared.batch, prepared.size),
+            inferencer.metadata,
+            prepared.size,
+            rounded,
+        )
+        for prepared, outputs in zip(inputs, expected, strict=True)
+    ]
 
 
 def _latency(
     model: nn.Module, inferencer: ExportedInferencer, prepared: Prepared
 ) -> Latency:
-    images = torch.from_numpy(prepared.batch)
-
-    @torch.inference_mode()
-    def eager() -> None:
-        reference_outputs(model, inferencer.metadata, images, prepared.size)
-
-    passes = dict(torch=eager, runtime=lambda: inferencer.predict_prepared(prepared))
+    passes = dict(
+        torch=lambda: _expected(model, inferencer.metadata, prepared),
+        runtime=lambda: inferencer.predict_prepared(prepared),
+    )
     return Latency(tuple(prepared.batch.shape[2:]), **paired_medians(passes, ROUNDS))
 
 

@@ -11,12 +11,14 @@ from torch.testing import assert_close
 
 from mmcastling.deploy.export import (
     UnsupportedModelError,
+    check_export_precision,
     check_format,
     export_graph,
     write,
 )
 from mmcastling.deploy.export.agreement import compare
 from mmcastling.deploy.export.boxes import first
+from mmcastling.deploy.export.nncf_process import quantise_apart
 from mmcastling.deploy.export.parts import AnySizeAdaptivePool
 from mmcastling.deploy.runtime import (
     ExportedInferencer,
@@ -325,6 +327,23 @@ def test_a_missing_library_says_what_to_install(monkeypatch, library):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(RuntimeError, match=f"pip install {library}"):
         check_format("openvino")
+
+
+def test_a_missing_nncf_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    check_export_precision("fp32", "openvino")
+    with pytest.raises(RuntimeError, match="int8 of openvino needs nncf: pip install"):
+        check_export_precision("int8", "openvino")
+
+
+@pytest.mark.slow
+def test_what_nncf_says_in_its_own_process_is_passed_on(tmp_path):
+    source = tmp_path / "damaged.xml"
+    source.write_text("no graph")
+    feeds = [{"images": np.zeros((1, 3, 64, 64), np.float32)}]
+    with pytest.raises(RuntimeError, match="NNCF failed: "):
+        quantise_apart(source, tmp_path / "out.xml", feeds)
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged.xml"]
 
 
 def test_models_without_an_exportable_form_are_named(root):

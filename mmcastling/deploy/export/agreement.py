@@ -120,8 +120,8 @@ def _compare_detections(
     apart = np.abs(expected["scores"][first] - got["scores"][second])
     box_iou = mask_iou = None
     if len(pairs):
-        overlap = _ious(expected["boxes"][first], got["boxes"][second])
-        box_iou = float(overlap.diagonal().mean())
+        overlap = _ious(expected["boxes"], got["boxes"])
+        box_iou = float(overlap[first, second].mean())
     if "masks" in expected and len(pairs):
         ours = paste_masks(
             got["masks"][second], got["boxes"][second], size, metadata.mask_threshold

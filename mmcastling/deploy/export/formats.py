@@ -67,16 +67,12 @@ def check_format(name: str, opset: int = DEFAULT_OPSET) -> None:
             f"{OPSETS[-1]}; without --opset it is {DEFAULT_OPSET}"
         )
     for library in _NEEDED.get(name, ()):
-        _require(library, f"format {name}")
-
-
-def _require(library: str, what: str) -> None:
-    try:
-        importlib.import_module(library)
-    except ImportError as error:
-        raise RuntimeError(
-            f"{what} needs {library} ({error}): pip install {library}"
-        ) from error
+        try:
+            importlib.import_module(library)
+        except ImportError as error:
+            raise RuntimeError(
+                f"format {name} needs {library} ({error}): pip install {library}"
+            ) from error
 
 
 def check_export_precision(precision: str, format: str) -> None:
@@ -86,31 +82,32 @@ def check_export_precision(precision: str, format: str) -> None:
         ValueError: If not known, or not of this format.
         RuntimeError: If a library is missing, or this machine does not compute in it.
     """
-    if precision in FORMAT_PRECISIONS[format]:
-        if format == "openvino" and precision == "int8":
-            if importlib.util.find_spec("nncf") is None:  # not imported: see there
-                raise RuntimeError(
-                    "precision int8 of openvino needs nncf: pip install nncf"
-                )
-        elif format == "openvino" and precision == "bf16":
-            if not openvino_has_bf16(importlib.import_module("openvino")):
-                raise RuntimeError(
-                    "precision bf16: OpenVINO finds no instructions for it in this "
-                    "CPU: choose fp32 or int8, or another machine"
-                )
-        elif precision != "int8":
-            check_precision(precision)
-        return
     having = [name for name, known in FORMAT_PRECISIONS.items() if precision in known]
     if not having:
         raise ValueError(
             f"precision {precision!r} is not one of exported files: choose one of "
             f"{sorted(set().union(*FORMAT_PRECISIONS.values()))}"
         )
-    raise ValueError(
-        f"precision {precision} is for --format {' or '.join(having)}, not for "
-        f"{format}: choose that, or one of {list(FORMAT_PRECISIONS[format])}"
-    )
+    if format not in having:
+        raise ValueError(
+            f"precision {precision} is for --format {' or '.join(having)}, not for "
+            f"{format}: choose that, or one of {list(FORMAT_PRECISIONS[format])}"
+        )
+    if format in ("torchscript", "exported-program"):
+        check_precision(precision)
+    elif (format, precision) == ("openvino", "int8"):
+        if importlib.util.find_spec("nncf") is None:  # importing it changes torch
+            raise RuntimeError(
+                "precision int8 of openvino needs nncf: pip install nncf"
+            )
+    elif (format, precision) == ("openvino", "bf16"):
+        import openvino
+
+        if not openvino_has_bf16(openvino):
+            raise RuntimeError(
+                "precision bf16: OpenVINO finds no instructions for it in this CPU: "
+                "choose fp32 or int8, or another machine"
+            )
 
 
 def lower(
@@ -352,7 +349,7 @@ def _as_torchscript(
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what exporters tell their own developers."""
-    names = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "nncf")
+    names = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
     levels = {name: logging.getLogger(name).level for name in names}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

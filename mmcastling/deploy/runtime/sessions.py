@@ -124,7 +124,7 @@ class OpenVinoSession:
     def __init__(self, path: Path, library: Any, threads: int | None) -> None:
         core = library.Core()
         model = core.read_model(str(path))
-        self.metadata = rt_info(model)
+        self.metadata = _rt_info(model)
         in_bf16 = _says_bf16(self.metadata)
         if in_bf16 and not openvino_has_bf16(library):
             raise ExportedModelError(
@@ -155,8 +155,7 @@ def openvino_has_bf16(library: Any) -> bool:
     return "BF16" in found
 
 
-def rt_info(model: Any) -> str | None:
-    """The metadata in an OpenVINO model, as text."""
+def _rt_info(model: Any) -> str | None:
     for path in ([METADATA_KEY], ["framework", METADATA_KEY]):
         if model.has_rt_info(path):
             value = model.get_rt_info(path)
