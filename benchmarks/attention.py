@@ -3,19 +3,22 @@
 python benchmarks/attention.py        # measure (3 minutes), store the result
 python benchmarks/report.py           # write docs/speed.md from the stored results
 
-*castling* is the deployed layer, *released* the authors' order of operations for it in
-eager mode, *softmax* torch's fused attention, *projections* the linear layers alone.
+*castling* is the deployed layer, *softmax* torch's fused attention, *projections* the
+linear layers alone, all with the linear layers that deployment makes; *released* is the
+authors' order of operations for castling in eager mode, with torch's.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import Benchmark, Contender, Size, Target, median, spread
+from common import Benchmark, Contender, Size, Target, infer, median, spread
 from torch import Tensor, nn
 
 from mmcastling.analysis import paired_seconds
@@ -25,6 +28,8 @@ from mmcastling.attention import (
     TokenAttention,
     TokenMixer,
 )
+from mmcastling.attention.linear import fuse_linear
+from mmcastling.protocol import switch_to_deploy
 
 CHANNELS, HEADS = 384, 6
 GRIDS: tuple[Size, ...] = (
@@ -50,7 +55,7 @@ class ProjectionsAttention(TokenAttention, _Values):
 
 
 class ReleasedAttention(CastlingAttention):
-    """The deployed layer in the released order of operations.
+    """The layer without its branch in the released order of operations.
 
     Heads in front of tokens, both lengths divided out, and a plain convolution.
     """
@@ -72,8 +77,8 @@ class ReleasedAttention(CastlingAttention):
         return self.proj(y.transpose(1, 2).reshape(batch, tokens, channels))
 
 
-def layer(kind: type[TokenAttention], **options: Any) -> Callable[[], nn.Module]:
-    return lambda: kind(CHANNELS, HEADS, **options)
+def layer(kind: type[TokenAttention]) -> Callable[[], nn.Module]:
+    return lambda: switch_to_deploy(kind(CHANNELS, HEADS), inplace=True)
 
 
 def tokens(grid: Size) -> tuple[Tensor, Size]:
@@ -83,8 +88,8 @@ def tokens(grid: Size) -> tuple[Tensor, Size]:
 
 
 LAYERS = {
-    "castling": layer(CastlingAttention, deploy=True),
-    "released": layer(ReleasedAttention, deploy=True),
+    "castling": layer(CastlingAttention),
+    "released": lambda: ReleasedAttention(CHANNELS, HEADS),
     "projections": layer(ProjectionsAttention),
     "softmax": layer(ATTENTIONS["softmax"]),
     **{name: layer(ATTENTIONS[name]) for name in PEERS},
@@ -92,15 +97,21 @@ LAYERS = {
 
 
 def gemm_throughput(device: str) -> dict[str, Any]:
-    """GFLOP/s of linear layers, the roofline: of the layer's shape, and a large one."""
+    """GFLOP/s of linear layers, the roofline: of the layer's shape, and a large one.
+
+    By torch's own layer, and as deployed.
+    """
     shapes = {"4200x384x1152": (4200, 384, 1152), "2048x2048x2048": (2048,) * 3}
     passes = {}
     for label, (m, k, n) in shapes.items():
         for dtype in (torch.float32, torch.bfloat16):
-            a, b = torch.ones(m, k), torch.ones(n, k)
-            a, b = a.to(device, dtype), b.to(device, dtype)
+            x = torch.ones(m, k, device=device, dtype=dtype)
+            layer = nn.Linear(k, n, device=device, dtype=dtype)
+            fused = copy.deepcopy(layer)
+            fuse_linear(fused)
             name = f"{label} {str(dtype).removeprefix('torch.')}"
-            passes[name] = lambda a=a, b=b: nn.functional.linear(a, b)
+            passes[f"{name}, torch's"] = functools.partial(infer, layer, x)
+            passes[f"{name}, deployed"] = functools.partial(infer, fused, x)
     seconds = paired_seconds(passes, GEMM_REPEATS)
     return dict(
         gemm={

@@ -54,7 +54,7 @@ def vit_without_mixing() -> nn.Module:
     model = vit(SOFTMAX)()
     for block in model.layers:
         block.attn = ProjectionsAttention(block.attn.embed_dims, block.attn.num_heads)
-    return model
+    return switch_to_deploy(model, inplace=True)
 
 
 def mvit(**options: Any) -> Callable[[], nn.Module]:

@@ -74,14 +74,16 @@ ATTENTION = """
 ## Attention layers
 
 384 channels, 6 heads, tokens as a grid. *projections* is the layer's linear layers
-alone, the floor for any attention between them; *released* the authors' order of
-operations in eager mode, the same function.
+alone, the floor for any attention between them; *released* the same function in the
+authors' order of operations in eager mode, between torch's linear layers. All others
+have the linear layers that deployment makes, which oneDNN computes in one pass.
 
 """
 
 ROOFLINE = """
 What bounds it: the projections take {share:.0%} of castling's time at 4,200 tokens.
-They are matrix products, which ran at these GFLOP/s in the same run:
+They are matrix products, which ran at these GFLOP/s in the same run, in torch's linear
+layer and in the one that deployment makes of it:
 
 | product | GFLOP/s |
 | --- | --- |
@@ -91,7 +93,8 @@ BACKBONES = """
 ## Backbones
 
 In the form that a detector takes, all levels of features. *no mixing* is the plain
-network whose attentions are their projections alone.
+network whose attentions are their projections alone. It and the softmax twins have the
+linear layers that deployment makes, too.
 
 ![Latency and memory against resolution](assets/speed_resolution.png)
 ![Latency against MACs at 800x1344](assets/speed_macs.png)

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -415,6 +416,16 @@ class _Opener:
 
     def __reduce__(self):
         return open, (self.path, "w")
+
+
+@pytest.fixture(scope="session")
+def printed_difference():
+    """Reads the largest difference of features that converting printed, on 4 images."""
+
+    def read(text: str) -> float:
+        return float(re.search(r"difference of features on 4 images: (\S+)", text)[1])
+
+    return read
 
 
 @pytest.fixture

@@ -12,14 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
 from mmengine.model import BaseModel, is_model_wrapper
 from mmengine.structures import BaseDataElement, InstanceData
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmcastling.analysis.flop_formulas import extra_formulas
 
 #: Key in ``by_module`` for what the model computes outside its children.
 SELF = "(self)"
@@ -175,7 +176,7 @@ def _report(
 def _count(model: nn.Module, run: Callable[[nn.Module], Any]) -> Counter[str]:
     """MACs by top-level child of one call of ``run(model)``."""
     flops: Counter[str] = Counter()
-    counter = FlopCounterMode(display=False, custom_mapping=_extra_formulas())
+    counter = FlopCounterMode(display=False, custom_mapping=extra_formulas())
     with (
         torch.no_grad(),
         _without_mha_fastpath(),
@@ -229,41 +230,6 @@ def _called_modules(module: nn.Module) -> Iterator[nn.Module]:
             yield from _called_modules(child)
     else:
         yield module
-
-
-def _extra_formulas() -> dict[Any, Callable[..., int]]:
-    """FLOPs of products that torch's counter takes for free."""
-    aten = torch.ops.aten
-
-    def matrix_vector(matrix, vector, *args, out_shape=None, **kwargs) -> int:
-        return 2 * prod(matrix)
-
-    def add_matrix_vector(bias, matrix, vector, *args, out_shape=None, **kwargs) -> int:
-        return 2 * prod(matrix)
-
-    def dot(a, b, *args, out_shape=None, **kwargs) -> int:
-        return 2 * prod(a)
-
-    def attention(q, k, v, *args, out_shape=None, **kwargs) -> int:
-        return sdpa_flop_count(q, k, v)
-
-    def deform_conv2d(x, weight, *args, out_shape=None, **kwargs) -> int:
-        return 2 * prod(out_shape) * prod(weight[1:])
-
-    formulas = {
-        aten.mv: matrix_vector,
-        aten.addmv: add_matrix_vector,
-        aten.dot: dot,
-        aten.vdot: dot,
-        # Unknown to the counter of torch 2.14.
-        aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        # As for fused attention, both products count as dense.
-        torch.ops.mmcastling.masked_softmax: attention,
-    }
-    torchvision = torch.ops.torchvision
-    if hasattr(torchvision, "deform_conv2d"):  # only where torchvision is imported
-        formulas[torchvision.deform_conv2d] = deform_conv2d
-    return formulas
 
 
 @contextmanager

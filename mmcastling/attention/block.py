@@ -4,46 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from mmcastling.attention.linear import LayerScale, fold_layer_scale, fuse_linear
 from mmcastling.attention.local_conv import Grid, merge_heads
-
-
-class LayerScale(nn.Module):
-    """A learned factor per channel, named as mmpretrain names it.
-
-    Args:
-        embed_dims: Channels ``C`` of the last axis.
-        init_value: Initial factor.
-    """
-
-    def __init__(self, embed_dims: int, init_value: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((embed_dims,), float(init_value)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight
-
-
-@torch.no_grad()
-def fold_layer_scale(linear: nn.Linear, scale: nn.Module) -> nn.Module:
-    """Multiply a linear layer by the learned factors behind it, in place.
-
-    Args:
-        linear: The layer.
-        scale: What follows it: a module with a ``weight`` of factors per channel, or
-            ``nn.Identity``.
-
-    Returns:
-        What is left to follow the layer, ``nn.Identity()``.
-    """
-    factor = getattr(scale, "weight", None)
-    if factor is not None:
-        linear.weight.mul_(factor[:, None])
-        if linear.bias is not None:
-            linear.bias.mul_(factor)
-    return nn.Identity()
 
 
 class TokenAttention(nn.Module):
@@ -97,10 +61,13 @@ class TokenAttention(nn.Module):
     def switch_to_deploy(self) -> None:
         """Fold the factors behind ``proj`` into it, prune what training needs.
 
+        Both projections become :class:`~mmcastling.attention.linear.FusedLinear`.
         Idempotent; the output of inference stays the same.
         """
         self.gamma1 = fold_layer_scale(self.proj, self.gamma1)
         self.proj_drop = nn.Identity()
+        for layer in (self.qkv, self.proj):
+            fuse_linear(layer)
         super().switch_to_deploy()
 
     def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:

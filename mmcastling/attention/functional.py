@@ -21,15 +21,21 @@ from mmcastling.attention.threshold import MaskThreshold
 # Rows shorter than this have no direction that float32 could tell: they count as zero.
 NORM_EPS = 1e-12
 
+# Tokens are taken so many numbers at a time, about what a CPU core's cache holds.
+_CHUNK = 2**18
+_LEAST_ROWS = 256
+
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which autocast leaves operations on a device as they are."""
-    if torch.amp.is_autocast_available(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(
+        device.type
+    ):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()  # the meta device has none
+    return nullcontext()  # it is off, or there is none, as on the meta device
 
 
 def in_full_precision(function: Function) -> Function:
@@ -43,6 +49,19 @@ def in_full_precision(function: Function) -> Function:
             return function(*tensors, **options)
 
     return wrapped  # type: ignore[return-value]
+
+
+def is_recorded(*tensors: Tensor | None) -> bool:
+    """Whether operations become a graph: compiled, traced, exported, or of gradients.
+
+    Args:
+        tensors: What the operations would take.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
+    )
 
 
 @in_full_precision
@@ -60,11 +79,15 @@ def unit_rows(x: Tensor, *, plus: Tensor | None = None) -> Tensor:
     return _to_unit(x, NORM_EPS, plus)
 
 
-def _to_unit(x: Tensor, smallest: float | Tensor, plus: Tensor | None) -> Tensor:
+def _to_unit(
+    x: Tensor, smallest: float, plus: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """Scale rows to length 1; those up to ``smallest`` long become zero."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    length = length.masked_fill(length <= smallest, math.inf)  # divides to zero
-    return x / length if plus is None else torch.addcdiv(plus.to(x.dtype), x, length)
+    length = torch.threshold(length, smallest, math.inf)  # divides to zero
+    if plus is None:
+        return torch.div(x, length, out=out)
+    return torch.addcdiv(plus.to(x.dtype), x, length, out=out)
 
 
 @in_full_precision
@@ -166,10 +189,10 @@ def linear_angular_attention(
     Returns:
         ``(B, h, N, e)``; float32 for half-precision inputs.
     """
-    return 0.5 * v + unit_rows(q) @ _key_value(k, v, reference_tokens)
+    key_value = _key_value(k, v) * _factor(k, reference_tokens)
+    return 0.5 * v + unit_rows(q) @ key_value
 
 
-@in_full_precision
 def linear_angular_direction(
     q: Tensor,
     k: Tensor,
@@ -180,34 +203,72 @@ def linear_angular_direction(
 ) -> Tensor:
     """``unit_rows(linear_angular_attention(q, k, v))`` without normalising queries.
 
-    A row's direction does not depend on its scale, so the row is taken times ``|q|``:
-    ``1/2 |q| v + (1/pi) q (k^T^ v)``. Tokens stay the outer axis in memory where they
-    are in ``plus``, so that heads merge without a copy.
+    A row's direction does not depend on its scale, so the row is taken times ``|q|``
+    and over the product's factor: ``(pi/2) |q| v + q (k^T^ v)``. Tokens stay the outer
+    axis in memory where they are in ``plus``, so that heads merge without a copy. Where
+    nothing is recorded, tokens are taken a few at a time, whose steps find them in the
+    cache: once for the sum over keys, once for the queries.
 
     Args:
         q: Queries ``(B, h, N, d)``.
         k: Keys ``(B, h, N, d)``.
         v: Values ``(B, h, N, e)``.
         reference_tokens: As in :func:`linear_angular_attention`.
-        plus: Added to the result ``(B, h, N, e)``, as in :func:`unit_rows`.
+        plus: Added to the result ``(B, h, N, e)``, as in :func:`unit_rows`; may hold
+            the result afterwards, which saves memory.
 
     Returns:
         ``(B, h, N, e)`` with rows of length 1 or 0, where nothing is added; float32 for
-        half-precision inputs.
+        half-precision inputs, unless it is ``plus``.
     """
+    weight = 0.5 / _factor(k, reference_tokens)
+    batch, heads, tokens, channels = v.shape
+    at_once = max(_LEAST_ROWS, _CHUNK // (batch * heads * channels))
+    if is_recorded(q, k, v, plus) or tokens <= at_once:
+        return _direction(q, v, _key_value(k, v), weight=weight, plus=plus)
+    keys, values = k.split(at_once, 2), v.split(at_once, 2)
+    key_value = sum(map(_key_value, keys, values))
+    if plus is None:
+        out = key_value.new_empty(batch, tokens, heads, channels).transpose(1, 2)
+    else:
+        out = plus
+    chunks = zip(q.split(at_once, 2), values, out.split(at_once, 2), strict=True)
+    for queries, value, chunk in chunks:
+        added = None if plus is None else chunk
+        _direction(queries, value, key_value, weight=weight, plus=added, out=chunk)
+    return out
+
+
+@in_full_precision
+def _direction(
+    q: Tensor,
+    v: Tensor,
+    key_value: Tensor,
+    *,
+    weight: float,
+    plus: Tensor | None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``unit_rows(weight |q| v + q key_value)``, and ``plus``."""
     length = torch.linalg.vector_norm(q, dim=-1, keepdim=True)  # (B, h, N, 1)
-    length = length.masked_fill(length <= NORM_EPS, 1.0)  # a zero row keeps 1/2 v
-    y = q @ _key_value(k, v, reference_tokens)
-    y = y.addcmul_(v, length, value=0.5)  # the product's gradient needs it not
-    return _to_unit(y, NORM_EPS * length, plus)
+    length = torch.threshold(length, NORM_EPS, 1.0)  # a zero row keeps v
+    y = q @ key_value
+    y = y.addcmul_(v, length, value=weight)  # the product's gradient needs it not
+    # A row is |q| times one that counts as zero up to NORM_EPS.
+    return _to_unit(y, NORM_EPS * NORM_EPS, plus, out)
 
 
-def _key_value(k: Tensor, v: Tensor, reference_tokens: int | None) -> Tensor:
-    """``(1/pi) k^T^ v`` of every head, ``(B, h, d, e)``."""
-    scale = 1.0 / math.pi
-    if reference_tokens is not None:
-        scale = scale * reference_tokens / k.shape[-2]
-    return (unit_rows(k).transpose(-2, -1) @ v) * scale
+@in_full_precision
+def _key_value(k: Tensor, v: Tensor) -> Tensor:
+    """``k^T^ v`` of every head, ``(B, h, d, e)``."""
+    return _to_unit(k, NORM_EPS).transpose(-2, -1) @ v
+
+
+def _factor(k: Tensor, reference_tokens: int | None) -> float:
+    """The factor of ``q^ (k^T^ v)``."""
+    if reference_tokens is None:
+        return 1.0 / math.pi
+    return reference_tokens / (math.pi * k.shape[-2])
 
 
 @in_full_precision

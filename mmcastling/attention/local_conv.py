@@ -67,11 +67,12 @@ class TokenConv(nn.Conv2d):
     def forward(self, v: Tensor, grid: Grid | None = None) -> Tensor:
         """Convolve values ``(B, h, N, e)`` over ``N``; ``grid`` is not needed."""
         heads, tokens, channels = v.shape[1:]
+        kernel = self.kernel_size
 
         def convolve(x: Tensor) -> Tensor:  # (B, h*e, N, 1)
             return nn.functional.conv2d(
                 x,
-                self.weight.repeat_interleave(channels, dim=0),
+                self.weight.expand(-1, channels, -1, -1).reshape(-1, 1, *kernel),
                 padding=self.padding,
                 groups=heads * channels,
             )

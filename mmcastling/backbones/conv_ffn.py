@@ -60,8 +60,6 @@ class ConvFFN(FFN):
         ValueError: If ``num_fcs`` is not 2.
     """
 
-    calls_layers_apart = True  # the convolution comes between the first two
-
     def __init__(
         self,
         embed_dims: int,

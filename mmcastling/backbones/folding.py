@@ -1,16 +1,19 @@
-"""What deployment removes by algebra: norms and factors behind a layer, dropout."""
+"""What deployment makes of layers: norms and factors folded in, activations fused."""
 
 from __future__ import annotations
 
 from mmcv.cnn.bricks import DropPath
 from mmcv.cnn.bricks.transformer import FFN
+from mmcv.cnn.bricks.wrappers import Linear as MMCVLinear
 from mmpretrain.models.backbones.levit import ConvolutionBatchNorm, LinearBatchNorm
 from torch import nn
 
-from mmcastling.attention.block import fold_layer_scale
+from mmcastling.attention.linear import fold_layer_scale, fuse_linear
+from mmcastling.backbones.conv_ffn import ConvLeViTMLP, ConvMViTMLP
 
 _WITHOUT_EFFECT = (nn.Dropout, DropPath)
 _WITH_BATCH_NORM = (ConvolutionBatchNorm, LinearBatchNorm)
+_LINEAR = (nn.Linear, MMCVLinear)
 
 
 def fold_for_inference(module: nn.Module) -> None:
@@ -18,8 +21,9 @@ def fold_for_inference(module: nn.Module) -> None:
 
     Batch norms (with the statistics that training has gathered) go into the linear
     layer or convolution in front of them, LayerScale factors into the last layer of
-    their MLP; dropout and stochastic depth become ``nn.Identity``. Names of parameters
-    change. Idempotent.
+    their MLP; dropout and stochastic depth become ``nn.Identity``. Linear layers become
+    :class:`~mmcastling.attention.linear.FusedLinear`, those of an MLP together with the
+    activation that follows. Names of parameters change. Idempotent.
 
     Args:
         module: What holds the layers, at any depth.
@@ -34,3 +38,21 @@ def fold_for_inference(module: nn.Module) -> None:
     if isinstance(module, FFN):
         *_, last = (layer for layer in module.layers if isinstance(layer, nn.Linear))
         module.gamma2 = fold_layer_scale(last, module.gamma2)
+    for child in module.children():
+        if type(child) in _LINEAR:
+            fuse_linear(child)
+    _fuse_activation(module)
+
+
+def _fuse_activation(module: nn.Module) -> None:
+    """Let the first layer of an MLP apply the activation, if that comes next."""
+    if hasattr(module, "dwconv"):
+        return
+    if isinstance(module, FFN):
+        for part in module.layers:
+            if isinstance(part, nn.Sequential):  # a layer, its activation, dropout
+                part[1] = fuse_linear(part[0], part[1])
+    elif isinstance(module, ConvMViTMLP):
+        module.act = fuse_linear(module.fc1, module.act)
+    elif isinstance(module, ConvLeViTMLP):
+        module.activation = fuse_linear(module.linear1, module.activation)

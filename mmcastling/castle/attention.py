@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.attention import TokenMixer, build_mixer
+from mmcastling.attention.linear import fuse_linear
 from mmcastling.attention.local_conv import merge_heads
 
 Grid = tuple[int, int]
@@ -148,6 +149,12 @@ class CastledAttention(nn.Module):
             setattr(self, name, layer)
         self.mixer = build(num_heads, head_dims, key_dims)
         self.find_grid = build.find_grid
+
+    def switch_to_deploy(self) -> None:
+        """Let the projections become fused layers; the output stays the same."""
+        for layer in self.children():
+            if type(layer) is nn.Linear:
+                fuse_linear(layer)
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Split ``(B, N, 3 * h * d)`` into three of ``(B, h, N, d)``."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor, nn
+
+from mmcastling.attention.linear import onednn_name
 
 _WEIGHT_LEVELS = 127  # of a signed weight, symmetric
 _SMALLEST_STEP = 1e-12  # of a tensor of zeros
@@ -26,14 +26,13 @@ class QuantisedLinear(nn.Module):
     overflow. Sums are exact, outputs float32.
 
     Args:
-        linear: The layer in float32.
-        gelu: Apply the GELU to the outputs, while they are in the cache. Defaults to
-            False.
+        linear: The layer in float32; if it is a
+            :class:`~mmcastling.attention.linear.FusedLinear`, so is this.
     """
 
-    def __init__(self, linear: nn.Linear, gelu: bool = False) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.gelu = gelu
+        self.activation = getattr(linear, "activation", nn.Identity())
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.input_levels = 254 if torch.cpu._is_vnni_supported() else 127
@@ -66,37 +65,19 @@ class QuantisedLinear(nn.Module):
             *(rounded, step, zero.to(torch.int32)),
             *(self._weight, self._steps, self._zeros, self._bias),
             *(1.0, 0, torch.float32),  # what comes out is not rounded
-            *(("gelu", [], "none") if self.gelu else ("none", [], "")),
+            *onednn_name(self.activation),
         )
 
     def extra_repr(self) -> str:
         return (
-            f"{self.in_features}, {self.out_features}, "
-            f"input_levels={self.input_levels}, gelu={self.gelu}"
+            f"{self.in_features}, {self.out_features}, input_levels={self.input_levels}"
         )
 
 
 def quantise_linear_layers(module: nn.Module) -> None:
-    """Put a :class:`QuantisedLinear` in the place of every linear layer below.
-
-    It takes over a GELU that follows in an ``nn.Sequential``, unless that belongs to a
-    module that calls its layers one by one and says so: ``calls_layers_apart = True``.
-    """
-    _quantise(module, fuse=True)
-
-
-def _quantise(module: nn.Module, fuse: bool) -> None:
-    fuse = fuse and not getattr(module, "calls_layers_apart", False)
+    """Put a :class:`QuantisedLinear` in the place of every linear layer below."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, QuantisedLinear(child))
         else:
-            _quantise(child, fuse)
-    if fuse and isinstance(module, nn.Sequential):
-        for i, (layer, after) in enumerate(itertools.pairwise(module)):
-            if isinstance(layer, QuantisedLinear) and _is_gelu(after):
-                layer.gelu, module[i + 1] = True, nn.Identity()
-
-
-def _is_gelu(module: nn.Module) -> bool:
-    return isinstance(module, nn.GELU) and module.approximate == "none"
+            quantise_linear_layers(child)

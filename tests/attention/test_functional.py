@@ -12,6 +12,7 @@ from mmcastling.attention import (
     angular_attention,
     angular_similarity,
     angular_similarity_series,
+    functional,
     linear_angular_attention,
     unit_rows,
 )
@@ -164,3 +165,43 @@ def test_direction_has_the_same_gradients():
     found = torch.autograd.grad(linear_angular_direction(*inputs), inputs, grad)
     for a, b in zip(found, expected, strict=True):
         assert torch.allclose(a, b, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("reference_tokens", [None, 16])
+@pytest.mark.parametrize("plus", [True, False])
+@settings(max_examples=20, deadline=None)
+@given(**SHAPES, rows=st.integers(1, 40))
+def test_few_tokens_at_a_time_give_what_all_give(
+    dtype, reference_tokens, plus, rows, batch, heads, tokens, dims, values, seed
+):
+    q, k, v = qkv(batch, heads, tokens, dims, values, dtype, seed)
+    added = torch.ones_like(v) if plus else None
+    options = dict(reference_tokens=reference_tokens)
+    expected = linear_angular_direction(q, k, v, **options, plus=added)
+    kept = [x.clone() for x in (q, k, v)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "_CHUNK", 0)
+        patch.setattr(functional, "_LEAST_ROWS", rows)
+        found = linear_angular_direction(q, k, v, **options, plus=added)
+    assert found.shape == expected.shape
+    # Where it is added to, the result is rounded to what it was added to.
+    exact = dtype is not torch.bfloat16 or not plus
+    assert_close(
+        *(found.to(expected.dtype), expected),
+        **(dict(atol=1e-5, rtol=1e-5) if exact else dict(atol=1e-2, rtol=1e-2)),
+    )
+    assert_close([q, k, v], kept, atol=0, rtol=0)
+
+
+def test_gradients_are_of_all_tokens_at_once(monkeypatch):
+    monkeypatch.setattr(functional, "_CHUNK", 0)
+    monkeypatch.setattr(functional, "_LEAST_ROWS", 2)
+    for index in range(4):  # whichever of the inputs is trained
+        inputs = [*qkv(tokens=6, values=4), *qkv(tokens=6, values=4, seed=1)[:1]]
+        inputs[index].requires_grad_()
+        q, k, v, plus = inputs
+        expected = unit_rows(linear_angular_attention(q, k, v), plus=plus)
+        found = linear_angular_direction(q, k, v, plus=plus)
+        grads = (torch.autograd.grad(y.sum(), inputs[index]) for y in (found, expected))
+        assert_close(*grads)

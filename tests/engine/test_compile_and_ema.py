@@ -91,7 +91,7 @@ def test_the_weights_that_were_asked_for_are_deployed(ema, averaged, tmp_path):
     cfg, path, states = averaged
     out = tmp_path / "out.pth"
     report = convert(cfg, path, out, ema=ema)
-    assert report.max_abs_diff == 0.0 and report.images == 4
+    assert report.max_abs_diff < 1e-4 and report.images == 4
     deployed = load_checkpoint(out)
     expected = states[-1] if ema is False else expected_average(states)
     other = expected_average(states) if ema is False else states[-1]

@@ -45,12 +45,14 @@ def test_resume_without_a_path_takes_the_latest_checkpoint(
     assert load_checkpoint(tmp_path / "iter_3.pth")["meta"]["iter"] == 3
 
 
-def test_a_checkpoint_is_converted_and_evaluated(trained, run_command, tmp_path):
+def test_a_checkpoint_is_converted_and_evaluated(
+    trained, run_command, printed_difference, tmp_path
+):
     out = tmp_path / "deployed.pth"
     converted = run_command("convert.py", trained.config, trained.masks_off, out)
     assert converted.returncode == 0, converted.stderr[-3000:]
     assert "pruned the auxiliary softmax branch of 4 attentions" in converted.stdout
-    assert "largest difference of features on 4 images: 0" in converted.stdout
+    assert printed_difference(converted.stdout) < 1e-4
     assert f"wrote {out} and {out.with_suffix('.py')}" in converted.stdout
 
     results = {}
@@ -133,7 +135,9 @@ def test_test_time_augmentation_evaluates_boxes(trained, run_main, tmp_path):
     assert "coco/bbox_mAP" in result.stdout and "coco/segm_mAP" not in result.stdout
 
 
-def test_a_classifier_goes_through_all_commands(classifier_config, run_main, tmp_path):
+def test_a_classifier_goes_through_all_commands(
+    classifier_config, run_main, printed_difference, tmp_path
+):
     work_dir, out = tmp_path / "work", tmp_path / "out.pth"
     trained = run_main(
         *("train.py", classifier_config, "--work-dir", work_dir, "--auto-scale-lr"),
@@ -144,7 +148,7 @@ def test_a_classifier_goes_through_all_commands(classifier_config, run_main, tmp
     checkpoint = work_dir / "epoch_2.pth"
     converted = run_main("convert.py", classifier_config, checkpoint, out, "--ema")
     assert converted.returncode == 0
-    assert "largest difference of features on 4 images: 0" in converted.stdout
+    assert printed_difference(converted.stdout) < 1e-4
     for config, path, extra in (
         (classifier_config, checkpoint, ()),
         (out.with_suffix(".py"), out, ()),

@@ -1,0 +1,49 @@
+"""What torch's counter of floating point operations does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import sdpa_flop_count
+
+
+def extra_formulas() -> dict[Any, Callable[..., int]]:
+    """FLOPs of products that torch's counter takes for free."""
+    aten = torch.ops.aten
+
+    def matrix_vector(matrix, vector, *args, out_shape=None, **kwargs) -> int:
+        return 2 * prod(matrix)
+
+    def add_matrix_vector(bias, matrix, vector, *args, out_shape=None, **kwargs) -> int:
+        return 2 * prod(matrix)
+
+    def dot(a, b, *args, out_shape=None, **kwargs) -> int:
+        return 2 * prod(a)
+
+    def attention(q, k, v, *args, out_shape=None, **kwargs) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    def linear(x, weight, *args, out_shape=None, **kwargs) -> int:
+        return 2 * prod(x) * weight[0]
+
+    def deform_conv2d(x, weight, *args, out_shape=None, **kwargs) -> int:
+        return 2 * prod(out_shape) * prod(weight[1:])
+
+    formulas = {
+        aten.mv: matrix_vector,
+        aten.addmv: add_matrix_vector,
+        aten.dot: dot,
+        aten.vdot: dot,
+        # Unknown to the counter of torch 2.14.
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        torch.ops.mkldnn._linear_pointwise: linear,
+        # As for fused attention, both products count as dense.
+        torch.ops.mmcastling.masked_softmax: attention,
+    }
+    torchvision = torch.ops.torchvision
+    if hasattr(torchvision, "deform_conv2d"):  # only where torchvision is imported
+        formulas[torchvision.deform_conv2d] = deform_conv2d
+    return formulas
