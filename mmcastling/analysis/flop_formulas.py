@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import sdpa_flop_count
+from torch.utils.flop_counter import conv_flop_count, sdpa_flop_count
 
 
 def extra_formulas() -> dict[Any, Callable[..., int]]:
@@ -29,6 +29,9 @@ def extra_formulas() -> dict[Any, Callable[..., int]]:
     def linear(x, weight, *args, out_shape=None, **kwargs) -> int:
         return 2 * prod(x) * weight[0]
 
+    def convolution(x, weight, *args, out_shape=None, **kwargs) -> int:
+        return conv_flop_count(x, weight, out_shape)
+
     def deform_conv2d(x, weight, *args, out_shape=None, **kwargs) -> int:
         return 2 * prod(out_shape) * prod(weight[1:])
 
@@ -40,6 +43,7 @@ def extra_formulas() -> dict[Any, Callable[..., int]]:
         # Unknown to the counter of torch 2.14.
         aten._scaled_dot_product_flash_attention_for_cpu: attention,
         torch.ops.mkldnn._linear_pointwise: linear,
+        torch.ops.mkldnn._convolution_pointwise: convolution,
         # As for fused attention, both products count as dense.
         torch.ops.mmcastling.masked_softmax: attention,
     }

@@ -65,22 +65,29 @@ class FusedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to ``(..., in_features)``."""
-        if self._onednn_serves(x):
+        if onednn_serves(x, self.weight):
             return torch.ops.mkldnn._linear_pointwise(
                 x, self.weight, self.bias, *onednn_name(self.activation)
             )
         return self.activation(super().forward(x))
 
-    def _onednn_serves(self, x: Tensor) -> bool:
-        return (
-            not is_recorded(x, self.weight)
-            and x.device.type == "cpu"
-            and type(self.weight) is nn.Parameter
-            and x.dtype == self.weight.dtype
-            and _onednn_computes_in(x.dtype)
-            and torch.backends.mkldnn.enabled
-            and not torch.is_autocast_enabled("cpu")
-        )
+
+def onednn_serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's fused layers compute with such tensors, here and now.
+
+    Args:
+        x: Input of a layer.
+        weight: Its weight.
+    """
+    return (
+        not is_recorded(x, weight)
+        and x.device.type == "cpu"
+        and type(weight) is nn.Parameter
+        and x.dtype == weight.dtype
+        and _onednn_computes_in(x.dtype)
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def fuse_linear(layer: nn.Linear, activation: nn.Module | None = None) -> nn.Module:

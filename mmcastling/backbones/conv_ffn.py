@@ -16,18 +16,26 @@ from mmpretrain.models.backbones.mvit import MLP as MViTMLP
 from torch import Tensor, nn
 
 from mmcastling.attention import GridConv
+from mmcastling.attention.linear import onednn_name, onednn_serves
 
 
 class HiddenConv(GridConv):
     """Depthwise convolution of hidden tokens, which starts as the identity.
 
+    Deployment gives it the activation behind it, which oneDNN then applies in the same
+    pass, as in a :class:`~mmcastling.attention.linear.FusedLinear`.
+
     Args:
         channels: Channels of the hidden layer.
         kernel_size: Odd kernel size. Defaults to 5.
+
+    Attributes:
+        activation: What is applied to the outputs.
     """
 
     def __init__(self, channels: int, kernel_size: int = 5) -> None:
         super().__init__(1, channels, kernel_size)
+        self.activation: nn.Module = nn.Identity()
         nn.init.zeros_(self.weight)  # nn.init.dirac_ takes seconds for this
         with torch.no_grad():
             self.weight[:, :, kernel_size // 2, kernel_size // 2] = 1.0
@@ -42,9 +50,18 @@ class HiddenConv(GridConv):
         extra = hidden.shape[1] - grid[0] * grid[1]
         if extra:  # the convolution gives zero outside the grid
             mixed = mixed + nn.functional.pad(
-                hidden[:, :extra], (0, 0, 0, hidden.shape[1] - extra)
+                self.activation(hidden[:, :extra]), (0, 0, 0, hidden.shape[1] - extra)
             )
         return mixed
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        name = onednn_name(self.activation)
+        if name is not None and onednn_serves(x, weight):
+            shape = self.padding, self.stride, self.dilation, self.groups
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, weight, bias, *shape, *name
+            )
+        return self.activation(super()._conv_forward(x, weight, bias))
 
 
 class ConvFFN(FFN):

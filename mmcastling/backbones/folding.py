@@ -45,14 +45,20 @@ def fold_for_inference(module: nn.Module) -> None:
 
 
 def _fuse_activation(module: nn.Module) -> None:
-    """Let the first layer of an MLP apply the activation, if that comes next."""
-    if hasattr(module, "dwconv"):
-        return
-    if isinstance(module, FFN):
+    """Let what stands before the activation of an MLP apply it, in place."""
+    if isinstance(module, ConvMViTMLP):
+        module.act = _fuse(module, module.fc1, module.act)
+    elif isinstance(module, ConvLeViTMLP):
+        module.activation = _fuse(module, module.linear1, module.activation)
+    elif isinstance(module, FFN):
         for part in module.layers:
             if isinstance(part, nn.Sequential):  # a layer, its activation, dropout
-                part[1] = fuse_linear(part[0], part[1])
-    elif isinstance(module, ConvMViTMLP):
-        module.act = fuse_linear(module.fc1, module.act)
-    elif isinstance(module, ConvLeViTMLP):
-        module.activation = fuse_linear(module.linear1, module.activation)
+                part[1] = _fuse(module, part[0], part[1])
+
+
+def _fuse(mlp: nn.Module, layer: nn.Linear, activation: nn.Module) -> nn.Module:
+    if not hasattr(mlp, "dwconv"):
+        return fuse_linear(layer, activation)
+    if not isinstance(activation, nn.Identity):
+        mlp.dwconv.activation = activation
+    return nn.Identity()

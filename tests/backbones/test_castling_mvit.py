@@ -196,8 +196,9 @@ def test_deployed_equals_decayed_and_differs_from_undecayed(ffn_conv):
     backbone.switch_to_deploy()
     backbone.switch_to_deploy()
     assert backbone.deploy and not any(True for _ in castling_modules(backbone))
-    assert_close(backbone(image())[0], decayed, atol=0, rtol=0)
-    assert_close(built(image())[0], decayed, atol=0, rtol=0)
+    deployed = backbone(image())[0]
+    assert (deployed - decayed).abs().max() <= 1e-5 * decayed.abs().max()
+    assert_close(built(image())[0], deployed, atol=0, rtol=0)
     assert (with_branch - decayed).abs().max() > 1e-3
 
 

@@ -3,15 +3,19 @@
 import pytest
 import torch
 from mmcv.cnn.bricks import DropPath
+from mmcv.cnn.bricks.transformer import FFN
 from mmpretrain.models.backbones.mvit import attention_pool
 from mmpretrain.models.utils import LayerScale
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.testing import assert_close
 
+from mmcastling.analysis import count_macs
+from mmcastling.attention.linear import FusedLinear
 from mmcastling.attention.linear import LayerScale as OwnLayerScale
 from mmcastling.attention.local_conv import merge_heads, split_heads
 from mmcastling.backbones import CastlingLeViT, CastlingMViT, CastlingViT
+from mmcastling.backbones.conv_ffn import ConvLeViTMLP, ConvMViTMLP, HiddenConv
 from mmcastling.backbones.mvit_blocks import CastledMultiScaleAttention
 from mmcastling.protocol import set_mask
 
@@ -145,3 +149,36 @@ def test_pooling_q_k_and_v_together_is_mmpretrains_pooling(stride_q):
     out, found = attention(x, grid)
     assert tuple(found) == tuple(out_grid)
     assert_close(out, attention.proj(merge_heads(y)))
+
+
+@pytest.mark.parametrize("ffn_conv", [0, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_are_part_of_what_stands_before_them(family, ffn_conv):
+    backbone = trained_like(family, ffn_conv=ffn_conv)
+    kinds = (nn.GELU, nn.Hardswish)
+    count = sum(isinstance(m, kinds) for m in backbone.modules())
+    for module in backbone.modules():
+        if isinstance(module, HiddenConv):
+            nn.init.normal_(module.weight, std=0.3)  # no longer the identity
+    expected = backbone(images())
+    backbone.switch_to_deploy()
+    holders = (HiddenConv,) if ffn_conv else (FusedLinear,)
+    fused = [
+        module
+        for module in backbone.modules()
+        if isinstance(module, holders) and isinstance(module.activation, kinds)
+    ]
+    blocks = sum(
+        isinstance(m, (FFN, ConvMViTMLP, ConvLeViTMLP)) for m in backbone.modules()
+    )
+    assert len(fused) == blocks > 0
+    assert sum(isinstance(m, kinds) for m in backbone.modules()) == count
+    within(backbone(images()), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_macs_stay_those_of_the_layers(family):
+    backbone = trained_like(family, ffn_conv=3)
+    before = count_macs(backbone, images()).macs
+    backbone.switch_to_deploy()
+    assert count_macs(backbone, images()).macs == before
