@@ -101,6 +101,13 @@ linear layers that deployment makes, too.
 
 """
 
+MIXING = """
+What bounds it: at 800x1344 mixing adds {share:.1%} to the MACs of the network without
+it, and would cost as much if its products ran as fast as linear layers and nothing else
+took time. The rest is passes over memory: norms of queries, keys and outputs, the sum
+with the values, and the convolution.
+"""
+
 PRECISION = """
 ## Lower precision
 
@@ -225,6 +232,19 @@ def attention_section(result: Results) -> str:
     return text
 
 
+def backbones_section(result: Results) -> str:
+    with_mixing, without = (
+        next(
+            cell["macs"]
+            for cell in result["cells"]
+            if cell["contender"] == name and tuple(cell["size"]) == backbones.LARGE
+        )
+        for name in ("Castling-ViT-S", "ViT-S, no mixing")
+    )
+    share = with_mixing / without - 1
+    return BACKBONES + table(result) + MIXING.format(share=share)
+
+
 def precision_section(result: Results) -> str:
     text = PRECISION + table(result) + LIBRARIES
     for name, value in result["linear"].items():
@@ -249,7 +269,7 @@ def detectors_section(result: Results) -> str:
 
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "attention": attention_section,
-    "backbones": lambda result: BACKBONES + table(result),
+    "backbones": backbones_section,
     "precision": precision_section,
     "detectors": detectors_section,
     "runtimes": lambda result: runtimes.section(result, table(result)),

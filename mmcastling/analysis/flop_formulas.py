@@ -42,11 +42,12 @@ def extra_formulas() -> dict[Any, Callable[..., int]]:
         aten.vdot: dot,
         # Unknown to the counter of torch 2.14.
         aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        torch.ops.mkldnn._linear_pointwise: linear,
-        torch.ops.mkldnn._convolution_pointwise: convolution,
         # As for fused attention, both products count as dense.
         torch.ops.mmcastling.masked_softmax: attention,
     }
+    if torch.backends.mkldnn.is_available():
+        formulas[torch.ops.mkldnn._linear_pointwise] = linear
+        formulas[torch.ops.mkldnn._convolution_pointwise] = convolution
     torchvision = torch.ops.torchvision
     if hasattr(torchvision, "deform_conv2d"):  # only where torchvision is imported
         formulas[torchvision.deform_conv2d] = deform_conv2d

@@ -62,7 +62,7 @@ class TokenAttention(nn.Module):
         """Fold the factors behind ``proj`` into it, prune what training needs.
 
         Both projections become :class:`~mmcastling.attention.linear.FusedLinear`.
-        Idempotent; the output of inference stays the same.
+        Idempotent; the output of inference stays the same up to rounding.
         """
         self.gamma1 = fold_layer_scale(self.proj, self.gamma1)
         self.proj_drop = nn.Identity()

@@ -222,14 +222,14 @@ def linear_angular_direction(
         half-precision inputs, unless it is ``plus``.
     """
     weight = 0.5 / _factor(k, reference_tokens)
-    batch, heads, tokens, channels = v.shape
-    at_once = max(_LEAST_ROWS, _CHUNK // (batch * heads * channels))
-    if is_recorded(q, k, v, plus) or tokens <= at_once:
+    at_once = _tokens_at_once(q, k, v, plus)
+    if at_once is None:
         return _direction(q, v, _key_value(k, v), weight=weight, plus=plus)
     keys, values = k.split(at_once, 2), v.split(at_once, 2)
     key_value = sum(map(_key_value, keys, values))
     if plus is None:
-        out = key_value.new_empty(batch, tokens, heads, channels).transpose(1, 2)
+        tokens_first = v.transpose(1, 2).shape
+        out = key_value.new_empty(tokens_first).transpose(1, 2)
     else:
         out = plus
     chunks = zip(q.split(at_once, 2), values, out.split(at_once, 2), strict=True)
@@ -237,6 +237,17 @@ def linear_angular_direction(
         added = None if plus is None else chunk
         _direction(queries, value, key_value, weight=weight, plus=added, out=chunk)
     return out
+
+
+def _tokens_at_once(q: Tensor, k: Tensor, v: Tensor, plus: Tensor | None) -> int | None:
+    """How many tokens to take at a time; None for all, or if steps are recorded."""
+    if is_recorded(q, k, v, plus) or v.device.type != "cpu" or not v.numel():
+        return None
+    if plus is not None and (plus.dtype != v.dtype or plus.shape != v.shape):
+        return None  # it could not hold the result
+    batch, heads, tokens, channels = v.shape
+    at_once = max(_LEAST_ROWS, _CHUNK // (batch * heads * channels))
+    return at_once if tokens > at_once else None
 
 
 @in_full_precision
@@ -254,7 +265,7 @@ def _direction(
     length = torch.threshold(length, NORM_EPS, 1.0)  # a zero row keeps v
     y = q @ key_value
     y = y.addcmul_(v, length, value=weight)  # the product's gradient needs it not
-    # A row is |q| times one that counts as zero up to NORM_EPS.
+    # No row that has a direction is shorter: it is |q| times one above NORM_EPS.
     return _to_unit(y, NORM_EPS * NORM_EPS, plus, out)
 
 

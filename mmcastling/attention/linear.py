@@ -65,23 +65,26 @@ class FusedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to ``(..., in_features)``."""
-        if onednn_serves(x, self.weight):
+        if onednn_serves(x, self.weight, self.bias):
             return torch.ops.mkldnn._linear_pointwise(
                 x, self.weight, self.bias, *onednn_name(self.activation)
             )
         return self.activation(super().forward(x))
 
 
-def onednn_serves(x: Tensor, weight: Tensor) -> bool:
+def onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether oneDNN's fused layers compute with such tensors, here and now.
 
     Args:
         x: Input of a layer.
         weight: Its weight.
+        bias: Its bias, if it has one.
     """
     return (
-        not is_recorded(x, weight)
+        not is_recorded(x, weight, bias)
         and x.device.type == "cpu"
+        and x.numel() > 0
+        and type(x) is Tensor
         and type(weight) is nn.Parameter
         and x.dtype == weight.dtype
         and _onednn_computes_in(x.dtype)
@@ -90,22 +93,25 @@ def onednn_serves(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def fuse_linear(layer: nn.Linear, activation: nn.Module | None = None) -> nn.Module:
+def fuse_linear(layer: nn.Module, activation: nn.Module | None = None) -> nn.Module:
     """Make a linear layer a :class:`FusedLinear`, in place. Idempotent.
 
     Args:
         layer: The layer; its class changes, so that hooks and references to it hold.
+            What is not exactly an ``nn.Linear`` stays as it is.
         activation: What follows it. Defaults to None.
 
     Returns:
-        What is left to follow it: ``nn.Identity()``, or an activation that oneDNN does
-        not know.
+        What is left to follow it: ``nn.Identity()``, or an activation that the layer
+        did not take over.
     """
-    if not isinstance(layer, FusedLinear):
+    if type(layer) is nn.Linear:
         layer.__class__ = FusedLinear
         layer.activation = nn.Identity()
-    if activation is None or onednn_name(activation) is None:
-        return activation or nn.Identity()
+    if activation is None:
+        return nn.Identity()
+    if not isinstance(layer, FusedLinear) or onednn_name(activation) is None:
+        return activation
     if not isinstance(activation, nn.Identity):
         layer.activation = activation
     return nn.Identity()
@@ -117,7 +123,7 @@ def onednn_name(activation: nn.Module) -> tuple[str, list[float], str] | None:
     Returns:
         Name, parameters and variant, as torch's operators of oneDNN take them.
     """
-    if isinstance(activation, nn.GELU):
+    if type(activation) is nn.GELU:
         return "gelu", [], activation.approximate
     names = {nn.Identity: "none", nn.ReLU: "relu", nn.Hardswish: "hardswish"}
     name = names.get(type(activation))

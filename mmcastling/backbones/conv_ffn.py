@@ -49,14 +49,14 @@ class HiddenConv(GridConv):
         mixed = super().forward(hidden.unsqueeze(1), grid).squeeze(1)
         extra = hidden.shape[1] - grid[0] * grid[1]
         if extra:  # the convolution gives zero outside the grid
-            mixed = mixed + nn.functional.pad(
-                self.activation(hidden[:, :extra]), (0, 0, 0, hidden.shape[1] - extra)
-            )
+            before = self.activation(hidden[:, :extra].clone())  # it may be in place
+            rest = hidden.shape[1] - extra
+            mixed = mixed + nn.functional.pad(before, (0, 0, 0, rest))
         return mixed
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         name = onednn_name(self.activation)
-        if name is not None and onednn_serves(x, weight):
+        if name is not None and onednn_serves(x, weight, bias):
             shape = self.padding, self.stride, self.dilation, self.groups
             return torch.ops.mkldnn._convolution_pointwise(
                 x, weight, bias, *shape, *name

@@ -13,17 +13,17 @@ from mmcastling.backbones.conv_ffn import ConvLeViTMLP, ConvMViTMLP
 
 _WITHOUT_EFFECT = (nn.Dropout, DropPath)
 _WITH_BATCH_NORM = (ConvolutionBatchNorm, LinearBatchNorm)
-_LINEAR = (nn.Linear, MMCVLinear)
 
 
 def fold_for_inference(module: nn.Module) -> None:
-    """Fold what stands behind a layer into it, in place; inference stays the same.
+    """Fold what stands behind a layer into it, in place.
 
     Batch norms (with the statistics that training has gathered) go into the linear
     layer or convolution in front of them, LayerScale factors into the last layer of
     their MLP; dropout and stochastic depth become ``nn.Identity``. Linear layers become
     :class:`~mmcastling.attention.linear.FusedLinear`, those of an MLP together with the
-    activation that follows. Names of parameters change. Idempotent.
+    activation that follows. Inference stays the same up to rounding, names of
+    parameters change. Idempotent.
 
     Args:
         module: What holds the layers, at any depth.
@@ -35,12 +35,15 @@ def fold_for_inference(module: nn.Module) -> None:
             setattr(module, name, child.fuse())
         else:
             fold_for_inference(child)
-    if isinstance(module, FFN):
+    if isinstance(module, FFN) and not isinstance(module.gamma2, nn.Identity):
         *_, last = (layer for layer in module.layers if isinstance(layer, nn.Linear))
         module.gamma2 = fold_layer_scale(last, module.gamma2)
     for child in module.children():
-        if type(child) in _LINEAR:
-            fuse_linear(child)
+        if type(child) is MMCVLinear:
+            child.__class__ = (
+                nn.Linear
+            )  # what it wraps, for versions of torch long past
+        fuse_linear(child)
     _fuse_activation(module)
 
 

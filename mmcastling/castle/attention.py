@@ -151,10 +151,9 @@ class CastledAttention(nn.Module):
         self.find_grid = build.find_grid
 
     def switch_to_deploy(self) -> None:
-        """Let the projections become fused layers; the output stays the same."""
+        """Let the projections become fused layers; outputs are the same, rounded."""
         for layer in self.children():
-            if type(layer) is nn.Linear:
-                fuse_linear(layer)
+            fuse_linear(layer)
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Split ``(B, N, 3 * h * d)`` into three of ``(B, h, N, d)``."""

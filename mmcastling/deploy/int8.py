@@ -26,8 +26,8 @@ class QuantisedLinear(nn.Module):
     overflow. Sums are exact, outputs float32.
 
     Args:
-        linear: The layer in float32; if it is a
-            :class:`~mmcastling.attention.linear.FusedLinear`, so is this.
+        linear: The layer in float32, whose activation it takes over if that is a
+            :class:`~mmcastling.attention.linear.FusedLinear`.
     """
 
     def __init__(self, linear: nn.Linear) -> None:

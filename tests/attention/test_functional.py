@@ -194,6 +194,13 @@ def test_few_tokens_at_a_time_give_what_all_give(
     assert_close([q, k, v], kept, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(0, 2, 5, 4), (2, 3, 0, 4)])
+def test_no_images_and_no_tokens_give_none(shape):
+    for grad in (False, True):
+        q, k, v = (torch.randn(shape, requires_grad=grad) for _ in range(3))
+        assert linear_angular_direction(q, k, v).shape == shape
+
+
 def test_gradients_are_of_all_tokens_at_once(monkeypatch):
     monkeypatch.setattr(functional, "_CHUNK", 0)
     monkeypatch.setattr(functional, "_LEAST_ROWS", 2)

@@ -90,6 +90,13 @@ def test_gradients_are_those_of_the_layer_and_the_activation(name):
         assert_close(*grads)
 
 
+def test_a_bias_alone_can_be_trained():
+    _, fused = plain_and_fused()
+    fused.weight.requires_grad_(False)
+    fused(torch.randn(3, 24)).sum().backward()
+    assert_close(fused.bias.grad, torch.full((40,), 3.0))
+
+
 class Wrapped(torch.Tensor):
     """Any tensor of a class of its own, as quantisation and parallelism have."""
 
@@ -163,6 +170,20 @@ def test_fusing_again_changes_nothing():
 def test_an_unknown_activation_stays_behind():
     tanh = nn.Tanh()
     assert fuse_linear(nn.Linear(2, 3), tanh) is tanh
+
+
+class LowRank(nn.Linear):
+    """A layer with a forward of its own, as finetuning libraries have."""
+
+    def forward(self, x):
+        return super().forward(x) + x.mean()
+
+
+@pytest.mark.parametrize("layer", [LowRank(2, 3), nn.Identity(), nn.Bilinear(2, 2, 3)])
+def test_what_is_not_exactly_a_linear_layer_stays(layer):
+    kind, relu = type(layer), nn.ReLU()
+    assert fuse_linear(layer, relu) is relu
+    assert type(layer) is kind
 
 
 def test_macs_are_those_of_the_layer():
