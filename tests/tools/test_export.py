@@ -121,7 +121,7 @@ def test_every_format_is_compared_lowered_evaluated_and_painted(
     assert tested.returncode == 0, tested.stderr
     assert f"s per image in {runtime}, median" in tested.stdout
     apart = 5e-4 if precision == "fp32" else 0.05
-    found = dict(re.findall(r"(coco/\w+): (-?[\d.]+)", tested.stdout))
+    found = dict(re.findall(r"(coco/[\w@]+): (-?[\d.]+)", tested.stdout))
     assert {name: float(value) for name, value in found.items()} == pytest.approx(
         expected, abs=apart
     )
