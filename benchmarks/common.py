@@ -252,10 +252,11 @@ def line(cell: dict[str, Any]) -> str:
 
 def median(result: dict[str, Any], name: str, size: Size) -> float:
     """Median seconds of a contender at a size."""
-    return _cell(result, name, size)["seconds"]["median"]
+    return cell_of(result, name, size)["seconds"]["median"]
 
 
-def _cell(result: dict[str, Any], name: str, size: Size) -> dict[str, Any]:
+def cell_of(result: dict[str, Any], name: str, size: Size) -> dict[str, Any]:
+    """What was measured of a contender at a size."""
     for cell in result["cells"]:
         if cell["contender"] == name and tuple(cell["size"]) == size:
             return cell

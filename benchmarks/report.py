@@ -17,7 +17,7 @@ import matplotlib
 import precision
 import runtimes
 import training_steps
-from common import ROOT, Benchmark, Target, duration, line, load
+from common import ROOT, Benchmark, Target, cell_of, duration, line, load, median
 from matplotlib.figure import Figure
 
 from mmcastling.checkpoint import write_text_atomically
@@ -220,12 +220,7 @@ def page(results: dict[str, Results]) -> str:
 
 def attention_section(result: Results) -> str:
     floor, whole = (
-        next(
-            cell["seconds"]["median"]
-            for cell in result["cells"]
-            if cell["contender"] == name and cell["size"] == [50, 84]
-        )
-        for name in ("projections", "castling")
+        median(result, name, (50, 84)) for name in ("projections", "castling")
     )
     text = ATTENTION + table(result) + ROOFLINE.format(share=floor / whole)
     for name, value in result["gemm"].items():
@@ -235,11 +230,7 @@ def attention_section(result: Results) -> str:
 
 def backbones_section(result: Results) -> str:
     with_mixing, without = (
-        next(
-            cell["macs"]
-            for cell in result["cells"]
-            if cell["contender"] == name and tuple(cell["size"]) == backbones.LARGE
-        )
+        cell_of(result, name, backbones.LARGE)["macs"]
         for name in ("Castling-ViT-S", "ViT-S, no mixing")
     )
     share = with_mixing / without - 1
