@@ -28,6 +28,7 @@ from mmcastling.engine.config import check_data, check_work_dir, datasets_of, re
 from mmcastling.engine.errors import ConfigError
 from mmcastling.engine.pruning import Pruning, prune
 from mmcastling.engine.runner import build_runner, core_model, load_trained
+from mmcastling.hooks.atomic_checkpoint_hook import whole_local_files
 from mmcastling.registry import model_spec, type_name
 
 
@@ -122,7 +123,8 @@ def run_test(runner: Runner) -> dict[str, float]:
     with fast_coco_eval(runner.test_evaluator.metrics) as library:
         if library:
             _say(f"COCO evaluation by {library}")
-        return runner.test()
+        with whole_local_files():  # every process writes the metrics, to one file
+            return runner.test()
 
 
 def _say(text: str) -> None:

@@ -69,7 +69,7 @@ class AtomicCheckpointHook(CheckpointHook):
                     runner.logger.info(f"removed {path}, which a kill left unfinished")
 
     def after_train(self, runner: Runner) -> None:
-        with _whole_local_files():
+        with whole_local_files():
             super().after_train(runner)
 
     def _save_checkpoint_with_step(
@@ -84,7 +84,7 @@ class AtomicCheckpointHook(CheckpointHook):
             runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
         self.last_ckpt = self._path_of(step)
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
-        with _whole_local_files():
+        with whole_local_files():
             runner.save_checkpoint(
                 self.out_dir,
                 self.filename_tmpl.format(step),
@@ -104,7 +104,7 @@ class AtomicCheckpointHook(CheckpointHook):
                 _remove(self.file_backend, outdated)
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, float]) -> None:
-        with _whole_local_files(), self._removals_last():
+        with whole_local_files(), self._removals_last():
             super()._save_best_checkpoint(runner, metrics)
 
     def _path_of(self, step: int) -> str:
@@ -133,7 +133,8 @@ def _remove(backend: Any, path: str) -> None:
 
 
 @contextlib.contextmanager
-def _whole_local_files() -> Iterator[None]:
+def whole_local_files() -> Iterator[None]:
+    """Let all that MMEngine writes to local files appear whole or not at all."""
     # Of the ways to save only Runner's takes backend_args; FlexibleRunner's strategies
     # ask the registry for the backend of local paths, as every other does.
     usual = prefix_to_backends[""]
