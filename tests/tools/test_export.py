@@ -114,6 +114,7 @@ def test_every_format_is_compared_lowered_evaluated_and_painted(
     beside = {out.name, "detector.bin"} if format == "openvino" else {out.name}
     assert {path.name for path in tmp_path.iterdir()} == beside
 
+    assert ExportedInferencer(out).metadata.precision == precision
     # In processes of their own, as a person runs it: runtimes share none otherwise.
     cfg = load_config(trained.config, work_dir=str(tmp_path / "test"))
     expected = evaluate(cfg, trained.masks_off).metrics
