@@ -29,7 +29,7 @@ from mmcastling.attention import (
     TokenMixer,
 )
 from mmcastling.attention.linear import fuse_linear
-from mmcastling.protocol import switch_to_deploy
+from mmcastling.verbs import switch_to_deploy
 
 CHANNELS, HEADS = 384, 6
 GRIDS: tuple[Size, ...] = (

@@ -29,9 +29,9 @@ from mmcastling.attention import (
     masked_softmax_attention,
     naive_masked_softmax_attention,
 )
-from mmcastling.backbones import CastlingViT
 from mmcastling.checkpoint import write_json_atomically, write_text_atomically
-from mmcastling.protocol import set_mask
+from mmcastling.models import CastlingViT
+from mmcastling.verbs import set_mask
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "benchmarks" / "results" / "auxiliary_branch.json"

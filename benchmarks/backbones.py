@@ -20,7 +20,7 @@ from mmdet.utils import register_all_modules
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmcastling.protocol import switch_to_deploy
+from mmcastling.verbs import switch_to_deploy
 
 SIZES: tuple[Size, ...] = ((224, 224), (512, 512), (800, 1344))
 REPEATS = dict(zip(SIZES, (21, 9, 5), strict=True))

@@ -33,16 +33,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmcastling.analysis import count_model_macs, environment
-from mmcastling.analysis.figures import SegmentationLegend, plot_segmentation
 from mmcastling.checkpoint import (
     load_checkpoint,
     write_json_atomically,
     write_text_atomically,
 )
-from mmcastling.engine import evaluate, load_config, run_cli
-from mmcastling.engine.cpu_environment import cpu_environment
-from mmcastling.engine.runner import build_model, load_trained
-from mmcastling.protocol import switch_to_deploy
+from mmcastling.run import evaluate, load_config, run_cli
+from mmcastling.run.cpu_environment import cpu_environment
+from mmcastling.run.runner import build_model, load_trained
+from mmcastling.show.figures import SegmentationLegend, plot_segmentation
+from mmcastling.verbs import switch_to_deploy
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "upernet_castling_nano_camvid.py"

@@ -41,8 +41,8 @@ from mmcastling.checkpoint import (
     write_json_atomically,
     write_text_atomically,
 )
-from mmcastling.engine import ConfigError, run_cli
-from mmcastling.protocol import switch_to_deploy
+from mmcastling.run import ConfigError, run_cli
+from mmcastling.verbs import switch_to_deploy
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "benchmarks" / "results" / "castle_and_distil.json"

@@ -24,8 +24,8 @@ import torch
 from mmcastling.analysis import PeakMemory, environment
 from mmcastling.attention import castling, naive_masked_softmax_attention
 from mmcastling.checkpoint import write_json_atomically, write_text_atomically
-from mmcastling.engine import load_config, train
-from mmcastling.protocol import castling_modules
+from mmcastling.run import load_config, train
+from mmcastling.verbs import castling_modules
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "benchmarks" / "results" / "detector_training.json"

@@ -24,7 +24,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from mmcastling.analysis import ForwardTimer, PartTimer, count_model_macs
-from mmcastling.protocol import switch_to_deploy
+from mmcastling.verbs import switch_to_deploy
 
 SIZE: Size = (800, 1333)
 PADDED: Size = (800, 1344)

@@ -26,7 +26,7 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize
 from mmcastling.analysis import count_model_macs, paired_seconds
 from mmcastling.deploy import PRECISIONS, check_precision, set_precision
 from mmcastling.deploy.int8 import QuantisedLinear
-from mmcastling.engine import Evaluation, ExportedEvaluation, evaluate, load_config
+from mmcastling.run import Evaluation, ExportedEvaluation, evaluate, load_config
 
 SIZE: Size = (800, 1344)
 ROUNDS = 9

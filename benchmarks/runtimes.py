@@ -33,22 +33,22 @@ from precision import METRICS, demo_detector, scores
 from torch import Tensor, nn
 
 from mmcastling.analysis import count_model_macs
-from mmcastling.deploy.export import (
+from mmcastling.export import (
     FORMATS,
     check_export_precision,
     export_graph,
     lower,
     write,
 )
-from mmcastling.deploy.runtime import (
+from mmcastling.run import evaluate, evaluate_exported
+from mmcastling.run.exporting import export
+from mmcastling.run.reference import reference_outputs
+from mmcastling.runtime import (
     ExportedInferencer,
     ExportMetadata,
     load_exported,
 )
-from mmcastling.deploy.runtime.preprocess import Prepared
-from mmcastling.engine import evaluate, evaluate_exported
-from mmcastling.engine.export import export
-from mmcastling.engine.reference import reference_outputs
+from mmcastling.runtime.preprocess import Prepared
 
 SIZE: Size = (800, 1344)
 ROUNDS = 5

@@ -14,8 +14,8 @@ from backbones import openmmlab
 from common import Benchmark, Contender, Size, Target, image, median
 from torch import Tensor, nn
 
-from mmcastling.backbones import CastlingViT
-from mmcastling.protocol import set_mask
+from mmcastling.models import CastlingViT
+from mmcastling.verbs import set_mask
 
 SIZE: Size = (512, 512)
 ROUNDS = 7

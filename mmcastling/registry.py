@@ -85,28 +85,28 @@ MODELS = ScopedRegistry(
     "model",
     parent=MMENGINE_MODELS,
     scope=SCOPE,
-    locations=["mmcastling.backbones", "mmcastling.classifiers", "mmcastling.necks"],
+    locations=["mmcastling.models"],
 )
 HOOKS = ScopedRegistry(
-    "hook", parent=MMENGINE_HOOKS, scope=SCOPE, locations=["mmcastling.hooks"]
+    "hook", parent=MMENGINE_HOOKS, scope=SCOPE, locations=["mmcastling.train"]
 )
 OPTIM_WRAPPERS = ScopedRegistry(
     "optim_wrapper",
     parent=MMENGINE_OPTIM_WRAPPERS,
     scope=SCOPE,
-    locations=["mmcastling.optim"],
+    locations=["mmcastling.train"],
 )
 OPTIM_WRAPPER_CONSTRUCTORS = ScopedRegistry(
     "optimizer wrapper constructor",
     parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
     scope=SCOPE,
-    locations=["mmcastling.optim"],
+    locations=["mmcastling.train"],
 )
 STRATEGIES = ScopedRegistry(
     "strategy",
     parent=MMENGINE_STRATEGIES,
     scope=SCOPE,
-    locations=["mmcastling.optim"],
+    locations=["mmcastling.train"],
 )
 
 # Nothing of ours is in these: they are there for what a toolbox knows.

@@ -264,7 +264,7 @@ def finished(config: Path, work_dir: Path, on: str, off: str) -> SimpleNamespace
 @pytest.fixture(scope="session")
 def trained_segmentor(segmentor_config, tmp_path_factory):
     """The segmentor after two iterations, masks on, and after four, masks off."""
-    from mmcastling.engine import load_config, train
+    from mmcastling.run import load_config, train
 
     work_dir = tmp_path_factory.mktemp("segmentor")
     train(load_config(segmentor_config, work_dir=str(work_dir)))
@@ -360,7 +360,7 @@ def trained(detector_config, run_command, tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained_classifier(classifier_config, tmp_path_factory):
     """The classifier after one epoch, masks on, and after two, masks off; with EMA."""
-    from mmcastling.engine import load_config, train
+    from mmcastling.run import load_config, train
 
     work_dir = tmp_path_factory.mktemp("classifier")
     train(load_config(classifier_config, work_dir=str(work_dir)))
@@ -372,7 +372,7 @@ def brightness(tmp_path_factory) -> Path:
     """An exported classifier: light pictures from dark ones, as classifier_config."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    from mmcastling.deploy.runtime import ExportMetadata
+    from mmcastling.runtime import ExportMetadata
 
     helper, kind = onnx.helper, onnx.TensorProto.FLOAT
     constants = dict(

@@ -14,10 +14,10 @@ from mmengine.registry import DATASETS, HOOKS, MODELS, TRANSFORMS
 from torch.testing import assert_close
 
 import mmcastling
-from mmcastling.engine import convert, load_config
-from mmcastling.hooks import MaskDecayHook
-from mmcastling.model_index import models
-from mmcastling.protocol import castling_modules
+from mmcastling.compat.model_index import models
+from mmcastling.run import convert, load_config
+from mmcastling.train import MaskDecayHook
+from mmcastling.verbs import castling_modules
 
 DETECTOR = "mask_rcnn_castling_nano_nuclei"
 CLASSIFIER = "castling_tiny_in1k"
@@ -268,7 +268,7 @@ from mmdet.apis import DetInferencer
 from mmengine.infer import BaseInferencer
 from mmseg.apis import MMSegInferencer
 
-mmcastling.model_index.register_names()  # again, to no effect
+mmcastling.compat.model_index.register_names()  # again, to no effect
 detector, weights = sys.argv[1:]
 known = BaseInferencer.list_models("mmdet")
 assert known.count(detector) == 1 and "rtmdet_tiny_8xb32-300e_coco" in known

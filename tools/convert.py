@@ -2,8 +2,8 @@
 
 import argparse
 
-from mmcastling.engine import convert, run_cli
-from mmcastling.engine.cli import (
+from mmcastling.run import convert, run_cli
+from mmcastling.run.cli import (
     add_config_arguments,
     add_precision_argument,
     config_from_arguments,

@@ -6,9 +6,9 @@ python tools/demo.py pictures/ detector.onnx --out-dir painted
 
 import argparse
 
-from mmcastling.engine import ConfigError, run_cli
-from mmcastling.engine.demo import find_sources, run_demo
-from mmcastling.engine.predictors import build_predictor
+from mmcastling.run import ConfigError, run_cli
+from mmcastling.run.demo import find_sources, run_demo
+from mmcastling.run.predictors import build_predictor
 
 
 def parse_args() -> argparse.Namespace:

@@ -6,10 +6,10 @@ if they agree.
 
 import argparse
 
-from mmcastling.deploy.export import DEFAULT_OPSET, FORMAT_PRECISIONS, FORMATS
-from mmcastling.engine import run_cli
-from mmcastling.engine.cli import add_config_arguments, config_from_arguments
-from mmcastling.engine.export import export
+from mmcastling.export import DEFAULT_OPSET, FORMAT_PRECISIONS, FORMATS
+from mmcastling.run import run_cli
+from mmcastling.run.cli import add_config_arguments, config_from_arguments
+from mmcastling.run.exporting import export
 
 
 def parse_args() -> argparse.Namespace:

@@ -34,22 +34,22 @@ from rich.table import Table
 from torch import nn
 
 from mmcastling.analysis import ComplexityReport, count_model_macs, paired_medians
-from mmcastling.analysis.figures import (
-    Instances,
-    plot_mask_density,
-    plot_predictions,
-)
-from mmcastling.analysis.run_log import read_mask_history
 from mmcastling.checkpoint import (
     load_checkpoint,
     load_weights,
     write_json_atomically,
 )
-from mmcastling.datasets import prepare_nuclei
-from mmcastling.engine import ConfigError, convert, evaluate, load_config, run_cli
-from mmcastling.engine.cpu_environment import cpu_environment
-from mmcastling.engine.runner import build_model
-from mmcastling.protocol import set_mask, switch_to_deploy
+from mmcastling.data import prepare_nuclei
+from mmcastling.run import ConfigError, convert, evaluate, load_config, run_cli
+from mmcastling.run.cpu_environment import cpu_environment
+from mmcastling.run.runner import build_model
+from mmcastling.show.figures import (
+    Instances,
+    plot_mask_density,
+    plot_predictions,
+)
+from mmcastling.show.run_log import read_mask_history
+from mmcastling.verbs import set_mask, switch_to_deploy
 
 TOOLS = Path(__file__).resolve().parent
 CONFIG = TOOLS.parent / "configs" / "mask_rcnn_castling_nano_nuclei.py"

@@ -4,14 +4,14 @@ import argparse
 
 from mmengine.dist import is_main_process
 
-from mmcastling.engine import evaluate_file, run_cli
-from mmcastling.engine.cli import (
+from mmcastling.run import evaluate_file, run_cli
+from mmcastling.run.cli import (
     add_config_arguments,
     add_precision_argument,
     add_run_arguments,
     config_from_arguments,
 )
-from mmcastling.engine.evaluation import enable_drawing, enable_output, enable_tta
+from mmcastling.run.evaluation import enable_drawing, enable_output, enable_tta
 
 
 def parse_args() -> argparse.Namespace:

@@ -2,14 +2,14 @@
 
 import argparse
 
-from mmcastling.engine import run_cli, train
-from mmcastling.engine.cli import (
+from mmcastling.run import run_cli, train
+from mmcastling.run.cli import (
     add_config_arguments,
     add_run_arguments,
     config_from_arguments,
 )
-from mmcastling.engine.precision import enable_amp, enable_auto_scale_lr
-from mmcastling.engine.resume import set_resume
+from mmcastling.run.hardware import enable_amp, enable_auto_scale_lr
+from mmcastling.run.resume import set_resume
 
 
 def parse_args() -> argparse.Namespace:

@@ -16,7 +16,7 @@ from benchmarks.study.fashion import Data, Trainer
 from benchmarks.study.nuclei import ITERATIONS
 from benchmarks.study.store import Run, Store
 from benchmarks.study.variants import Recipe, table_runs
-from mmcastling.engine import ConfigError, run_cli
+from mmcastling.run import ConfigError, run_cli
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "study"

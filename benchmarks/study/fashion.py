@@ -21,8 +21,8 @@ from benchmarks.study.variants import BORDER, VARIANTS, Recipe, train_run
 from mmcastling.analysis import count_macs
 from mmcastling.attention import LinearAngularMixer
 from mmcastling.checkpoint import load_checkpoint, save_atomically
-from mmcastling.hooks import MaskDecayHook
-from mmcastling.protocol import castling_modules, set_mask, switch_to_deploy
+from mmcastling.train import MaskDecayHook
+from mmcastling.verbs import castling_modules, set_mask, switch_to_deploy
 
 RECORDS = 60  # points of a curve over training
 

@@ -18,8 +18,8 @@ from mmengine.runner import Runner
 
 from benchmarks.study.store import Run, Store
 from mmcastling.analysis import count_model_macs
-from mmcastling.engine import evaluate, load_config, train
-from mmcastling.protocol import switch_to_deploy
+from mmcastling.run import evaluate, load_config, train
+from mmcastling.verbs import switch_to_deploy
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/mask_rcnn_castling_nano_nuclei.py"

@@ -11,7 +11,7 @@ from typing import Any
 
 from mmcastling.analysis import environment
 from mmcastling.checkpoint import write_json_atomically
-from mmcastling.engine import ConfigError
+from mmcastling.run import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from benchmarks.study.fashion import Data, initialised
 from benchmarks.study.variants import TABLE_A, VARIANTS, Recipe
 from mmcastling.analysis import environment, paired_seconds
 from mmcastling.checkpoint import write_json_atomically
-from mmcastling.protocol import set_mask
+from mmcastling.verbs import set_mask
 
 ROUNDS = 15
 

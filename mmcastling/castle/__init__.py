@@ -1,8 +1,12 @@
 """Castle a model: swap the softmax attentions of any module for castling ones."""
 
 from mmcastling.castle import adapters  # noqa: F401, registers them
-from mmcastling.castle.attention import CastledAttention, GridFinder, MixerBuilder
-from mmcastling.castle.registry import CannotCastle, register_adapter
+from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
+from mmcastling.castle.castled_attention import (
+    CastledAttention,
+    GridFinder,
+    MixerBuilder,
+)
 from mmcastling.castle.report import Castled, CastleReport
 from mmcastling.castle.swap import castle
 

@@ -11,8 +11,12 @@ from typing import Any, TypeVar
 from torch import nn
 
 from mmcastling.attention import TokenMixer
-from mmcastling.castle.attention import GridFinder, MixerBuilder, extra_tokens_of
-from mmcastling.castle.registry import Adapter, CannotCastle, find_adapter
+from mmcastling.castle.adapter_registry import Adapter, CannotCastle, find_adapter
+from mmcastling.castle.castled_attention import (
+    GridFinder,
+    MixerBuilder,
+    extra_tokens_of,
+)
 from mmcastling.castle.report import Castled, CastleReport
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -2,8 +2,8 @@
 
 ``mmcv.ops`` loads ``mmcv._ext`` while it is imported and asserts that every op it
 knows is there, so an mmcv built without its C++ ops cannot even be imported in full.
-The stand-in holds the ops of :mod:`mmcastling.compat.ops`; any other op name imports
-and raises :class:`MissingOpError` when called.
+The stand-in holds the ops of :mod:`mmcastling.compat.mmcv_ops`; any other op name
+imports and raises :class:`MissingOpError` when called.
 
 An ``mmcv._ext`` that exists, compiled or put there by somebody else, is never touched.
 """
@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import torch
 
-from mmcastling.compat.ops import KERNELS
+from mmcastling.compat.mmcv_ops.kernels import KERNELS
 
 EXT_NAME = "mmcv._ext"
 

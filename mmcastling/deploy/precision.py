@@ -13,7 +13,7 @@ from mmcastling.deploy.int8 import (
     has_int8,
     quantise_linear_layers,
 )
-from mmcastling.protocol import castling_modules
+from mmcastling.verbs import castling_modules
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 """The names of precisions: floating point of 32 and 16 bits, and 8-bit integers."""

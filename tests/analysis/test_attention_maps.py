@@ -15,9 +15,9 @@ from mmcastling.analysis.attention_maps import (
 )
 from mmcastling.attention import CastlingMixer, unit_rows
 from mmcastling.attention.local_conv import merge_heads
-from mmcastling.backbones import CastlingLeViT, CastlingMViT, CastlingViT
 from mmcastling.castle import castle
-from mmcastling.protocol import set_mask, switch_to_deploy
+from mmcastling.models import CastlingLeViT, CastlingMViT, CastlingViT
+from mmcastling.verbs import set_mask, switch_to_deploy
 
 VIT = dict(embed_dims=24, num_layers=3, num_heads=3, feedforward_channels=32)
 LEVIT = dict(

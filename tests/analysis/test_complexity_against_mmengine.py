@@ -6,7 +6,7 @@ from mmengine.analysis import FlopAnalyzer
 from torchvision.models import resnet18
 
 from mmcastling.analysis import count_macs
-from mmcastling.backbones import CastlingViT
+from mmcastling.models import CastlingViT
 
 COUNTED_BY_BOTH = ("conv", "linear", "matmul", "bmm", "einsum", "addmm")
 

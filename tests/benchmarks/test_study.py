@@ -336,8 +336,8 @@ def test_swin_attends_within_windows_that_shift(study):
 
 
 def test_masks_follow_the_shipped_hook(study):
-    from mmcastling.hooks import MaskDecayHook
-    from mmcastling.protocol import castling_modules
+    from mmcastling.train import MaskDecayHook
+    from mmcastling.verbs import castling_modules
 
     variants, fashion = study("variants"), study("fashion")
     for name, states in {

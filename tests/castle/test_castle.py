@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from mmcastling import castle, castling_modules, register_adapter, switch_to_deploy
 from mmcastling.attention import SoftmaxAttention, TokenMixer
-from mmcastling.castle import CannotCastle, CastledAttention, registry
+from mmcastling.castle import CannotCastle, CastledAttention, adapter_registry
 
 
 class ToyAttention(nn.Module):
@@ -47,7 +47,7 @@ class ToyModel(nn.Module):
 @pytest.fixture(autouse=True)
 def adapter(monkeypatch):
     """The adapter that the documentation shows, for the length of a test."""
-    monkeypatch.setattr(registry, "_ADAPTERS", list(registry._ADAPTERS))
+    monkeypatch.setattr(adapter_registry, "_ADAPTERS", list(adapter_registry._ADAPTERS))
 
     @register_adapter(ToyAttention)
     def castle_toy_attention(old, build):
@@ -96,7 +96,7 @@ def test_classes_may_be_named_by_a_path_that_need_not_exist():
 
 
 def test_an_attention_may_be_castled_inside_some_modules_only():
-    registry._ADAPTERS.pop()
+    adapter_registry._ADAPTERS.pop()
 
     @register_adapter(ToyAttention, inside=nn.ModuleList)
     def castle_toy_attention(old, build):
@@ -229,7 +229,7 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(make, options, messa
 
 
 def test_no_library_is_imported():
-    folder = Path(registry.__file__).parent
+    folder = Path(adapter_registry.__file__).parent
     roots = set()
     for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -8,7 +8,7 @@ import pytest
 import torchvision  # noqa: F401  (registers the kernels that ours call)
 
 from mmcastling.compat import install_mmcv_ops
-from mmcastling.compat.ops import KERNELS
+from mmcastling.compat.mmcv_ops.kernels import KERNELS
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmcastling.compat import install_mmcv_ops
-from mmcastling.compat.ops import KERNELS
+from mmcastling.compat.mmcv_ops.kernels import KERNELS
 
 Arguments = tuple[list[Any], dict[str, Any]]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmcastling.compat import deform as kernels
+from mmcastling.compat.mmcv_ops import deform as kernels
 
 # kernel, stride, padding, dilation, groups, deform_groups
 CASES = {

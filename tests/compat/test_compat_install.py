@@ -16,7 +16,7 @@ import torch
 
 import mmcastling.compat as compat
 from mmcastling.compat import MissingOpError, install_mmcv_ops
-from mmcastling.compat.ops import KERNELS
+from mmcastling.compat.mmcv_ops.kernels import KERNELS
 
 EXT = "mmcv._ext"
 

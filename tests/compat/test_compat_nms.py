@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmcastling.compat import nms as kernels
+from mmcastling.compat.mmcv_ops import nms as kernels
 
 quick = settings(
     max_examples=60,

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmcastling.compat import roi as kernels
+from mmcastling.compat.mmcv_ops import roi as kernels
 
 # (image, x1, y1, x2, y2) on maps of 6 x 7 pixels at scale 1: inside, over every border,
 # out of the image, without extent, thin

@@ -13,16 +13,15 @@ from torch.testing import assert_close
 from mmcastling.checkpoint import CheckpointError
 from mmcastling.deploy import (
     deploy_checkpoint,
-    deploy_config,
-    drop_training_hooks,
     features,
     is_deployed,
     largest_difference,
     select_weights,
 )
-from mmcastling.engine import load_config
-from mmcastling.hooks import MaskDecayHook
-from mmcastling.protocol import set_mask, switch_to_deploy
+from mmcastling.run import load_config
+from mmcastling.run.deployed_config import deploy_config, drop_training_hooks
+from mmcastling.train import MaskDecayHook
+from mmcastling.verbs import set_mask, switch_to_deploy
 
 # -- which weights ---------------------------------------------------------------------
 

@@ -8,11 +8,11 @@ from torch import nn
 from torch.testing import assert_close
 
 from mmcastling.attention.linear import fuse_linear
-from mmcastling.backbones import CastlingLeViT, CastlingMViT, CastlingViT
 from mmcastling.deploy import precision as module
 from mmcastling.deploy import set_precision
 from mmcastling.deploy.int8 import QuantisedLinear
-from mmcastling.engine import ConfigError, convert, evaluate, load_config
+from mmcastling.models import CastlingLeViT, CastlingMViT, CastlingViT
+from mmcastling.run import ConfigError, convert, evaluate, load_config
 
 FAMILIES = {
     "vit": lambda **options: CastlingViT(

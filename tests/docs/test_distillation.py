@@ -11,9 +11,9 @@ from mmengine.registry import HOOKS, MODELS, init_default_scope
 from mmpretrain.structures import DataSample
 
 import mmcastling
-from mmcastling.deploy import deploy_config
-from mmcastling.engine import load_config
-from mmcastling.hooks import MaskDecayHook
+from mmcastling.run import load_config
+from mmcastling.run.deployed_config import deploy_config
+from mmcastling.train import MaskDecayHook
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mmcastling.hooks import MaskDecayHook
-from mmcastling.protocol import castling_modules
+from mmcastling.train import MaskDecayHook
+from mmcastling.verbs import castling_modules
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()

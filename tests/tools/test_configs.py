@@ -10,9 +10,9 @@ import pytest
 import torch
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 
-from mmcastling.deploy import deploy_config
-from mmcastling.engine import load_config
-from mmcastling.protocol import castling_modules, switch_to_deploy
+from mmcastling.run import load_config
+from mmcastling.run.deployed_config import deploy_config
+from mmcastling.verbs import castling_modules, switch_to_deploy
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from mmcastling.checkpoint import load_checkpoint
 from mmcastling.deploy import select_weights
-from mmcastling.engine import convert, evaluate, load_config, train
+from mmcastling.run import convert, evaluate, load_config, train
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from mmcastling.protocol import castling_modules
+from mmcastling.verbs import castling_modules
 
 
 @HOOKS.register_module(force=True)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from mmcastling.deploy import check_precision
-from mmcastling.deploy.runtime import ExportedInferencer, ExportedModelError
-from mmcastling.deploy.runtime.sessions import openvino_has_bf16
-from mmcastling.engine import evaluate, evaluate_exported, load_config
-from mmcastling.engine import export as module
+from mmcastling.run import evaluate, evaluate_exported, load_config
+from mmcastling.run import exporting as module
+from mmcastling.runtime import ExportedInferencer, ExportedModelError
+from mmcastling.runtime.sessions import openvino_has_bf16
 
 pytestmark = pytest.mark.slow
 

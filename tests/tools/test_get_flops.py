@@ -7,7 +7,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from mmcastling.analysis import count_model_macs
-from mmcastling.protocol import switch_to_deploy
+from mmcastling.verbs import switch_to_deploy
 
 TOOL = "analysis/get_flops.py"
 IMPORTS = 'custom_imports = dict(imports=["mmcastling"], allow_failed_imports=False)\n'

@@ -8,9 +8,9 @@ import torch
 from mmengine.registry import MODELS
 
 from mmcastling.checkpoint import load_checkpoint
-from mmcastling.engine import load_config
-from mmcastling.importers import FAMILIES
-from mmcastling.importers.cli import make_parser
+from mmcastling.run import load_config
+from mmcastling.weights import FAMILIES
+from mmcastling.weights.import_cli import make_parser
 
 IMPORTERS = "model_converters/import_{}.py"
 

@@ -15,10 +15,10 @@ import torch
 from mmengine.logging import MessageHub
 from mmengine.registry import DATA_SAMPLERS, MODELS
 
-from mmcastling.engine import convert, load_config, train
-from mmcastling.engine.conversion import TOLERANCE
-from mmcastling.engine.errors import is_meant_for_the_user
-from mmcastling.protocol import castling_modules
+from mmcastling.run import convert, load_config, train
+from mmcastling.run.conversion import TOLERANCE
+from mmcastling.run.errors import is_meant_for_the_user
+from mmcastling.verbs import castling_modules
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.py"))
 # Trained elsewhere: the demo, and what test_detectors.py and test_segmentors.py train

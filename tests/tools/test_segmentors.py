@@ -17,9 +17,9 @@ from mmengine.logging import MessageHub
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 
 from mmcastling.checkpoint import load_checkpoint
-from mmcastling.engine import evaluate, load_config, train
-from mmcastling.engine.evaluation import enable_output, enable_tta
-from mmcastling.protocol import castling_modules, set_mask, switch_to_deploy
+from mmcastling.run import evaluate, load_config, train
+from mmcastling.run.evaluation import enable_output, enable_tta
+from mmcastling.verbs import castling_modules, set_mask, switch_to_deploy
 
 pytestmark = pytest.mark.slow
 

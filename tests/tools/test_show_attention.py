@@ -6,10 +6,10 @@ import pytest
 import torch
 from matplotlib import pyplot
 
-from mmcastling.engine import load_config
-from mmcastling.engine.attention import click_point, read_image, view_attention
-from mmcastling.engine.runner import build_model
-from mmcastling.protocol import MASK_META_KEY, set_mask, switch_to_deploy
+from mmcastling.run import load_config
+from mmcastling.run.point_attention import click_point, read_image, view_attention
+from mmcastling.run.runner import build_model
+from mmcastling.verbs import MASK_META_KEY, set_mask, switch_to_deploy
 
 TOOL = "analysis/show_attention.py"
 IMPORTS = 'custom_imports = dict(imports=["mmcastling"], allow_failed_imports=False)\n'

@@ -28,11 +28,11 @@ from torch import nn
 from torch._subclasses import fake_tensor
 
 from mmcastling.analysis import ComplexityReport, count_model_macs
-from mmcastling.backbones.common import CastledBackbone
 from mmcastling.checkpoint import write_json_atomically
-from mmcastling.engine import run_cli
-from mmcastling.engine.cli import add_config_arguments, config_from_arguments
-from mmcastling.protocol import castling_modules, switch_to_deploy
+from mmcastling.models.common import CastledBackbone
+from mmcastling.run import run_cli
+from mmcastling.run.cli import add_config_arguments, config_from_arguments
+from mmcastling.verbs import castling_modules, switch_to_deploy
 
 TRAINING, DEPLOYED, TWIN = "training graph", "deployed graph", "softmax twin"
 AS_BUILT = "as built"

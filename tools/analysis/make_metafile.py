@@ -15,8 +15,8 @@ import yaml
 from get_flops import AS_BUILT, DEPLOYED, count_graphs
 from mmengine.config import Config
 
-from mmcastling.engine import load_config, run_cli
 from mmcastling.registry import type_name
+from mmcastling.run import load_config, run_cli
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"

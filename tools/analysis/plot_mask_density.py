@@ -9,10 +9,10 @@ Example:
 import argparse
 from pathlib import Path
 
-from mmcastling.analysis.figures import plot_mask_density
-from mmcastling.analysis.run_log import read_mask_history
-from mmcastling.engine import run_cli
-from mmcastling.engine.cli import check_picture
+from mmcastling.run import run_cli
+from mmcastling.run.cli import check_picture
+from mmcastling.show.figures import plot_mask_density
+from mmcastling.show.run_log import read_mask_history
 
 
 def parse_args() -> argparse.Namespace:

@@ -16,17 +16,17 @@ Example:
 import argparse
 from pathlib import Path
 
-from mmcastling.engine import run_cli
-from mmcastling.engine.attention import (
+from mmcastling.run import run_cli
+from mmcastling.run.cli import (
+    add_config_arguments,
+    check_picture,
+    config_from_arguments,
+)
+from mmcastling.run.point_attention import (
     click_point,
     draw_attention,
     read_image,
     view_attention,
-)
-from mmcastling.engine.cli import (
-    add_config_arguments,
-    check_picture,
-    config_from_arguments,
 )
 
 

@@ -6,8 +6,8 @@ Example:
 
 import argparse
 
-from mmcastling.datasets import SplitSummary, prepare_nuclei
-from mmcastling.engine import run_cli
+from mmcastling.data import SplitSummary, prepare_nuclei
+from mmcastling.run import run_cli
 
 
 def parse_args() -> argparse.Namespace:

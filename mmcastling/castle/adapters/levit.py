@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mmcastling.attention.local_conv import merge_heads
-from mmcastling.castle.attention import (
+from mmcastling.castle.adapter_registry import register_adapter
+from mmcastling.castle.castled_attention import (
     CastledAttention,
     GridFinder,
     MixerBuilder,
 )
-from mmcastling.castle.registry import register_adapter
 
 # LeViT has no extra tokens and runs on squares only.
 _SQUARE = GridFinder()

@@ -12,8 +12,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mmcastling.attention.local_conv import merge_heads
-from mmcastling.castle.attention import CastledAttention, MixerBuilder
-from mmcastling.castle.registry import register_adapter
+from mmcastling.castle.adapter_registry import register_adapter
+from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
 
 Grid = tuple[int, int]
 

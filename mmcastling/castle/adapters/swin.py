@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.attention import CastlingMixer
-from mmcastling.castle.attention import CastledAttention, MixerBuilder
-from mmcastling.castle.registry import CannotCastle, register_adapter
+from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
+from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
 
 Grid = tuple[int, int]
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.attention.local_conv import merge_heads
-from mmcastling.castle.attention import (
+from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
+from mmcastling.castle.castled_attention import (
     CastledAttention,
     MixerBuilder,
     linear_of,
 )
-from mmcastling.castle.registry import CannotCastle, register_adapter
 
 
 class CastledMultiheadAttention(CastledAttention):

@@ -1,0 +1,1 @@
+"""mmcv's compiled ops on torch and torchvision."""

@@ -1,0 +1,246 @@
+"""CastlingMViT: mmpretrain's MViTv2 with castling attention, at any image size."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from mmpretrain.models.backbones import MViT
+from mmpretrain.models.utils import resize_pos_embed
+from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
+from torch import Tensor
+
+from mmcastling.models.common import (
+    CastledBackbone,
+    check_arch,
+    check_ffn_conv,
+    check_frozen_stages,
+    check_image,
+    check_out_indices,
+    freeze,
+    image_size,
+)
+from mmcastling.models.mvit_blocks import CastlingMultiScaleBlock
+from mmcastling.registry import MODELS
+
+
+@MODELS.register_module()
+@MMPRETRAIN_MODELS.register_module()
+class CastlingMViT(CastledBackbone, MViT):
+    """MViTv2 with linear-angular attention and a vanishing softmax branch.
+
+    From "Castling-ViT" (You et al., CVPR 2023), on "MViTv2: Improved Multiscale Vision
+    Transformers for Classification and Detection" (Li et al., CVPR 2022). No code of
+    this variant is public; its structure is inferred from the published costs, which it
+    meets with ``ffn_conv=5`` for the tiny and the base size (the small one costs 3.5%
+    less than published). Runs at any image size, square or not: strides are 4, 8, 16
+    and 32, and odd grids round up.
+
+    Castled blocks keep one grid for q, k and v and pool the output where the original
+    pools q; see
+    :class:`~mmcastling.models.mvit_blocks.CastledMultiScaleAttention`. The softmax
+    twin, ``attention=dict(type='softmax')`` without further options, is the published
+    original: pooled keys and values, relative positions. It equals mmpretrain's
+    ``MViT``, whose weights load by name, up to one point: outputs of inner scales are
+    normed copies, where mmpretrain passes the normed tokens on to the next scale. Every
+    other attention, softmax with ``local_conv`` or ``norm_output`` included, keeps the
+    castled pooling.
+
+    A classifier puts mmpretrain's ``GlobalAveragePooling`` and ``LinearClsHead`` behind
+    it.
+
+    Args:
+        arch: ``'tiny'``, ``'small'``, ``'base'``, or a dict with ``embed_dims``,
+            ``num_layers``, ``num_heads`` and ``downscale_indices``. Defaults to
+            ``'tiny'``.
+        img_size: Usual image size, an int or ``(H, W)``, for the relative positions and
+            the position embedding; castled blocks do not depend on it. Defaults to 224.
+        in_channels: Channels of the image. Defaults to 3.
+        out_indices: Scales whose output is returned, negative ones from the end. Each
+            has its own norm. Defaults to -1.
+        attention: Options of the mixer: ``type`` (such as ``'castling'``,
+            ``'linear_angular'``, ``'softmax'``) and its arguments, see
+            :func:`mmcastling.attention.build_mixer`; or a list of them, one per scale
+            (a block that downsamples belongs to the finer scale, on whose grid it
+            mixes). At a detector's sizes the first scales have too many tokens for the
+            branch; ``'linear_angular'`` is the same network without it. Defaults to
+            None (castling).
+        ffn_conv: Kernel size of the depthwise convolution in each MLP (3, 5, 7), or 0
+            for none. Defaults to 0.
+        drop_path_rate: Stochastic depth rate of the last block; the rates rise linearly
+            from 0. Defaults to 0.
+        frozen_stages: -1 to train everything, 0 to freeze the patch embedding, ``n`` to
+            freeze it and the first ``n`` scales. Defaults to -1.
+        with_cp: Recompute blocks in the backward pass to save memory. Defaults to
+            False.
+        deploy: Build the pruned graph. Defaults to False.
+        **kwargs: Further arguments of mmpretrain's ``MViT``, such as
+            ``use_abs_pos_embed``, ``rel_pos_spatial``, ``mlp_ratio`` and ``init_cfg``.
+
+    Raises:
+        ValueError: If an option or its value is not known.
+    """
+
+    arch_zoo = {name: MViT.arch_zoo[name] for name in ("tiny", "small", "base")}
+
+    def __init__(
+        self,
+        arch: str | dict[str, Any] = "tiny",
+        img_size: int | Sequence[int] = 224,
+        in_channels: int = 3,
+        out_indices: int | Sequence[int] = -1,
+        attention: dict[str, Any] | Sequence[dict[str, Any] | None] | None = None,
+        ffn_conv: int = 0,
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        deploy: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        needed = {"embed_dims", "num_layers", "num_heads", "downscale_indices"}
+        arch = check_arch(arch, self.arch_zoo, needed)
+        check_ffn_conv(ffn_conv)
+        num_scales = len(arch["downscale_indices"]) + 1
+        self._check_options(kwargs)
+        check_frozen_stages(frozen_stages, num_scales)
+        super().__init__(
+            arch=arch,
+            img_size=image_size(img_size),
+            in_channels=in_channels,
+            out_scales=check_out_indices(out_indices, num_scales, "scale"),
+            **{**kwargs, "rel_pos_spatial": False},
+        )
+        self.out_indices = self.out_scales
+        self.frozen_stages = frozen_stages
+        self.with_cp = with_cp
+        self.deploy = deploy
+        self._castle_blocks(
+            self._per_scale(attention), ffn_conv, drop_path_rate, kwargs
+        )
+        self._freeze_stages()
+        if deploy:
+            self.switch_to_deploy()
+
+    @staticmethod
+    def _check_options(kwargs: dict[str, Any]) -> None:
+        known = set(inspect.signature(MViT.__init__).parameters) - {"self"}
+        if unknown := set(kwargs) - (known - {"out_scales"}):
+            raise ValueError(
+                f"CastlingMViT has no options {sorted(unknown)}; MViT's are "
+                f"{sorted(known)}, with out_indices in place of out_scales"
+            )
+
+    def _per_scale(self, attention: Any) -> list[dict[str, Any] | None]:
+        if attention is None or isinstance(attention, dict):
+            return [attention] * self.num_scales
+        if len(attention) != self.num_scales:
+            raise ValueError(
+                f"attention is a list of {len(attention)}: give one entry for each of "
+                f"the {self.num_scales} scales, or a single dict for all"
+            )
+        return list(attention)
+
+    def _castle_blocks(
+        self,
+        attention: list[dict[str, Any] | None],
+        ffn_conv: int,
+        drop_path_rate: float,
+        kwargs: dict[str, Any],
+    ) -> None:
+        defaults = inspect.signature(MViT.__init__).parameters
+        names = [
+            "qkv_bias",
+            "norm_cfg",
+            "mlp_ratio",
+            "residual_pooling",
+            "rel_pos_spatial",
+            "rel_pos_zero_init",
+            "dim_mul_in_attention",
+        ]
+        shared = {name: kwargs.get(name, defaults[name].default) for name in names}
+        shared["qkv_pool_kernel"] = kwargs.get(
+            "pool_kernel", defaults["pool_kernel"].default
+        )
+        rates = np.linspace(0, drop_path_rate, self.num_layers).tolist()
+        grid, scale = tuple(self.patch_resolution), 0
+        for i, block in enumerate(self.blocks):
+            self.blocks[i] = CastlingMultiScaleBlock(
+                block.in_dims,
+                block.out_dims,
+                block.attn.num_heads,
+                input_size=grid,
+                attention=attention[scale],
+                ffn_conv=ffn_conv,
+                stride_q=block.attn.pool_q.stride[0],
+                stride_kv=block.attn.pool_k.stride[0],
+                drop_path=rates[i],
+                deploy=self.deploy,
+                **shared,
+            )
+            grid = tuple(block.init_out_size)
+            scale += i in self.downscale_indices
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Extract features.
+
+        Args:
+            x: Images ``(B, in_channels, H, W)`` of any size not below a patch.
+
+        Returns:
+            One map ``(B, C, h, w)`` per entry of ``out_indices``.
+
+        Raises:
+            ValueError: If the image is smaller than a patch.
+        """
+        check_image(x, self.patch_embed.projection.stride[0], "a patch")
+        x, grid = self.patch_embed(x)
+        x = x.contiguous()  # (B, H*W, C), each token's channels together in memory
+        if self.use_abs_pos_embed:
+            x = x + resize_pos_embed(
+                self.pos_embed,
+                self.patch_resolution,
+                grid,
+                mode=self.interpolate_mode,
+                num_extra_tokens=self.num_extra_tokens,
+            )
+        outs = []
+        for i, block in enumerate(self.blocks):
+            x, grid = self._run(block, x, grid)
+            scale = self.stage_indices.get(i)
+            if scale in self.out_indices:
+                out = getattr(self, f"norm{scale}")(x)
+                outs.append(out.transpose(1, 2).unflatten(2, grid).contiguous())
+        return tuple(outs)
+
+    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
+        """The layer of a parameter, for layer-wise learning-rate decay.
+
+        Args:
+            param_name: Name of the parameter, ``prefix`` included.
+            prefix: Name of the backbone in the model. Defaults to ``''``.
+
+        Returns:
+            The layer, 0 for patch and position embedding and the last for norms of the
+            outputs and whatever is outside the backbone, and the number of layers.
+        """
+        num_layers = self.num_layers + 2
+        if not param_name.startswith(prefix):
+            return num_layers - 1, num_layers
+        part, *place = param_name[len(prefix) :].split(".")
+        if part in ("patch_embed", "pos_embed"):
+            return 0, num_layers
+        if part == "blocks":
+            return int(place[0]) + 1, num_layers
+        return num_layers - 1, num_layers
+
+    def _freeze_stages(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        freeze([self.patch_embed])
+        if self.use_abs_pos_embed:
+            self.pos_embed.requires_grad = False
+        last = {scale: index for index, scale in self.stage_indices.items()}
+        if self.frozen_stages > 0:
+            freeze(self.blocks[: last[self.frozen_stages - 1] + 1])

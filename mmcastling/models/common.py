@@ -1,0 +1,215 @@
+"""What the castled backbones share: checks of their options, modes, deployment."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from mmengine.model import initialize
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from mmcastling.models.folding import fold_for_inference
+from mmcastling.models.pretrained import check_pretrained, pretrained_cfgs
+
+Grid = tuple[int, int]
+Backbone = TypeVar("Backbone", bound="CastledBackbone")
+
+
+class CastledBackbone:
+    """Modes, weights and deployment, mixed into a backbone before mmpretrain's class.
+
+    Expects the attributes ``deploy`` and ``with_cp``, and ``_freeze_stages()``, which
+    puts what is frozen in evaluation and is called whenever training begins.
+    """
+
+    deploy: bool
+    with_cp: bool
+
+    def init_weights(self) -> None:
+        """Initialise, and load what ``init_cfg`` names.
+
+        Raises:
+            CheckpointError: If ``init_cfg=dict(type='Pretrained', ...)`` names a file
+                with less than half of the backbone's parameters, or of those of its
+                attentions.
+        """
+        cfgs = [] if self.is_init else list(pretrained_cfgs(self.init_cfg))
+        for cfg in cfgs:
+            check_pretrained(self, cfg["checkpoint"], cfg.get("prefix"))
+        super().init_weights()
+        if cfgs and not isinstance(self.init_cfg, dict):
+            # mmpretrain draws position embeddings anew after it has loaded a list's.
+            initialize(self, cfgs)
+
+    def switch_to_deploy(self) -> None:
+        """Prune the auxiliary branch of every attention, and fold what is algebra.
+
+        See :func:`~mmcastling.models.folding.fold_for_inference`. Idempotent.
+        """
+        for module in self.modules():
+            switch = getattr(module, "switch_to_deploy", None)
+            if module is not self and callable(switch):
+                switch()
+        fold_for_inference(self)
+        self.deploy = True
+
+    def train(self: Backbone, mode: bool = True) -> Backbone:
+        """Set the mode; frozen stages stay in evaluation. Returns the backbone."""
+        super().train(mode)
+        if mode:
+            self._freeze_stages()
+        return self
+
+    def eval(self: Backbone) -> Backbone:
+        """Set evaluation mode. Returns the backbone."""
+        return self.train(False)
+
+    def _run(self, layer: nn.Module, x: Tensor, *args: Any) -> Any:
+        """Call a layer; ``with_cp`` recomputes it in the backward pass."""
+        if not (self.with_cp and x.requires_grad):
+            return layer(x, *args)
+        if any(isinstance(module, _BatchNorm) for module in layer.modules()):
+            return _checkpoint_once_counted(layer, x, *args)
+        return checkpoint(layer, x, *args, use_reentrant=False)
+
+
+@torch.compiler.disable(recursive=False)  # it knows no context_fn
+def _checkpoint_once_counted(layer: nn.Module, x: Tensor, *args: Any) -> Any:
+    def contexts() -> tuple[Any, Any]:
+        return contextlib.nullcontext(), _kept_statistics(layer)
+
+    return checkpoint(layer, x, *args, use_reentrant=False, context_fn=contexts)
+
+
+@contextlib.contextmanager
+def _kept_statistics(layer: nn.Module) -> Iterator[None]:
+    """Keep batch norms from counting a batch twice, which recomputing would."""
+    buffers = [
+        buffer
+        for module in layer.modules()
+        if isinstance(module, _BatchNorm) and module.training
+        for buffer in module.buffers(recurse=False)
+    ]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+
+
+def freeze(modules: Iterable[nn.Module]) -> None:
+    """Put modules in evaluation and take their parameters out of training."""
+    for module in modules:
+        module.eval()
+        for parameter in module.parameters():
+            parameter.requires_grad = False
+
+
+def check_arch(
+    arch: str | Mapping[str, Any],
+    zoo: Mapping[str, Mapping[str, Any]],
+    needed: set[str],
+) -> dict[str, Any]:
+    """Look an architecture up, or check one that is given.
+
+    Args:
+        arch: A name in ``zoo`` (case does not matter), or the settings themselves.
+        zoo: Settings by name.
+        needed: Keys that the settings must have.
+
+    Raises:
+        ValueError: If the name is not known or a key is missing.
+    """
+    if isinstance(arch, str):
+        if arch.lower() not in zoo:
+            raise ValueError(
+                f"arch {arch!r} is not known: choose one of {list(zoo)}, or a dict "
+                f"with {sorted(needed)}"
+            )
+        return dict(zoo[arch.lower()])
+    if missing := needed - set(arch):
+        raise ValueError(f"arch {arch!r} lacks {sorted(missing)}")
+    return dict(arch)
+
+
+def check_ffn_conv(ffn_conv: int) -> None:
+    """Check the kernel size of the convolution in the MLPs.
+
+    Raises:
+        ValueError: If it is not 0, 3, 5 or 7.
+    """
+    if ffn_conv not in (0, 3, 5, 7):
+        raise ValueError(f"ffn_conv {ffn_conv!r} must be 0 (no convolution), 3, 5 or 7")
+
+
+def check_frozen_stages(frozen_stages: int, num_stages: int) -> None:
+    """Check the number of frozen stages.
+
+    Raises:
+        ValueError: If it is not within -1 and ``num_stages``.
+    """
+    if not -1 <= frozen_stages <= num_stages:
+        raise ValueError(
+            f"frozen_stages {frozen_stages!r} must be -1 (nothing frozen), 0 (the "
+            f"stem) or up to {num_stages} (stem and stages)"
+        )
+
+
+def check_out_indices(
+    out_indices: int | Sequence[int], count: int, what: str
+) -> list[int]:
+    """Resolve negative indices; sort, and drop what is named twice.
+
+    Args:
+        out_indices: One index or several, negative ones from the end.
+        count: How many there are to choose from.
+        what: Their name, such as ``'layer'``.
+
+    Raises:
+        ValueError: If an index is out of range.
+    """
+    indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
+    for index in indices:
+        if not -count <= index < count:
+            raise ValueError(
+                f"out_indices {out_indices!r}: {index} is not a {what}; there are "
+                f"{count}, numbered 0 to {count - 1} or -{count} to -1"
+            )
+    return sorted({index % count for index in indices})
+
+
+def image_size(img_size: int | Sequence[int]) -> Grid:
+    """``(H, W)`` of a size that is given as one number or two.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(size) != 2 or any(not isinstance(n, int) or n < 1 for n in size):
+        raise ValueError(f"img_size {img_size!r} must be a number of pixels or (H, W)")
+    return size
+
+
+def check_image(x: Tensor, smallest: int, what: str) -> None:
+    """Check that an image batch ``(B, C, H, W)`` is large enough.
+
+    Args:
+        x: The images.
+        smallest: Smallest height and width in pixels.
+        what: What the image must cover, such as ``'a patch'``.
+
+    Raises:
+        ValueError: If it is smaller.
+    """
+    height, width = x.shape[-2:]
+    if min(height, width) < smallest:
+        raise ValueError(
+            f"image of {height}x{width} pixels is smaller than {what} of "
+            f"{smallest}x{smallest}; enlarge it"
+        )

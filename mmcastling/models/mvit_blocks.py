@@ -1,0 +1,274 @@
+"""MViTv2's blocks: castled, and with the original attention for any image size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mmcv.cnn import build_norm_layer
+from mmengine.model import BaseModule
+from mmpretrain.models.backbones.mvit import (
+    MultiScaleAttention,
+    MultiScaleBlock,
+)
+from torch import Tensor, nn
+
+from mmcastling.attention import build_mixer
+from mmcastling.attention.local_conv import merge_heads, on_grid, split_heads
+from mmcastling.models.common import Grid
+from mmcastling.models.conv_ffn import ConvMViTMLP
+
+
+class CastledMultiScaleAttention(MultiScaleAttention):
+    """Pooling attention around a mixer that keeps the grid.
+
+    q, k and v each go through a 3x3 depthwise convolution of stride 1 and a norm, are
+    mixed on the full grid, and the pooled q is added (residual pooling). A block that
+    downsamples then applies one more such convolution, of stride 2, and a norm to each
+    head's output. The original pools keys and values to a coarse grid, queries to the
+    output's, and adds relative positions to the logits: linear attention needs one grid
+    for all three and has no logits. Parameters keep mmpretrain's names.
+
+    Args:
+        in_dims: Channels of the tokens.
+        out_dims: Channels of the output.
+        num_heads: Number of heads.
+        stride_q: Stride of the output, 1 or 2. Defaults to 1.
+        attention: Options of the mixer, see :func:`mmcastling.attention.build_mixer`.
+            Defaults to None (castling).
+        norm_cfg: Norm after each pooling. Defaults to None (``dict(type='LN')``).
+        pool_kernel: Kernel of each pooling. Defaults to (3, 3).
+        deploy: Build the pruned mixer. Defaults to False.
+        **kwargs: Further arguments of mmpretrain's ``MultiScaleAttention``.
+    """
+
+    def __init__(
+        self,
+        in_dims: int,
+        out_dims: int,
+        num_heads: int,
+        stride_q: int = 1,
+        attention: dict[str, Any] | None = None,
+        norm_cfg: dict[str, Any] | None = None,
+        pool_kernel: tuple[int, int] = (3, 3),
+        deploy: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        norm_cfg = norm_cfg or dict(type="LN")
+        super().__init__(
+            in_dims,
+            out_dims,
+            num_heads,
+            norm_cfg=norm_cfg,
+            pool_kernel=pool_kernel,
+            rel_pos_spatial=False,
+            **kwargs,
+        )
+        head_dims = out_dims // num_heads
+        self.mixer = build_mixer(
+            attention, deploy=deploy, num_heads=num_heads, head_dims=head_dims
+        )
+        self.pool_out = None
+        if stride_q > 1:
+            self.pool_out = nn.Conv2d(
+                head_dims,
+                head_dims,
+                pool_kernel,
+                stride=stride_q,
+                padding=tuple(k // 2 for k in pool_kernel),
+                groups=head_dims,
+                bias=False,
+            )
+            self.norm_out = build_norm_layer(norm_cfg, head_dims)[1]
+
+    def init_weights(self) -> None:
+        BaseModule.init_weights(self)  # there are no relative positions
+
+    def forward(self, x: Tensor, in_size: Grid) -> tuple[Tensor, Grid]:
+        """Attend: ``(B, H * W, in_dims)`` to ``(B, H' * W', out_dims)``.
+
+        Returns:
+            The tokens and their grid ``(H', W')``.
+        """
+        qkv, _ = self._pool(
+            (self.pool_q, self.pool_k, self.pool_v), self.qkv(x), in_size
+        )
+        norms = (self.norm_q, self.norm_k, self.norm_v)
+        q, k, v = (
+            norm(split_heads(pooled, self.num_heads).transpose(1, 2)).transpose(1, 2)
+            for norm, pooled in zip(norms, qkv.chunk(3, dim=2), strict=True)
+        )
+        y = self.mixer(q, k, v, in_size)
+        if self.residual_pooling:
+            y = y + q
+        y, grid = merge_heads(y), in_size  # (B, H*W, out_dims)
+        if self.pool_out is not None:
+            y, grid = self._pool((self.pool_out,), y, in_size)
+            y = self.norm_out(y.unflatten(2, (self.num_heads, -1))).flatten(2)
+        return self.proj(y), grid
+
+    def _pool(
+        self, convolutions: Sequence[nn.Conv2d], x: Tensor, grid: Grid
+    ) -> tuple[Tensor, Grid]:
+        """One depthwise convolution in place of several, over all heads of each.
+
+        Args:
+            convolutions: Each acts on ``out_dims`` channels, alike in every head; all
+                have the same stride and padding.
+            x: Tokens ``(B, H * W, len(convolutions) * out_dims)``.
+            grid: ``(H, W)``.
+
+        Returns:
+            As many channels on the pooled grid, and that grid.
+        """
+        first = convolutions[0]
+        weight = torch.cat(
+            [conv.weight.repeat(self.num_heads, 1, 1, 1) for conv in convolutions]
+        )
+
+        def convolve(x: Tensor) -> Tensor:
+            return nn.functional.conv2d(
+                x,
+                weight,
+                stride=first.stride,
+                padding=first.padding,
+                groups=weight.shape[0],
+            )
+
+        return on_grid(convolve, x, grid)
+
+
+class SoftmaxMultiScaleAttention(MultiScaleAttention):
+    """The published pooling attention, for usual grids that are not square too.
+
+    Its tables of relative positions are resized, on another grid in the forward as in
+    mmpretrain, and when weights of another image size are loaded.
+
+    Args:
+        input_size: Usual grid ``(H, W)`` of the tokens that enter.
+        rel_pos_spatial: Whether logits get relative positions. Defaults to True.
+        **kwargs: Arguments of mmpretrain's ``MultiScaleAttention``.
+    """
+
+    def __init__(
+        self, input_size: Grid, rel_pos_spatial: bool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(rel_pos_spatial=False, **kwargs)
+        self.rel_pos_spatial = rel_pos_spatial
+        if rel_pos_spatial:
+            strides = self.pool_q.stride[0], self.pool_k.stride[0]
+            for name, size in zip(("h", "w"), input_size, strict=True):
+                longest = max(1, *(size // stride for stride in strides))
+                head_dims = self.out_dims // self.num_heads
+                table = nn.Parameter(torch.zeros(2 * longest - 1, head_dims))
+                self.register_parameter(f"rel_pos_{name}", table)
+            self._register_load_state_dict_pre_hook(self._prepare_rel_pos)
+
+    def init_weights(self) -> None:
+        if self.rel_pos_spatial:
+            super().init_weights()
+        else:
+            BaseModule.init_weights(self)
+
+    def _prepare_rel_pos(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any
+    ) -> None:
+        for name in ("rel_pos_h", "rel_pos_w"):
+            table, own = state_dict.get(prefix + name), getattr(self, name)
+            if table is not None and table.shape[0] != own.shape[0]:
+                state_dict[prefix + name] = nn.functional.interpolate(
+                    table.t()[None], size=own.shape[0], mode="linear"
+                )[0].t()
+
+
+class CastlingMultiScaleBlock(MultiScaleBlock):
+    """MViTv2's block whose attention and MLP know the grid of tokens.
+
+    Args:
+        in_dims: Channels of the tokens.
+        out_dims: Channels of the output.
+        num_heads: Number of heads.
+        input_size: Usual grid ``(H, W)`` of the tokens that enter.
+        attention: Options of the attention; ``dict(type='softmax')`` alone is the
+            published one. Defaults to None (castling).
+        ffn_conv: Kernel size of the depthwise convolution in the MLP, 0 for none.
+            Defaults to 0.
+        stride_q: Stride of the output. Defaults to 1.
+        stride_kv: Stride of the published attention's keys and values. Defaults to 1.
+        rel_pos_spatial: Whether the published attention has relative positions.
+            Defaults to True.
+        deploy: Build the pruned mixer. Defaults to False.
+        **kwargs: Further arguments of mmpretrain's ``MultiScaleBlock``.
+    """
+
+    def __init__(
+        self,
+        in_dims: int,
+        out_dims: int,
+        num_heads: int,
+        input_size: Grid,
+        attention: dict[str, Any] | None = None,
+        ffn_conv: int = 0,
+        stride_q: int = 1,
+        stride_kv: int = 1,
+        rel_pos_spatial: bool = True,
+        deploy: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            in_dims,
+            out_dims,
+            num_heads,
+            stride_q=stride_q,
+            rel_pos_spatial=False,
+            input_size=input_size,
+            **kwargs,
+        )
+        norm_cfg = kwargs.get("norm_cfg", dict(type="LN"))
+        attn_dims = self.attn.out_dims
+        shared = dict(
+            in_dims=in_dims,
+            out_dims=attn_dims,
+            num_heads=num_heads,
+            qkv_bias=kwargs.get("qkv_bias", True),
+            norm_cfg=norm_cfg,
+            pool_kernel=kwargs.get("qkv_pool_kernel", (3, 3)),
+            stride_q=stride_q,
+            residual_pooling=kwargs.get("residual_pooling", True),
+            rel_pos_zero_init=kwargs.get("rel_pos_zero_init", False),
+        )
+        if attention is not None and dict(attention) == {"type": "softmax"}:
+            self.attn = SoftmaxMultiScaleAttention(
+                input_size, rel_pos_spatial, stride_kv=stride_kv, **shared
+            )
+        else:
+            self.attn = CastledMultiScaleAttention(
+                attention=attention, deploy=deploy, **shared
+            )
+        self.mlp = ConvMViTMLP(
+            attn_dims,
+            ffn_conv,
+            hidden_channels=int(attn_dims * kwargs.get("mlp_ratio", 4.0)),
+            out_channels=out_dims,
+            act_cfg=kwargs.get("act_cfg", dict(type="GELU")),
+        )
+
+    def forward(self, x: Tensor, in_size: Grid) -> tuple[Tensor, Grid]:
+        """Apply to tokens ``(B, H * W, in_dims)``.
+
+        Returns:
+            Tokens ``(B, H' * W', out_dims)`` and their grid ``(H', W')``.
+        """
+        normed = self.norm1(x)
+        attended, grid = self.attn(normed, in_size)
+        # Channels grow in the attention, or else in the MLP.
+        grows_here = self.proj is not None and self.dim_mul_in_attention
+        skip = self.proj(normed) if grows_here else x
+        if self.pool_skip is not None:
+            skip, _ = on_grid(self.pool_skip, skip, in_size)
+        x = skip + self.drop_path(attended)
+        normed = self.norm2(x)
+        grows_here = self.proj is not None and not self.dim_mul_in_attention
+        skip = self.proj(normed) if grows_here else x
+        return skip + self.drop_path(self.mlp(normed, grid)), grid

@@ -1,0 +1,116 @@
+"""What a segmentation config says of its label maps, and their check."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import DATASETS
+
+from mmcastling.data import SegmentationFormatError, check_segmentation
+from mmcastling.run.errors import ConfigError
+
+IGNORED = 255
+"""mmseg's label of pixels that neither loss nor metric counts, unless a config says
+otherwise."""
+
+
+def is_segmentation(dataset: dict[str, Any]) -> bool:
+    """Whether a dataset's config is one of mmseg's with images and label maps."""
+    return "seg_map_path" in (dataset.get("data_prefix") or {})
+
+
+def check_label_maps(cfg: Config, dataset: dict[str, Any]) -> None:
+    """Check the split of one dataset: every image's size and every label map.
+
+    Args:
+        cfg: The config, whose model's heads must have as many classes as the data.
+        dataset: Config of the dataset, of mmseg's ``BaseSegDataset`` or a subclass.
+
+    Raises:
+        SegmentationFormatError: If the split is missing or malformed.
+        ConfigError: If the numbers of classes differ, or none is given.
+    """
+    kind = dataset["type"]
+    if isinstance(kind, str):
+        with DATASETS.switch_scope_and_registry(None) as registry:  # of the toolbox
+            kind = registry.get(kind)
+    if kind is None:  # building it will say so
+        return
+    known = (getattr(kind, "METAINFO", None) or {}).get("classes")
+    classes = (dataset.get("metainfo") or {}).get("classes") or known
+    if not classes:
+        raise ConfigError(
+            f"the dataset {dataset['type']} has no classes: give their names with "
+            "metainfo=dict(classes=(...))"
+        )
+    ignored = _check_heads(cfg, len(classes))
+    # A subset of a dataset's classes is picked from maps that hold all of them.
+    ids = len(known or classes)
+    zero_is_ignored = bool(_option(kind, dataset, "reduce_zero_label", False))
+    first = 1 if zero_is_ignored else 0
+    allowed = {*range(first, first + ids), *ignored}
+    meaning = f"{first} to {first + ids - 1} for the {ids} classes"
+    if zero_is_ignored:
+        allowed.add(0)
+        meaning = f"0 for none, {meaning}"
+    void = sorted(ignored)
+    meaning += f", or {' or '.join(map(str, void))} where nothing is labelled"
+    root = dataset.get("data_root") or ""
+    prefix = dataset["data_prefix"]
+    check_segmentation(
+        os.path.join(root, prefix.get("img_path") or ""),
+        os.path.join(root, prefix["seg_map_path"] or ""),
+        allowed=allowed,
+        meaning=f"{meaning} (classes and ignore_index of the config)",
+        image_suffix=_option(kind, dataset, "img_suffix", ".jpg"),
+        label_suffix=_option(kind, dataset, "seg_map_suffix", ".png"),
+        names=_listed(root, dataset.get("ann_file") or ""),
+    )
+
+
+def _check_heads(cfg: Config, count: int) -> set[int]:
+    """Compare the heads' number of classes; the labels that they pass over."""
+    ignored = set()
+    model = cfg.model
+    if "module" in model:  # inside what averages augmented views
+        model = model["module"]
+    for key in ("decode_head", "auxiliary_head"):
+        heads = model.get(key) or []
+        for head in heads if isinstance(heads, (list, tuple)) else [heads]:
+            classes = head.get("num_classes")
+            if classes is not None and classes != count:
+                raise ConfigError(
+                    f"{key}.num_classes is {classes}, but the data has {count} "
+                    "classes: set them alike"
+                )
+            ignored.add(head.get("ignore_index", IGNORED))
+    return ignored or {IGNORED}
+
+
+def _option(kind: type, dataset: dict[str, Any], name: str, default: Any) -> Any:
+    """A dataset's argument: from the config, or the default of the nearest class."""
+    if name in dataset:
+        return dataset[name]
+    for cls in inspect.getmro(kind):
+        parameters = inspect.signature(cls.__init__).parameters
+        if name in parameters:
+            return parameters[name].default
+    return default
+
+
+def _listed(root: str, ann_file: str) -> Iterator[str] | None:
+    """Names in a split's list, or None where the folder is the split."""
+    path = Path(root, ann_file)
+    if not ann_file or path.is_dir():
+        return None
+    if not path.is_file():
+        raise SegmentationFormatError(
+            f"the split's list {path} does not exist: set ann_file to a file with a "
+            "name a line, or leave it out to take the whole folder"
+        )
+    return [line.strip() for line in path.read_text().splitlines() if line.strip()]

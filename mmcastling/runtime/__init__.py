@@ -1,0 +1,37 @@
+"""Run exported models: numpy in, numpy out, no model code and no torch needed.
+
+    inferencer = ExportedInferencer("detector.onnx")
+    result = inferencer.predict("image.jpg")  # boxes, scores, labels, masks
+
+What a file holds and how its images are prepared stands in the file itself, see
+:class:`ExportMetadata`. Nothing in this folder imports torch unless the file is one of
+torch's own formats, nor anything of OpenMMLab.
+"""
+
+from mmcastling.runtime.inferencer import (
+    Classification,
+    Detections,
+    ExportedInferencer,
+    Features,
+    Prediction,
+    Segmentation,
+)
+from mmcastling.runtime.metadata import ExportedModelError, ExportMetadata
+from mmcastling.runtime.model import ExportedModel, load_exported
+from mmcastling.runtime.sessions import RUNTIMES, SUFFIXES, is_exported
+
+__all__ = [
+    "RUNTIMES",
+    "SUFFIXES",
+    "Classification",
+    "Detections",
+    "ExportMetadata",
+    "ExportedInferencer",
+    "ExportedModel",
+    "ExportedModelError",
+    "Features",
+    "Prediction",
+    "Segmentation",
+    "is_exported",
+    "load_exported",
+]

@@ -1,0 +1,214 @@
+"""An exported file behind the interface of the toolboxes' inferencers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmcastling.runtime.metadata import ExportedModelError, ExportMetadata
+from mmcastling.runtime.model import ExportedModel
+from mmcastling.runtime.postprocess import (
+    paste_masks,
+    resize_bilinear,
+    slide,
+)
+from mmcastling.runtime.preprocess import Prepared, prepare, read_image
+
+Source = str | os.PathLike[str] | np.ndarray
+
+_IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Detections:
+    """What a detector found in an image, best first.
+
+    Attributes:
+        boxes: float32 ``(N, 4)`` as x1, y1, x2, y2 in pixels of the image.
+        scores: float32 ``(N,)``.
+        labels: int64 ``(N,)``, indices into the metadata's classes.
+        masks: bool ``(N, H, W)``, or None for a detector without masks.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    masks: np.ndarray | None = None
+
+    def above(self, score: float) -> Detections:
+        """Those with at least a score."""
+        kept = self.scores >= score
+        masks = None if self.masks is None else self.masks[kept]
+        return Detections(self.boxes[kept], self.scores[kept], self.labels[kept], masks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As mmdet's ``DetInferencer`` gives it; masks as lists of rows of bools."""
+        result = dict(
+            labels=self.labels.tolist(),
+            scores=self.scores.tolist(),
+            bboxes=self.boxes.tolist(),
+        )
+        if self.masks is not None:
+            result["masks"] = self.masks.tolist()
+        return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """Scores of an image's classes ``(classes,)``, which sum to one."""
+
+    scores: np.ndarray
+    classes: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> int:
+        """The class with the highest score."""
+        return int(self.scores.argmax())
+
+    def to_dict(self) -> dict[str, Any]:
+        """As mmpretrain's ``ImageClassificationInferencer`` gives it."""
+        result = dict(
+            pred_scores=self.scores,
+            pred_label=self.label,
+            pred_score=float(self.scores[self.label]),
+        )
+        if self.classes:
+            result["pred_class"] = self.classes[self.label]
+        return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmentation:
+    """The class of every pixel.
+
+    Attributes:
+        labels: int64 ``(H, W)``, indices into the metadata's classes.
+        logits: float32 ``(classes, H, W)``.
+    """
+
+    labels: np.ndarray
+    logits: np.ndarray
+
+    def to_dict(self) -> dict[str, Any]:
+        """As mmseg's ``MMSegInferencer`` gives it."""
+        return dict(predictions=self.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """Outputs of a backbone, float32, ``(C, h, w)`` or ``(C,)`` each."""
+
+    maps: tuple[np.ndarray, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """By the names of the outputs."""
+        return {f"feature_{index}": value for index, value in enumerate(self.maps)}
+
+
+Prediction = Detections | Classification | Segmentation | Features
+
+
+class ExportedInferencer:
+    """From images to predictions in the image's own pixels.
+
+    Args:
+        model: An exported file, or a loaded :class:`ExportedModel`.
+        runtime: As in :func:`~mmcastling.runtime.load_exported`.
+        threads: As there.
+
+    Attributes:
+        model: The loaded model.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | ExportedModel,
+        runtime: str | None = None,
+        threads: int | None = None,
+    ) -> None:
+        if not isinstance(model, ExportedModel):
+            model = ExportedModel(model, runtime, threads)
+        self.model = model
+
+    @property
+    def metadata(self) -> ExportMetadata:
+        """What the file says about its model."""
+        return self.model.metadata
+
+    def __call__(self, inputs: Source | Sequence[Source]) -> dict[str, list[Any]]:
+        """Predict as the toolboxes' inferencers do.
+
+        Args:
+            inputs: An image ``(H, W, 3)`` in BGR, the path of one, a folder of images,
+                or a list of images and paths.
+
+        Returns:
+            ``{'predictions': [...]}``, a dict of plain values for each image.
+        """
+        return {"predictions": [self.predict(x).to_dict() for x in _listed(inputs)]}
+
+    def predict(self, image: Source) -> Prediction:
+        """Predict one image.
+
+        Args:
+            image: ``(H, W, 3)`` in BGR, or the path of an image file.
+
+        Raises:
+            ExportedModelError: If the image cannot be read or the file cannot take it.
+        """
+        return self.predict_prepared(prepare(read_image(image), self.metadata))
+
+    def predict_prepared(self, prepared: Prepared) -> Prediction:
+        """Predict what has been preprocessed, by this or another pipeline."""
+        if self.metadata.kind == "segmentor":
+            return self._segment(prepared)
+        outputs = self.model(prepared.batch, prepared.size)
+        if self.metadata.kind == "classifier":
+            return Classification(outputs["scores"][0], self.metadata.classes)
+        if self.metadata.kind == "backbone":
+            return Features(tuple(value[0] for value in outputs.values()))
+        scale = np.array([*prepared.scale, *prepared.scale], np.float32)
+        boxes = outputs["boxes"] / scale
+        masks = outputs.get("masks")
+        if masks is not None:
+            threshold = self.metadata.mask_threshold
+            masks = paste_masks(masks, boxes, prepared.original, threshold)
+        return Detections(boxes, outputs["scores"], outputs["labels"], masks)
+
+    def _segment(self, prepared: Prepared) -> Segmentation:
+        options = self.metadata.segmentation
+        if options.get("mode") == "slide":
+            logits = slide(lambda x: self.model(x)["logits"], prepared.batch, options)
+        else:
+            logits = self.model(prepared.batch)["logits"]
+        height, width = prepared.size
+        logits = logits[0, :, :height, :width]
+        corners = options.get("align_corners", False)
+        logits = resize_bilinear(logits, prepared.original, corners)
+        if len(logits) > 1:
+            return Segmentation(logits.argmax(axis=0), logits)
+        probability = 1 / (1 + np.exp(-logits[0]))
+        labels = probability > options.get("threshold", 0.3)
+        return Segmentation(labels.astype(np.int64), logits)
+
+
+def _listed(inputs: Source | Sequence[Source]) -> list[Source]:
+    if isinstance(inputs, np.ndarray):
+        return [inputs]
+    if not isinstance(inputs, (str, os.PathLike)):
+        return list(inputs)
+    folder = Path(inputs)
+    if not folder.is_dir():
+        return [inputs]
+    images = sorted(p for p in folder.iterdir() if p.suffix.lower() in _IMAGES)
+    if not images:
+        raise ExportedModelError(
+            f"the folder {folder} holds no images: expected files that end in "
+            f"{sorted(_IMAGES)}"
+        )
+    return list(images)

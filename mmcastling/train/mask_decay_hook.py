@@ -1,0 +1,277 @@
+"""MaskDecayHook: the auxiliary masks go to zero while the model trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from mmengine.dist import all_reduce
+from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.runner import Runner
+
+from mmcastling.attention import MaskThreshold
+from mmcastling.registry import HOOKS
+from mmcastling.verbs import (
+    MASK_META_KEY,
+    castling_modules,
+    restore_mask,
+    set_mask,
+)
+
+# The smaller end of an exponential curve is this fraction of its larger end: about 1/N
+# at the 1,024 tokens of a small dense task.
+_EXP_RANGE = math.exp(-7.0)
+
+
+def _exp_growth(t: float) -> float:
+    return (_EXP_RANGE ** (1.0 - t) - _EXP_RANGE) / (1.0 - _EXP_RANGE)
+
+
+CURVES: dict[str, Callable[[float, bool], float]] = {
+    "linear": lambda t, rising: t,
+    "cosine": lambda t, rising: (1.0 - math.cos(math.pi * t)) / 2.0,
+    # Exponential in the value itself: slow near its small end, fast near its large one.
+    "exp": lambda t, rising: _exp_growth(t) if rising else 1.0 - _exp_growth(1.0 - t),
+}
+MODES = ("threshold", "weight", "none")
+
+
+@MMENGINE_HOOKS.register_module()
+@HOOKS.register_module()
+class MaskDecayHook(Hook):
+    """Decay the auxiliary softmax masks of a castled model to zero during training.
+
+    The state is a pure function of training progress (finished iterations over all
+    iterations), never of the previous state, so that resume, gradient accumulation and
+    EMA cannot bend it. Configured in ``custom_hooks`` of any OpenMMLab toolbox::
+
+        custom_hooks = [dict(type='MaskDecayHook', mode='threshold', finish=0.7)]
+
+    Args:
+        mode: ``'threshold'`` raises the threshold from ``start`` to ``end``;
+            ``'weight'`` fades the branch's weight from 1 to 0 at threshold ``start``;
+            ``'none'`` keeps ``start``, as the released code does. Defaults to
+            ``'threshold'``.
+        start: Threshold at first, a probability or a multiple of uniform attention
+            such as ``'4/N'``. Defaults to 0.02, the released value.
+        end: Threshold at last, in mode ``'threshold'``; at 1 the branch is off.
+            Defaults to 1.
+        begin: Fraction of training at which the decay begins. Defaults to 0.
+        finish: Fraction of training at which it ends. Defaults to 0.7, which leaves the
+            last part to training exactly what will be deployed.
+        curve: ``'linear'``, ``'cosine'`` or ``'exp'`` (the value itself grows or falls
+            exponentially). Defaults to ``'exp'``.
+        mask_penalty: Add the gradient of ``mask_penalty`` times the sum of all
+            surviving probabilities, while the branch is on: the masks are pushed
+            towards zero as well as cut. The sum runs over images, heads, queries and
+            keys, so with ``B`` images of ``N`` tokens it is at most ``B h N`` per
+            attention. It follows loss scaling and gradient accumulation as a term of
+            the loss would, and appears in no log. Defaults to 0.
+        val_deployed: Validate with the branch off, so that the metric in the log is the
+            one that ships. Defaults to True.
+        interval: Iterations between two records of the state in the log. Defaults to
+            10.
+
+    Raises:
+        ValueError: If an option is out of range, or, when training starts, if the model
+            has no castling attention with a branch.
+    """
+
+    priority = "NORMAL"
+
+    def __init__(
+        self,
+        mode: str = "threshold",
+        start: float | str = 0.02,
+        end: float | str = 1.0,
+        begin: float = 0.0,
+        finish: float = 0.7,
+        curve: str = "exp",
+        mask_penalty: float = 0.0,
+        val_deployed: bool = True,
+        interval: int = 10,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode {mode!r} is not known: choose one of {MODES}")
+        if curve not in CURVES:
+            raise ValueError(
+                f"curve {curve!r} is not known: choose one of {tuple(CURVES)}"
+            )
+        for name, value in (("begin", begin), ("finish", finish)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(
+                    f"{name}={value!r} is not a fraction of training: give a number "
+                    "from 0 to 1"
+                )
+        if begin > finish:
+            raise ValueError(
+                f"begin={begin!r} is after finish={finish!r}: the decay must begin "
+                "before it finishes"
+            )
+        if not 0.0 <= mask_penalty < math.inf:
+            raise ValueError(
+                f"mask_penalty={mask_penalty!r} must be a finite number that is not "
+                "negative"
+            )
+        if interval < 1:
+            raise ValueError(f"interval={interval!r} must be at least 1 iteration")
+        self.mode = mode
+        self.start = MaskThreshold.parse(start)
+        self.end = MaskThreshold.parse(end)
+        self.begin = begin
+        self.finish = finish
+        self.curve = curve
+        self.mask_penalty = mask_penalty
+        self.val_deployed = val_deployed
+        self.interval = interval
+        self._masks_before_val: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def state_at(self, progress: float) -> tuple[MaskThreshold, float]:
+        """The masks' state at a point of training: a pure function.
+
+        Args:
+            progress: Fraction of training, from 0 to 1.
+
+        Returns:
+            The threshold and the weight in force.
+        """
+        if progress >= self.finish:
+            t = 1.0
+        elif progress <= self.begin:
+            t = 0.0
+        else:
+            t = (progress - self.begin) / (self.finish - self.begin)
+        curve = CURVES[self.curve]
+        if self.mode == "threshold":
+            return self.start.interpolate(self.end, curve(t, True)), 1.0
+        if self.mode == "weight":
+            return self.start, 1.0 - curve(t, False) if t < 1.0 else 0.0
+        return self.start, 1.0
+
+    @staticmethod
+    def progress(iteration: int, max_iters: int) -> float:
+        """Fraction of training at an iteration, 1 at the last one."""
+        return min(1.0, iteration / max(1, max_iters - 1))
+
+    # -- what MMEngine calls -----------------------------------------------------------
+
+    def before_train(self, runner: Runner) -> None:
+        if not any(True for _ in castling_modules(runner.model)):
+            raise ValueError(
+                "MaskDecayHook found no castling attention with an auxiliary branch: "
+                "castle the backbone (for example type='mmcastling.CastlingViT' with "
+                "attention=dict(type='castling')), build it with deploy=False, or "
+                "remove the hook from custom_hooks"
+            )
+
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None
+    ) -> None:
+        self._apply(runner)
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Any = None,
+    ) -> None:
+        due = self.every_n_train_iters(runner, self.interval)
+        if due or runner.iter == 0 or self.is_last_train_iter(runner):
+            self._log(runner)
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        self._masks_before_val = []
+        if self.val_deployed:
+            for _, module in castling_modules(runner.model):
+                state = (
+                    module.mask_threshold,
+                    module.mask_weight,
+                    module.mask_penalty,
+                )
+                self._masks_before_val.append((module, state))
+                module.set_mask(1.0)
+
+    def after_val_epoch(
+        self, runner: Runner, metrics: dict[str, float] | None = None
+    ) -> None:
+        for module, state in self._masks_before_val:
+            module.set_mask(*state)
+        self._masks_before_val = []
+
+    def before_save_checkpoint(
+        self, runner: Runner, checkpoint: dict[str, Any]
+    ) -> None:
+        threshold, weight = self._state(runner)
+        checkpoint.setdefault("meta", {})[MASK_META_KEY] = dict(
+            mode=self.mode,
+            threshold=str(threshold),
+            weight=weight,
+            progress=self.progress(runner.iter, runner.max_iters),
+        )
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        restore_mask(runner.model, checkpoint)
+
+    def after_train(self, runner: Runner) -> None:
+        self._apply(runner)
+        modules = [module for _, module in castling_modules(runner.model)]
+        if any(module.mask_is_on for module in modules):
+            threshold, weight = self._state(runner)
+            runner.logger.warning(
+                "training ended with the auxiliary softmax branch still on "
+                f"(threshold {threshold}, weight {weight:g}): pruning it will change "
+                "the output. Use mode='weight', or mode='threshold' with end=1"
+            )
+
+    # -- the state ---------------------------------------------------------------------
+
+    def _state(self, runner: Runner) -> tuple[MaskThreshold, float]:
+        return self.state_at(self.progress(runner.iter, runner.max_iters))
+
+    def _apply(self, runner: Runner) -> None:
+        penalty = self.mask_penalty
+        if penalty:
+            penalty *= _loss_factor(runner.optim_wrapper)
+        set_mask(runner.model, *self._state(runner), penalty)
+
+    def _log(self, runner: Runner) -> None:
+        threshold, weight = self._state(runner)
+        modules = [module for _, module in castling_modules(runner.model)]
+        density = torch.stack([module.mask_density for module in modules])
+        all_reduce(density, "mean")  # over processes, all of which are here
+        densities = density.tolist()
+        scalars = dict(
+            threshold=threshold.probability, weight=weight, density=_mean(densities)
+        )
+        if self.start.multiple or self.end.multiple:
+            scalars["threshold_uniform"] = threshold.multiple
+        scalars |= {
+            f"density_{name}": _mean(group)
+            for name, group in _layer_groups(densities).items()
+        }
+        for name, value in scalars.items():
+            # LoggerHook hands every scalar under 'train/' to all visualizer backends.
+            runner.message_hub.update_scalar(f"train/mask_{name}", value)
+
+
+def _loss_factor(optim_wrapper: OptimWrapper) -> float:
+    """What the optimizer wrapper multiplies the loss by before its backward pass."""
+    factor = optim_wrapper.scale_loss(torch.ones(())).item()
+    scaler = getattr(optim_wrapper, "loss_scaler", None)
+    return factor if scaler is None else factor * scaler.get_scale()
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _layer_groups(values: list[float]) -> dict[str, list[float]]:
+    """Split per-layer values, in order of depth, into thirds."""
+    names = ("early", "middle", "late")[: len(values)]
+    n, g = len(values), len(names)
+    return {name: values[i * n // g : (i + 1) * n // g] for i, name in enumerate(names)}

@@ -1,0 +1,54 @@
+"""What the commands load into a model before they run it."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from mmcastling.attention import MaskThreshold
+from mmcastling.deploy import deploy_checkpoint
+from mmcastling.models import CastlingLeViT
+from mmcastling.registry import type_name
+from mmcastling.run.runner import load_trained
+from mmcastling.verbs import MASK_META_KEY, castling_modules, switch_to_deploy
+
+ARCH = dict(embed_dims=[32], key_dims=[8], num_heads=[2], depths=[1])
+
+
+def built(seed):
+    torch.manual_seed(seed)
+    return CastlingLeViT(ARCH, out_indices=(0,)).eval()
+
+
+def test_a_deployed_checkpoint_loads_into_the_model_of_its_training_config():
+    """Its batch norms are folded away, so the model must be deployed before."""
+    deployed = switch_to_deploy(built(0))
+    model = built(1)
+    load_trained(model, deploy_checkpoint(deployed, {}), "deployed.pth")
+    assert not list(castling_modules(model))
+    x = torch.randn(1, 3, 64, 64)
+    assert_close(model(x)[0], deployed(x)[0], rtol=0, atol=0)
+
+
+def test_a_training_checkpoint_brings_its_masks():
+    source, model = built(0), built(1)
+    state = dict(threshold="4/N", weight=0.5)
+    checkpoint = dict(meta={MASK_META_KEY: state}, state_dict=source.state_dict())
+    load_trained(model, checkpoint, "epoch_1.pth")
+    for _, module in castling_modules(model):
+        assert module.mask_threshold == MaskThreshold.parse("4/N")
+        assert module.mask_weight == 0.5
+    x = torch.randn(1, 3, 64, 64)
+    load_trained(source, checkpoint, "epoch_1.pth")
+    assert_close(model(x)[0], source(x)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("Resize", "Resize"),
+        ("mmdet.Resize", "Resize"),
+        (MaskThreshold, "MaskThreshold"),
+    ],
+)
+def test_a_type_is_named_without_its_scope(kind, name):
+    assert type_name(kind) == name

@@ -1,0 +1,344 @@
+"""MaskDecayHook: the schedule as a pure function, and inside a real Runner."""
+
+import json
+import logging
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader
+
+from mmcastling.attention import (
+    CastlingAttention,
+    MaskThreshold,
+    naive_masked_softmax_attention,
+)
+from mmcastling.train import MaskDecayHook
+from mmcastling.verbs import castling_modules, set_mask, switch_to_deploy
+
+# -- the schedule ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("curve", ["linear", "cosine", "exp"])
+@pytest.mark.parametrize("mode", ["threshold", "weight"])
+def test_schedule_starts_at_start_ends_off_and_is_monotonic(mode, curve):
+    hook = MaskDecayHook(mode=mode, begin=0.2, finish=0.6, curve=curve)
+    states = [hook.state_at(i / 100) for i in range(101)]
+    assert states[0] == states[20] == (MaskThreshold(0.02), 1.0)
+    thresholds = [threshold.probability for threshold, _ in states]
+    weights = [weight for _, weight in states]
+    assert thresholds == sorted(thresholds)
+    assert weights == sorted(weights, reverse=True)
+    on = [not t.rejects_all and w > 0 for t, w in states]
+    assert all(on[:60]) and not any(on[60:])
+    assert thresholds[-1] == (1.0 if mode == "threshold" else 0.02)
+
+
+def test_mode_none_is_the_released_fixed_threshold():
+    hook = MaskDecayHook(mode="none")
+    assert {hook.state_at(i / 10) for i in range(11)} == {(MaskThreshold(0.02), 1.0)}
+
+
+def test_curves_at_half_way():
+    def half(**options):
+        threshold, weight = MaskDecayHook(
+            start=0.0, begin=0.0, finish=1.0, **options
+        ).state_at(0.5)
+        return weight if options["mode"] == "weight" else threshold.probability
+
+    assert half(mode="threshold", curve="linear") == pytest.approx(0.5)
+    assert half(mode="weight", curve="cosine") == pytest.approx(0.5)
+    # (sqrt(r) - r) / (1 - r) with r = exp(-7): near the small end for both modes.
+    assert half(mode="threshold", curve="exp") == pytest.approx(0.0293, abs=1e-4)
+    assert half(mode="weight", curve="exp") == pytest.approx(0.0293, abs=1e-4)
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_state_depends_on_progress_alone(first, second):
+    used, fresh = MaskDecayHook(start="4/N"), MaskDecayHook(start="4/N")
+    used.state_at(first)
+    assert used.state_at(second) == fresh.state_at(second)
+
+
+def test_thresholds_in_units_of_uniform_attention_rise_to_a_probability():
+    threshold, _ = MaskDecayHook(start="4/N", curve="linear", finish=1.0).state_at(0.5)
+    assert (threshold.probability, threshold.multiple) == (0.5, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(mode="fade"), "'fade' is not known"),
+        (dict(curve="step"), "'step' is not known"),
+        (dict(begin=0.8, finish=0.2), r"begin=0\.8 is after finish=0\.2"),
+        (dict(finish=1.5), r"finish=1\.5 is not a fraction"),
+        (dict(start=1.5), r"1\.5 is outside \[0, 1\]"),
+        (dict(end=-0.1), r"-0\.1 is outside \[0, 1\]"),
+        (dict(start="4/M"), "'4/M' is not understood"),
+        (dict(interval=0), "interval=0"),
+        (dict(mask_penalty=-0.1), r"mask_penalty=-0\.1 must be a finite number"),
+        (dict(mask_penalty=math.inf), "mask_penalty=inf must be a finite number"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        MaskDecayHook(**options)
+
+
+# -- inside a Runner -------------------------------------------------------------------
+
+
+class Toy(BaseModel):
+    """Two castling attentions on random tokens; notes the masks of every forward."""
+
+    def __init__(self, deploy=False):
+        super().__init__()
+        self.first = CastlingAttention(8, 2, deploy=deploy)
+        self.second = CastlingAttention(8, 2, deploy=deploy)
+        self.seen = []
+
+    def forward(self, inputs, mode="tensor"):
+        if not self.first.deploy:
+            state = (self.first.mask_threshold, self.first.mask_weight)
+            self.seen.append((mode, *state))
+        x = self.second(self.first(inputs))
+        return {"loss": x.square().mean()} if mode == "loss" else [x.mean()]
+
+
+class Nothing(BaseMetric):
+    """A metric that asks for nothing."""
+
+    def process(self, data_batch, data_samples):
+        self.results.append(0.0)
+
+    def compute_metrics(self, results):
+        return {"nothing": 0.0}
+
+
+def run(
+    tmp_path,
+    model=None,
+    max_iters=8,
+    resume=False,
+    val=None,
+    epochs=None,
+    optim_wrapper=None,
+    **hook,
+):
+    data = [{"inputs": torch.randn(6, 8)} for _ in range(4)]
+    loop = dict(by_epoch=False, max_iters=max_iters, val_interval=val or 10**6)
+    if epochs is not None:
+        loop = dict(by_epoch=True, max_epochs=epochs)
+    run.count = getattr(run, "count", 0) + 1
+    options = dict(type="MaskDecayHook", interval=1, **hook)
+    runner = Runner(
+        model=model or Toy(),
+        work_dir=str(tmp_path),
+        train_dataloader=DataLoader(data, batch_size=1),
+        train_cfg=loop,
+        val_dataloader=DataLoader(data, batch_size=1) if val else None,
+        val_cfg=dict() if val else None,
+        val_evaluator=Evaluator(Nothing()) if val else None,
+        optim_wrapper=dict(
+            optimizer=dict(type="SGD", lr=1e-3), **(optim_wrapper or {})
+        ),
+        custom_hooks=[options],
+        default_hooks=dict(
+            checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=4),
+            logger=dict(type="LoggerHook", interval=1),
+        ),
+        log_processor=dict(by_epoch=epochs is not None),
+        visualizer=dict(
+            type="Visualizer",
+            vis_backends=[dict(type="LocalVisBackend")],
+            name=f"mask_decay_{run.count}",
+        ),
+        resume=resume,
+        experiment_name=f"mask_decay_{run.count}",
+        randomness=dict(seed=0),
+    )
+    runner.train()
+    return runner
+
+
+def load(path):
+    return torch.load(path, weights_only=False)
+
+
+def test_reached_from_the_root_registry():
+    assert HOOKS.get("MaskDecayHook") is MaskDecayHook
+    assert HOOKS.get("mmcastling.MaskDecayHook") is MaskDecayHook
+
+
+@pytest.mark.parametrize("epochs", [None, 2], ids=["by_iter", "by_epoch"])
+def test_masks_follow_the_schedule_iteration_by_iteration(tmp_path, epochs):
+    model = Toy()
+    run(tmp_path, model, max_iters=8, epochs=epochs, finish=0.5, curve="linear")
+    hook = MaskDecayHook(finish=0.5, curve="linear")
+    expected = [("loss", *hook.state_at(i / 7)) for i in range(8)]
+    assert model.seen == expected
+    assert not any(module.mask_is_on for _, module in castling_modules(model))
+
+
+def test_resume_continues_the_schedule_of_an_uninterrupted_run(tmp_path):
+    whole = Toy()
+    run(tmp_path / "whole", whole, max_iters=8, finish=1.0)
+    parted = tmp_path / "parted"
+    run(parted, max_iters=8, finish=1.0)
+    (parted / "last_checkpoint").write_text(str(parted / "iter_4.pth"))
+    resumed = Toy()
+    run(parted, resumed, max_iters=8, finish=1.0, resume=True)
+    assert resumed.seen == whole.seen[4:]
+
+
+def test_validation_sees_the_deployed_graph_and_training_goes_on(tmp_path):
+    model = Toy()
+    run(tmp_path, model, max_iters=4, val=2, finish=1.0, curve="linear")
+    validated = {state[1:] for state in model.seen if state[0] == "predict"} | {
+        state[1:] for state in model.seen if state[0] == "tensor"
+    }
+    assert validated == {(MaskThreshold(1.0), 1.0)}
+    trained = [t.probability for mode, t, _ in model.seen if mode == "loss"]
+    assert trained == pytest.approx([0.02, 0.02 + 0.98 / 3, 0.02 + 0.98 * 2 / 3, 1.0])
+
+
+def test_validation_can_keep_the_branch(tmp_path):
+    model = Toy()
+    run(tmp_path, model, max_iters=2, val=1, mode="none", val_deployed=False)
+    assert {t.probability for _, t, _ in model.seen} == {0.02}
+
+
+class Penalised(Toy):
+    """One castling attention, and a penalty that is written into the loss."""
+
+    def __init__(self, penalty):
+        super().__init__()
+        self.second = nn.Identity()
+        self.penalty = penalty
+
+    def forward(self, inputs, mode="tensor"):
+        result = super().forward(inputs, mode)
+        if mode == "loss":
+            qkv = self.first.qkv(inputs).reshape(len(inputs), -1, 3, 2, 4)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            rows = naive_masked_softmax_attention(
+                q, k, torch.ones_like(v), threshold=self.first.mask_threshold
+            )
+            result["penalty"] = self.penalty * rows[..., 0].sum()
+            result["loss"] = result["loss"] + result["penalty"]
+        return result
+
+
+@pytest.mark.parametrize("counts", [1, 2], ids=["plain", "accumulated"])
+def test_penalty_trains_as_a_term_of_the_loss_does(tmp_path, counts):
+    def weights(penalty_in_loss, **hook):
+        torch.manual_seed(0)
+        model = Penalised(penalty_in_loss)
+        run(
+            tmp_path / str(penalty_in_loss) / str(bool(hook)),
+            model,
+            max_iters=5,
+            optim_wrapper=dict(accumulative_counts=counts),
+            start=0.1,
+            **hook,
+        )
+        return model.first.qkv.weight.detach()
+
+    by_hook, in_loss = weights(0.0, mask_penalty=5.0), weights(5.0)
+    assert_close(by_hook, in_loss)
+    assert (by_hook - weights(0.0)).abs().max() > 1e-4
+
+
+def test_penalty_follows_the_loss_scale_of_mixed_precision():
+    class Wrapper(OptimWrapper):
+        loss_scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+    model = Toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    runner = SimpleNamespace(
+        model=model,
+        iter=0,
+        max_iters=9,
+        optim_wrapper=Wrapper(optimizer, accumulative_counts=4),
+    )
+    MaskDecayHook(mask_penalty=0.5).before_train_iter(runner, 0)
+    assert model.first.mask_penalty == model.second.mask_penalty == 0.5 * 8 / 4
+
+
+def test_state_is_logged_to_every_backend(tmp_path):
+    runner = run(tmp_path, max_iters=4, start="0.5/N", finish=0.6, curve="linear")
+    (scalars,) = tmp_path.glob("*/vis_data/scalars.json")
+    lines = [json.loads(line) for line in scalars.read_text().splitlines()]
+    assert [line["mask_threshold"] for line in lines] == pytest.approx(
+        [0.0, (1 / 3) / 0.6, 1.0, 1.0]
+    )
+    assert lines[0]["mask_threshold_uniform"] == 0.5
+    densities = [line["mask_density"] for line in lines]
+    assert densities[0] > 0.0 and densities[-1] == 0.0
+    first = lines[0]
+    assert first["mask_density"] == pytest.approx(
+        (first["mask_density_early"] + first["mask_density_middle"]) / 2
+    )
+    assert runner.message_hub.get_scalar("train/mask_weight").current() == 1.0
+
+
+def test_checkpoints_carry_the_state_and_loading_restores_it(tmp_path):
+    run(tmp_path, max_iters=8, finish=1.0, curve="linear")
+    state = load(tmp_path / "iter_4.pth")["meta"]["mask_decay"]
+    assert state["threshold"] == f"{0.02 + 0.98 * 3 / 7:g}"
+    assert state["weight"] == 1.0
+    model = Toy()
+    hook = MaskDecayHook()
+    runner = type("R", (), {"model": model})
+    hook.after_load_checkpoint(runner, load(tmp_path / "iter_4.pth"))
+    assert model.first.mask_threshold.probability == pytest.approx(0.44)
+    hook.after_load_checkpoint(runner, load(tmp_path / "iter_8.pth"))
+    assert not model.first.mask_is_on
+
+
+def test_a_branch_left_on_is_warned_about(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        runner = run(tmp_path, max_iters=2, mode="none")
+    log = next(tmp_path.glob("*/*.log")).read_text()
+    assert "auxiliary softmax branch still on" in log
+    assert runner.iter == 2
+
+
+def test_no_warning_once_the_masks_are_zero(tmp_path):
+    run(tmp_path, max_iters=4)
+    assert "still on" not in next(tmp_path.glob("*/*.log")).read_text()
+
+
+@pytest.mark.parametrize("kind", ["deployed", "not_castled"])
+def test_a_model_without_a_branch_is_an_error(tmp_path, kind):
+    model = Toy(deploy=True)
+    if kind == "not_castled":
+        model.first, model.second = nn.Linear(8, 8), nn.Identity()
+    with pytest.raises(ValueError, match="found no castling attention"):
+        run(tmp_path, model, max_iters=1)
+
+
+# -- the verbs -------------------------------------------------------------------------
+
+
+def test_verbs_on_a_model():
+    model = Toy()
+    assert [name for name, _ in castling_modules(model)] == ["first", "second"]
+    assert set_mask(model, "4/N", 0.5) == 2
+    assert str(model.second.mask_threshold) == "4/N"
+    copied = switch_to_deploy(model)
+    assert copied is not model and len(list(castling_modules(model))) == 2
+    assert switch_to_deploy(model, inplace=True) is model
+    assert list(castling_modules(model)) == []
+    with pytest.raises(ValueError, match="Toy has no castling attention"):
+        set_mask(model, 0.5)
