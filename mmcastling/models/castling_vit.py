@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from mmcv.cnn.bricks.drop import build_dropout
+from mmengine.logging import MMLogger
 from mmengine.model.weight_init import trunc_normal_
 from mmpretrain.models.backbones import VisionTransformer
 from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLayer
@@ -26,6 +26,7 @@ from mmcastling.models.common import (
     check_out_indices,
 )
 from mmcastling.models.conv_ffn import ConvFFN
+from mmcastling.models.position_embedding import fit_position_embedding
 from mmcastling.models.stem import ConvStem
 from mmcastling.registry import MODELS
 
@@ -243,16 +244,18 @@ class CastlingViT(CastledBackbone, VisionTransformer):
     def _prepare_pos_embed(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # mmpretrain's hook expects the positions of this model's own class tokens.
+        # In place of mmpretrain's, which expects this model's own class tokens.
         name = f"{prefix}pos_embed"
         if name in state_dict and state_dict[name].shape != self.pos_embed.shape:
-            held = sum(f"{prefix}{token}" in state_dict for token in TOKENS)
-            wanted = self.num_extra_tokens
-            patches = self.pos_embed.shape[1] - wanted
-            state_dict[name] = _fit_token_positions(
-                state_dict[name], held, wanted, patches
+            state_dict[name], note = fit_position_embedding(
+                state_dict[name],
+                sum(f"{prefix}{token}" in state_dict for token in TOKENS),
+                tuple(self.patch_resolution),
+                self.num_extra_tokens,
+                self.interpolate_mode,
             )
-        super()._prepare_pos_embed(state_dict, prefix, *args, **kwargs)
+            if note:
+                MMLogger.get_current_instance().info(f"{name}: {note}")
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Extract features.
@@ -330,33 +333,6 @@ class CastlingViT(CastledBackbone, VisionTransformer):
                 self.dist_token.requires_grad = False
 
 
-def _fit_token_positions(table: Tensor, held: int, wanted: int, patches: int) -> Tensor:
-    """Bring the positions of class tokens in a table ``(1, N, C)`` to a number.
-
-    Missing ones become zero, and of two the distillation token's, the second, is
-    removed first. A table of neither a square grid nor the model's own number of
-    patches is left as it is.
-
-    Args:
-        table: The position embedding of a file.
-        held: How many class tokens the file has; a file may also hold more positions
-            for them, or none.
-        wanted: How many the model has.
-        patches: The model's own number of patches.
-    """
-    for count in (held, 1, 2, 0):
-        rest = table.shape[1] - count
-        if rest == patches or _is_square(rest):
-            extra = table[:, : min(count, wanted)]
-            extra = nn.functional.pad(extra, (0, 0, 0, wanted - extra.shape[1]))
-            return torch.cat((extra, table[:, count:]), dim=1)
-    return table
-
-
 def _is_traced() -> bool:
     """Whether what is computed now becomes a graph for all sizes."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
-
-
-def _is_square(number: int) -> bool:
-    return number > 0 and math.isqrt(number) ** 2 == number

@@ -47,70 +47,55 @@ def check_pretrained(
     """
     whose = f"init_cfg of {type(backbone).__name__}: {checkpoint}"
     loaded = CheckpointLoader.load_checkpoint(checkpoint, "cpu", "silent")
+    start = "" if prefix is None else prefix.removesuffix(".") + "."
     try:
         weights = weights_of(loaded)
+        inside = {
+            name.removeprefix(start): value
+            for name, value in weights.items()
+            if name.startswith(start) and isinstance(value, Tensor)
+        }
+        found = prepared_weights(backbone, inside)
     except CheckpointError as error:
         raise CheckpointError(f"{whose}: {error}. {_ADVICE}") from error
-    start = "" if prefix is None else prefix.removesuffix(".") + "."
-    found = {
-        name.removeprefix(start): value
-        for name, value in weights.items()
-        if name.startswith(start) and isinstance(value, Tensor)
-    }
-    try:
-        found = _prepared(backbone, found)
-    except AssertionError as error:  # mmpretrain's, of the position embedding
-        raise CheckpointError(
-            f"{whose}: its position embedding cannot be resized, as it is of no square "
-            "image. Import it with the --img-size of the backbone"
-        ) from error
     own = dict(backbone.named_parameters())
-    fits = {n for n, p in own.items() if n in found and found[n].shape == p.shape}
-    groups = {"its": set(own), "its attentions'": _attention_parameters(backbone)}
-    shares = {
-        what: _elements(own, fits & names) / max(1, _elements(own, names))
-        for what, names in groups.items()
-        if names
-    }
-    what = next((what for what in shares if shares[what] < REQUIRED_SHARE), None)
-    if what is None:
-        return
-    names = groups[what]
-    shapes = [
-        f"{n} is {tuple(found[n].shape)}, expected {tuple(p.shape)}"
-        for n, p in own.items()
-        if n in found and n in names - fits
-    ]
-    missing = [f"no {name}" for name in own if name in names and name not in found]
-    named = f" under the prefix {prefix!r}" if prefix is not None else ""
-    raise CheckpointError(
-        f"{whose} has only {len(fits & names)} of {what} {len(names)} parameters"
-        f"{named} ({shares[what]:.1%} of their elements; at least {REQUIRED_SHARE:.0%} "
-        f"are needed): "
-        f"{'; '.join((shapes + missing)[:4])}; the file's names begin with "
-        f"{list(weights)[:2]}. {_ADVICE}, and check arch and prefix"
-    )
-
-
-def _elements(parameters: dict[str, nn.Parameter], names: set[str]) -> int:
-    return sum(parameters[name].numel() for name in names)
-
-
-def _attention_parameters(backbone: nn.Module) -> set[str]:
-    """Names of parameters in modules that project to queries, keys and values."""
-    return {
-        f"{name}.{parameter}"
+    attentions = [
+        f"{name}."
         for name, module in backbone.named_modules()
         if hasattr(module, "proj") and (hasattr(module, "qkv") or hasattr(module, "kv"))
-        for parameter, _ in module.named_parameters()
-    }
+    ]
+    for what, names in (
+        ("its", list(own)),
+        ("its attentions'", [n for n in own if n.startswith(tuple(attentions))]),
+    ):
+        held = [n for n in names if n in found]
+        fits = [n for n in held if found[n].shape == own[n].shape]
+        misses = [
+            f"{n} is {tuple(found[n].shape)}, expected {tuple(own[n].shape)}"
+            for n in held
+            if n not in fits
+        ]
+        misses += [f"no {n}" for n in names if n not in found]
+        total = sum(own[n].numel() for n in names)
+        share = sum(own[n].numel() for n in fits) / max(1, total)
+        if names and share < REQUIRED_SHARE:
+            named = f" under the prefix {prefix!r}" if prefix is not None else ""
+            raise CheckpointError(
+                f"{whose} has only {len(fits)} of {what} {len(names)} parameters"
+                f"{named} ({share:.1%} of their elements; at least "
+                f"{REQUIRED_SHARE:.0%} are needed): {'; '.join(misses[:4])}; the "
+                f"file's names begin with {list(weights)[:2]}. {_ADVICE}, and check "
+                "arch and prefix"
+            )
 
 
-def _prepared(backbone: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights as the modules' own hooks, which resize tables, would pass them."""
+def prepared_weights(
+    module: nn.Module, weights: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Weights as the hooks of a module, which resize tables, would pass them to it."""
     weights = dict(weights)
-    for name, module in backbone.named_modules():
+    for name, part in module.named_modules():
         prefix = f"{name}." if name else ""
-        for hook in module._load_state_dict_pre_hooks.values():
+        for hook in part._load_state_dict_pre_hooks.values():
             hook(weights, prefix, {}, False, [], [], [])
     return weights

@@ -15,67 +15,46 @@ def run_importer(family: str, description: str) -> None:
         family: A key of :data:`mmcastling.weights.FAMILIES`.
         description: What the command does.
     """
-    args = make_parser(FAMILIES[family], description).parse_args()
-    size = args.img_size  # one number or two
-    report = import_checkpoint(
-        args.source,
-        args.destination,
-        family,
-        args.arch,
-        img_size=size[0] if size and len(size) == 1 else size,
-        in_channels=args.in_channels,
-        attention=args.attention,
-        prefix=args.prefix,
-        noise=getattr(args, "noise", 0.0),
-        dist_token=getattr(args, "dist_token", False),
-        allow_partial=args.allow_partial,
-    )
+    options = vars(make_parser(FAMILIES[family], description).parse_args())
+    source, destination = options.pop("source"), options.pop("destination")
+    size = options.pop("img_size")  # one number or two
+    size = size[0] if size and len(size) == 1 else size
+    report = import_checkpoint(source, destination, family, img_size=size, **options)
     print(report)
-    print(f"wrote {args.destination}; in a config:")
-    options = ", ".join(f"{k}={v!r}" for k, v in report.backbone.items())
+    print(f"wrote {destination}; in a config:")
+    given = ", ".join(f"{key}={value!r}" for key, value in report.backbone.items())
     print(
-        f"    backbone=dict({options}, init_cfg=dict(type='Pretrained', "
-        f"checkpoint={args.destination!r}, prefix='backbone.'))"
+        f"    backbone=dict({given}, init_cfg=dict(type='Pretrained', "
+        f"checkpoint={destination!r}, prefix='backbone.'))"
     )
 
 
 def make_parser(family: Family, description: str) -> argparse.ArgumentParser:
-    """Make the command's parser.
-
-    Args:
-        family: What it imports.
-        description: What the command does.
-    """
-    libraries = ", ".join(dialect.name for dialect in family.dialects)
+    """The parser of the command that imports a family."""
+    libraries = ", ".join(library.name for library in family.libraries)
+    archs = ", ".join(family.backbone.arch_zoo)
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "source", metavar="SRC", help=f"weights of {libraries}; .safetensors too"
-    )
-    parser.add_argument("destination", metavar="DST.pth", help="file to write")
-    parser.add_argument(
-        "--arch", required=True, help=f"one of {', '.join(family.backbone.arch_zoo)}"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("source", metavar="SRC", help=f"weights of {libraries}; .safetensors too")
+    add("destination", metavar="DST.pth", help="file to write")
+    add("--arch", required=True, help=f"one of {archs}")
+    add(
         "--img-size",
         type=int,
         nargs="+",
         metavar="N",
         help="one number or H W: resize tables of positions for it (the source's)",
     )
-    parser.add_argument(
-        "--in-channels", type=int, default=3, metavar="N", help="of the image (3)"
-    )
-    parser.add_argument(
+    add("--in-channels", type=int, default=3, metavar="N", help="of the image (3)")
+    add(
         "--attention",
         default="castling",
         metavar="TYPE",
         help="the backbone's attention (castling); softmax is the published network",
     )
-    parser.add_argument(
-        "--prefix", help="of the network's names, where the file holds several networks"
-    )
-    if family.name == "LeViT":
-        parser.add_argument(
+    add("--prefix", help="of the network's names, where the file holds several")
+    if family is FAMILIES["levit"]:
+        add(
             "--noise",
             type=float,
             default=0.01,
@@ -83,13 +62,13 @@ def make_parser(family: Family, description: str) -> argparse.ArgumentParser:
             help="relative noise on queries and keys that are repeated to the width of "
             "castled heads, so that copies can part in training (0.01)",
         )
-    if family.name == "ViT":
-        parser.add_argument(
+    if family is FAMILIES["vit"]:
+        add(
             "--dist-token",
             action="store_true",
             help="keep DeiT's distillation token (dropped with its position)",
         )
-    parser.add_argument(
+    add(
         "--allow-partial",
         action="store_true",
         help="let names pass that are unknown or missing",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -42,54 +42,35 @@ class ImportReport:
         loaded, new = sum(self.loaded.values()), sum(self.new.values())
         return loaded / max(1, loaded + new)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint's ``meta``."""
-        return {**asdict(self), "loaded_share": self.loaded_share}
-
-    def _changes_of(self, names: Iterable[str]) -> dict[str, str]:
-        return {name: self.changed[name] for name in names if name in self.changed}
-
     def __str__(self) -> str:
         options = dict(self.backbone)
         name = options.pop("type").rpartition(".")[2]
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
         inside = f" under {self.where!r}" if self.where else ""
-        lines = [
-            f"{self.source}{inside}, with the names of {self.names}, for "
-            f"{name}({', '.join(f'{k}={v!r}' for k, v in options.items())})",
-            f"loaded            {_count(self.loaded)} {self.loaded_share:7.2%} of the "
-            "backbone",
-        ]
-        lines += _by_reason(self._changes_of(self.loaded))
-        lines.append(
-            f"initialised anew  {_count(self.new)} {1 - self.loaded_share:7.2%} of the "
-            "backbone"
-        )
-        plain = [name for name in self.new if name not in self.changed]
-        lines += [f"    {text}" for text in collapse(plain)]
-        lines += _by_reason(self._changes_of(self.new))
-        lines.append(
-            f"dropped           {_count(self.dropped)} {self.dropped_share:7.2%} of "
-            "the file"
-        )
-        lines += _by_reason(self.dropped)
+        share = self.loaded_share
+        whose = f"{self.source}{inside}, with the names of {self.names}"
+        lines = [f"{whose}, for {name}({given})"]
+        for title, names, part in (
+            ("loaded", self.loaded, f"{share:7.2%} of the backbone"),
+            ("initialised anew", self.new, f"{1 - share:7.2%} of the backbone"),
+            ("dropped", self.dropped, f"{self.dropped_share:7.2%} of the file"),
+        ):
+            lines.append(f"{title:17} {len(names):4d} tensors {part}")
+            plain = [n for n in self.new if n not in self.changed and names is self.new]
+            lines += [f"    {text}" for text in collapse(plain)]
+            reasons = self.dropped if names is self.dropped else self.changed
+            lines += _by_reason({n: reasons[n] for n in names if n in reasons})
         if self.unexpected:
             lines.append("unexpected, let pass by --allow-partial:")
             lines += [f"    {text}" for text in self.unexpected]
         return "\n".join(lines)
 
 
-def _count(names: Iterable[str]) -> str:
-    return f"{len(list(names)):4d} tensors"
-
-
-def _by_reason(reasons: dict[str, str]) -> list[str]:
+def _by_reason(reasons: Mapping[str, str]) -> list[str]:
     groups: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         groups.setdefault(reason, []).append(name)
-    return [
-        f"    {reason}: {', '.join(collapse(names))}"
-        for reason, names in groups.items()
-    ]
+    return [f"    {why}: {', '.join(collapse(names))}" for why, names in groups.items()]
 
 
 def collapse(names: Iterable[str]) -> list[str]:

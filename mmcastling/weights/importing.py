@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mmcastling.attention import build_mixer
 from mmcastling.checkpoint import CheckpointError, save_atomically
 from mmcastling.models.common import image_size
-from mmcastling.models.pretrained import REQUIRED_SHARE
+from mmcastling.models.pretrained import REQUIRED_SHARE, prepared_weights
 from mmcastling.version import __version__
-from mmcastling.weights.dialect import Found, Translation, first_match, locate
-from mmcastling.weights.family import Family, Target
+from mmcastling.weights.family import Family, Library, Target
 from mmcastling.weights.import_report import ImportReport, collapse
-from mmcastling.weights.levit_weights import LeViTFamily
-from mmcastling.weights.mvit_weights import MViTFamily
-from mmcastling.weights.source import Container, read_source
-from mmcastling.weights.vit_weights import ViTFamily
+from mmcastling.weights.levit_weights import LEVIT
+from mmcastling.weights.mvit_weights import MVIT
+from mmcastling.weights.source import Weights, read_source
+from mmcastling.weights.vit_weights import VIT
 
-FAMILIES: dict[str, Family] = {
-    "vit": ViTFamily(),
-    "levit": LeViTFamily(),
-    "mvit": MViTFamily(),
-}
+# The original MViTv2 also has the names by which timm's ViT is known: it comes first.
+FAMILIES: dict[str, Family] = {"mvit": MVIT, "levit": LEVIT, "vit": VIT}
 PREFIX = "backbone."
 """In front of every name that is written, as in mmpretrain's checkpoints."""
+PREFERRED = ("state_dict", "model", "model_state", "", "teacher")
+"""Which dictionary of a file is meant where several hold the same network."""
 
 
 def import_checkpoint(
@@ -87,17 +86,9 @@ def import_checkpoint(
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     _check_destination(source, destination)
     build_mixer(dict(type=attention), num_heads=1, head_dims=8)  # known?
-    target = Target(
-        arch,
-        None if img_size is None else image_size(img_size),
-        in_channels,
-        {"type": attention},
-        noise,
-        dist_token,
-    )
-    state_dict, report = import_weights(
-        read_source(source), FAMILIES[family], target, source.name, prefix
-    )
+    size = None if img_size is None else image_size(img_size)
+    target = Target(arch, size, in_channels, {"type": attention}, noise, dist_token)
+    weights, report = _import(source, FAMILIES[family], target, prefix)
     if report.unexpected and not allow_partial:
         shown = "; ".join(report.unexpected[:8])
         more = len(report.unexpected) - 8
@@ -112,153 +103,164 @@ def import_checkpoint(
             f"{source}, at least {REQUIRED_SHARE:.0%} are expected: it is of another "
             "architecture"
         )
-    meta = dict(mmcastling_version=__version__, imported=report.as_dict())
+    imported = {**asdict(report), "loaded_share": report.loaded_share}
+    meta = dict(mmcastling_version=__version__, imported=imported)
+    # Cloned, as a view would be saved with all that it is a view of.
+    state_dict = {PREFIX + name: value.clone() for name, value in weights.items()}
     save_atomically(dict(meta=meta, state_dict=state_dict), destination)
     return report
 
 
-def import_weights(
-    containers: dict[str, Container],
-    family: Family,
-    target: Target,
-    source: str,
-    prefix: str | None = None,
-) -> tuple[Container, ImportReport]:
-    """Import weights that are in memory.
+def _check_destination(source: Path, destination: Path) -> None:
+    problem = None
+    if destination.suffix != ".pth":
+        problem = "must end in .pth"
+    elif destination.is_dir():
+        problem = "is a folder: name a file"
+    elif not destination.parent.is_dir():
+        problem = f"cannot be: the folder {destination.parent} does not exist"
+    elif destination.resolve() == source.resolve():
+        problem = "is the source: choose another name"
+    if problem:
+        raise CheckpointError(f"destination {destination} {problem}")
 
-    Args:
-        containers: What :func:`mmcastling.weights.source.read_source` returned.
-        family: The family that they should be of.
-        target: What they are for.
-        source: Their file's name, for messages.
-        prefix: As in :func:`import_checkpoint`.
 
-    Returns:
-        The backbone's weights, their names after :data:`PREFIX`, and the report.
-
-    Raises:
-        CheckpointError: If they are of another family or architecture.
-    """
-    found = locate(containers, family.dialects, prefix)
-    if found is None:
-        raise CheckpointError(_foreign(containers, family, source))
-    translation = found.dialect.translate(found.weights)
-    family.check(translation.weights, target)
-    options = family.options(translation.weights, target)
-    backbone = family.build(options, target)
-    weights, changed = family.adapt(translation.weights, target, backbone)
-    missing = family.fit(weights, backbone)
-    fitted = backbone.state_dict()
+def _import(
+    source: Path, family: Family, target: Target, prefix: str | None
+) -> tuple[Weights, ImportReport]:
+    """The weights of a backbone that fit into it, and what was done to get them."""
+    containers = read_source(source)
+    library, path, inner = _find_network(containers, family, source.name, prefix)
+    inside = {
+        n.removeprefix(inner): v
+        for n, v in containers[path].items()
+        if n.startswith(inner)
+    }
+    ours = library.rename(inside)
+    weights = {
+        ours[name]: value.float() if value.is_floating_point() else value
+        for name, value in inside.items()
+    }
+    family.check(weights, target)
+    options = {"arch": target.arch}
+    if target.img_size is not None:
+        options["img_size"] = target.img_size
+    options |= family.options(weights, target)
+    if len(set(size := options.get("img_size", ()))) == 1:
+        options["img_size"] = size[0]
+    with torch.device("meta"):  # no memory, no initialisation
+        backbone = family.backbone(**options, attention=target.attention)
     if target.attention != {"type": "castling"}:
         options["attention"] = target.attention
+    own = backbone.state_dict()
+
+    ours = {name: _same_mixer(new, own) for name, new in ours.items()}
+    weights = dict(zip(ours.values(), weights.values(), strict=True))
+    given = set(weights)
+    changed = family.reshape(weights, target, backbone)
+    theirs = {new: name for name, new in ours.items()}
+    outside = [name for name in containers[path] if not name.startswith(inner)]
+    dropped = dict.fromkeys(outside, "outside the backbone")
+    unknown = []
+    for name in weights.keys() - own.keys():
+        reasons = (r for p, r in family.dropped.items() if re.fullmatch(p, name))
+        if reason := next(reasons, None):
+            dropped[theirs[name]] = reason
+        else:
+            unknown.append(theirs[name])
+    weights = {name: weights[name] for name in own if name in weights}
+    fitted = prepared_weights(backbone, weights)
+    _check_fit(fitted, own)
+    for name, value in fitted.items():
+        if (before := weights[name].shape) != value.shape:
+            changed[name] = f"resized from {tuple(before)} to {tuple(value.shape)}"
+
     report = ImportReport(
-        source=source,
-        names=found.dialect.name,
-        where=found.where,
+        source=source.name,
+        names=library.name,
+        where=f"{path}.{inner}" if path else inner,
         backbone={"type": f"mmcastling.{family.backbone.__name__}", **options},
         changed=changed,
-        dropped=dict(translation.dropped),
+        dropped=dropped,
     )
-    _account_for_ours(report, fitted, weights, set(translation.weights), family)
-    unknown = _account_for_theirs(report, fitted, weights, translation, found, family)
-    report.unexpected = [f"unknown {text}" for text in collapse(unknown)]
+    missing = []
+    for name, value in own.items():
+        is_new = re.fullmatch(family.new, name)
+        held = given if is_new else fitted
+        if not name.endswith("num_batches_tracked"):
+            (report.loaded if name in held else report.new)[name] = value.numel()
+            missing += [name] if name not in held and not is_new else []
+    report.unexpected = [f"unknown {text}" for text in collapse(sorted(unknown))]
     report.unexpected += [f"missing {text}" for text in collapse(missing)]
-    state_dict = {
-        PREFIX + name: _own_storage(value)
-        for name, value in fitted.items()
-        if not value.is_meta
-    }
-    return state_dict, report
+    sizes = {n: v.numel() for n, v in containers[path].items()}
+    lost = [*outside, *(inner + n for n in {*dropped, *unknown} if n in inside)]
+    report.dropped_share = sum(map(sizes.get, lost)) / max(1, sum(sizes.values()))
+    return fitted, report
 
 
-def _account_for_ours(
-    report: ImportReport,
-    fitted: Container,
-    weights: Container,
-    given: set[str],
-    family: Family,
-) -> None:
-    """Report what became of each parameter of the backbone."""
-    ours_alone = dict.fromkeys(family.new, "")
-    for name, value in fitted.items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        derived = name not in given and first_match(ours_alone, name) is not None
-        kind = report.new if value.is_meta or derived else report.loaded
-        kind[name] = value.numel()
-        if name in weights and weights[name].shape != value.shape:
-            before = tuple(weights[name].shape)
-            report.changed[name] = f"resized from {before} to {tuple(value.shape)}"
-
-
-def _account_for_theirs(
-    report: ImportReport,
-    fitted: Container,
-    weights: Container,
-    translation: Translation,
-    found: Found,
-    family: Family,
-) -> list[str]:
-    """Report what of the file has no place; gives the names that are not understood."""
-    unknown = list(translation.unknown)
-    for name in weights:
-        if name in fitted:
-            continue
-        original = translation.sources[name]
-        if (reason := first_match(family.no_place, name)) is not None:
-            report.dropped[original] = reason
-        else:
-            unknown.append(original)
-    report.dropped |= dict.fromkeys(found.outside, "outside the backbone")
-    sizes = {n: v.numel() for n, v in {**found.outside, **found.weights}.items()}
-    lost = {*report.dropped, *unknown}
-    dropped = sum(size for name, size in sizes.items() if name in lost)
-    report.dropped_share = dropped / max(1, sum(sizes.values()))
-    return unknown
-
-
-def _own_storage(value: Tensor) -> Tensor:
-    """A tensor that is all of its storage: else the rest would be saved as well."""
-    if value.untyped_storage().nbytes() == value.numel() * value.element_size():
-        return value.contiguous()
-    return value.clone(memory_format=torch.contiguous_format)
-
-
-def _foreign(containers: dict[str, Container], family: Family, source: str) -> str:
-    names = [name for weights in containers.values() for name in weights]
+def _find_network(
+    containers: dict[str, Weights], family: Family, source: str, prefix: str | None
+) -> tuple[Library, str, str]:
+    """A family's network in a file: whose names it has, its path and prefix."""
+    found: dict[str, tuple[Family, Library, str, str]] = {}
     for other in FAMILIES.values():
-        if other is not family and _is_in(containers, other):
-            return (
-                f"{source} holds a {other.name}, not a {family.name}: use "
-                f"{other.command}"
-            )
-    known = ", ".join(dialect.name for dialect in family.dialects)
-    return (
-        f"{source} holds no {family.name} with the names of {known}: its names begin "
-        f"with {names[:4]}"
-    )
-
-
-def _is_in(containers: dict[str, Container], family: Family) -> bool:
-    """Whether a network of a family is in a file."""
-    return any(
-        dialect.prefixes(weights)
-        for weights in containers.values()
-        for dialect in family.dialects
-    )
-
-
-def _check_destination(source: Path, destination: Path) -> None:
-    if destination.suffix != ".pth":
-        raise CheckpointError(f"destination {destination} must end in .pth")
-    if destination.is_dir():
-        raise CheckpointError(f"destination {destination} is a folder: name a file")
-    if not destination.parent.is_dir():
+        for library in other.libraries:
+            for path, held in containers.items():
+                for inner in library.prefixes(held):
+                    where = f"{path}.{inner}" if path else inner
+                    found.setdefault(where, (other, library, path, inner))
+    options = {w: place[1:] for w, place in found.items() if place[0] is family}
+    if not options and found:
+        other = next(iter(found.values()))[0]
+        tool = next(key for key, value in FAMILIES.items() if value is other)
         raise CheckpointError(
-            f"cannot write {destination}: the folder {destination.parent} does not "
-            "exist: create it"
+            f"{source} holds a {other.name}, not a {family.name}: use import_{tool}.py"
         )
-    if destination.resolve() == source.resolve():
+    if not options:
+        names = [name for weights in containers.values() for name in weights]
+        known = ", ".join(library.name for library in family.libraries)
         raise CheckpointError(
-            f"destination {destination} is the source: choose another name"
+            f"{source} holds no {family.name} with the names of {known}: its names "
+            f"begin with {names[:4]}"
+        )
+    if prefix is not None:
+        wanted = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
+        if wanted not in options:
+            raise CheckpointError(
+                f"no network has the prefix {prefix!r}; choose one of {sorted(options)}"
+            )
+        return options[wanted]
+    paths = [path for _, path, _ in options.values()]
+    best = next((path for path in PREFERRED if path in paths), paths[0])
+    if len(options) > 1 and paths.count(best) != 1:
+        raise CheckpointError(
+            f"the file holds several networks: choose one of {sorted(options)} with "
+            "--prefix"
+        )
+    return next(place for place in options.values() if place[1] == best)
+
+
+def _same_mixer(name: str, own: Weights) -> str:
+    """A name as the backbone has it: a mixer was part of its attention at first."""
+    inner = name.replace(".attn.", ".attn.mixer.")
+    outer = name.replace(".attn.mixer.", ".attn.")
+    return next((other for other in (name, inner, outer) if other in own), name)
+
+
+def _check_fit(weights: Weights, own: Weights) -> None:
+    misfits = []
+    for name, value in weights.items():
+        if value.shape != own[name].shape:
+            expected = tuple(own[name].shape)
+            misfits.append(f"{name} is {tuple(value.shape)}, expected {expected}")
+        elif own[name].is_floating_point() and not value.is_floating_point():
+            misfits.append(f"{name} is of {value.dtype}, expected floating point")
+    if misfits:
+        table = any(re.search(r"attention_biases|rel_pos", text) for text in misfits)
+        raise CheckpointError(
+            f"{len(misfits)} of the weights have another shape or type: "
+            + "; ".join(misfits[:3])
+            + table
+            * ". Only tables of square images can be resized: for others give "
+            "the source's own --img-size H W"
         )

@@ -9,43 +9,40 @@ published projections. Only where castled attention has fewer heads something is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmcastling.checkpoint import CheckpointError
-from mmcastling.weights.source import Container
+from mmcastling.weights.source import Weights
 
-# What a linear layer and its batch norm hold per output channel.
-ROWS = (
-    "linear.weight",
-    "bn.weight",
-    "bn.bias",
-    "bn.running_mean",
-    "bn.running_var",
-)
-_SCALES = ("bn.weight", "bn.bias")
-_COUNTER = "bn.num_batches_tracked"
+SCALES = ("bn.weight", "bn.bias")
+ROWS = ("linear.weight", *SCALES, "bn.running_mean", "bn.running_var")
+"""What a linear layer and its batch norm hold per output channel."""
 
 
-@dataclass(frozen=True)
-class Heads:
-    """The heads of one attention.
-
-    Args:
-        count: How many there are.
-        keys: Channels of queries and keys in each.
-        values: Channels of values in each.
-    """
+class Heads(NamedTuple):
+    """How many heads an attention has, and each one's channels of keys and values."""
 
     count: int
     keys: int
     values: int
 
 
+def heads_of(weights: Weights, block: str) -> Heads:
+    """The published heads of an attention, as its shapes show them."""
+    count = weights[f"{block}.attention_biases"].shape[0]
+    within = f"{block}.qkv.linear.weight" in weights  # a stage, not between two
+    layer = "qkv" if within else "q.1"
+    names = [f"{block}.{part}.linear.weight" for part in ("proj.1", layer)]
+    proj, rows = _all_of(weights, names)
+    values, keys = proj.shape[1] // count, rows.shape[0] // count
+    return Heads(count, (keys - values) // 2 if within else keys, values)
+
+
 def refit_attention(
-    weights: Container, block: str, heads: Heads, to: Heads, noise: float
+    weights: Weights, block: str, heads: Heads, to: Heads, noise: float
 ) -> dict[str, str]:
     """Replace an attention's published projections by castled ones, in place.
 
@@ -63,21 +60,34 @@ def refit_attention(
         CheckpointError: If one of the projections' weights is missing.
     """
     generator = torch.Generator().manual_seed(0)
-    columns = weights[f"{block}.proj.1.linear.weight"].unflatten(1, (heads.count, -1))
-    kept = _heads_to_keep(columns, to.count)
-    layers = ("qkv",)
-    if f"{block}.qkv.linear.weight" not in weights:
-        layers = ("q.1", "kv")  # queries are fewer than keys and values
+    proj = f"{block}.proj.1.linear.weight"
+    columns = weights[proj].unflatten(1, (heads.count, -1))
+    # The weightiest heads of too many, or all and then the first again.
+    kept = torch.arange(to.count) % heads.count
+    if to.count < heads.count:
+        weightiest = columns.norm(dim=(0, 2)).topk(to.count).indices
+        kept = weightiest.sort().values
+    values = torch.arange(to.values) % heads.values
+    # Between stages queries are fewer than keys and values.
+    layers = ("qkv",) if f"{block}.qkv.linear.weight" in weights else ("q.1", "kv")
     for part in ROWS:
-        names = [f"{block}.{layer}.{part}" for layer in layers]
-        q, k, v = (rows[kept] for rows in _take_rows(weights, names, heads))
+        parts = _all_of(weights, [f"{block}.{layer}.{part}" for layer in layers])
+        rows = torch.cat([p.unflatten(0, (heads.count, -1)) for p in parts], dim=1)
+        widths = [heads.keys, heads.keys, heads.values]
+        q, k, v = rows[kept].split(widths, dim=1)
         q = repeat_keys(q, to.keys, part, noise, generator)
         k = repeat_keys(k, to.keys, part, noise, generator)
-        if part in _SCALES:  # the branch divides logits by the root of the width
+        v = v[:, values]
+        if part in SCALES:
+            v[:, heads.values :] = 0.0  # added values have no effect at first
+            # The branch divides logits by the root of the width.
             q = q * (to.keys / heads.keys) ** 0.5
-        joined = torch.cat([q, k, _widen_values(v, to.values, part)])
-        weights[f"{block}.qkv.{part}"] = joined.flatten(0, 1)
-    _keep_counter(weights, block, layers)
+        weights[f"{block}.qkv.{part}"] = torch.cat([q, k, v]).flatten(0, 1)
+    counter = f"{block}.{layers[0]}.bn.num_batches_tracked"
+    if counter in weights:
+        weights[f"{block}.qkv.bn.num_batches_tracked"] = weights[counter]
+    for name in [n for n in weights if n.startswith((f"{block}.q.", f"{block}.kv."))]:
+        del weights[name]
 
     note = "q and k repeated to the width of castled heads"
     if noise:
@@ -85,41 +95,12 @@ def refit_attention(
     if to.count < heads.count:
         note += f", {heads.count - to.count} of {heads.count} heads left out"
     changed = {f"{block}.qkv.{part}": note for part in ROWS}
-    if to.count != heads.count or to.values != heads.values:
+    if (to.count, to.values) != (heads.count, heads.values):
         columns = columns[:, kept]
-        columns[:, heads.count :] = 0.0  # repeated heads have no effect at first
-        widened = columns[..., torch.arange(to.values) % heads.values]
-        name = f"{block}.proj.1.linear.weight"
-        weights[name] = widened.flatten(1)
-        changed[name] = "columns for the castled heads"
+        columns[:, heads.count :] = 0.0  # nor have repeated heads
+        weights[proj] = columns[..., values].flatten(1)
+        changed[proj] = "columns for the castled heads"
     return changed
-
-
-def _take_rows(
-    weights: Container, names: list[str], heads: Heads
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Remove q, k and v from the weights, each ``(heads, channels, ...)``."""
-    if missing := [name for name in names if name not in weights]:
-        raise CheckpointError(f"the weights are not complete: no {', '.join(missing)}")
-    parts = [weights.pop(name).unflatten(0, (heads.count, -1)) for name in names]
-    widths = [heads.keys, heads.keys, heads.values]
-    q, k, v = torch.cat(parts, dim=1).split(widths, dim=1)
-    return q, k, v
-
-
-def _keep_counter(weights: Container, block: str, layers: tuple[str, ...]) -> None:
-    counters = [weights.pop(f"{block}.{name}.{_COUNTER}", None) for name in layers]
-    if counters[0] is not None:
-        weights[f"{block}.qkv.{_COUNTER}"] = counters[0]
-
-
-def _heads_to_keep(columns: Tensor, count: int) -> Tensor:
-    """Heads by index: the weightiest of too many, or all and then the first again."""
-    have = columns.shape[1]
-    if count < have:
-        weight = columns.norm(dim=(0, 2))  # of each head in the output projection
-        return weight.topk(count).indices.sort().values
-    return torch.arange(count) % have
 
 
 def repeat_keys(
@@ -145,7 +126,7 @@ def repeat_keys(
     channels = rows.shape[1]
     index = torch.arange(width) % channels
     repeated = rows[:, index]
-    if part in _SCALES:
+    if part in SCALES:
         copies = torch.bincount(index, minlength=channels)[index]
         return repeated / copies.to(rows.dtype).sqrt()
     if part == "linear.weight" and noise:
@@ -155,10 +136,7 @@ def repeat_keys(
     return repeated
 
 
-def _widen_values(rows: Tensor, width: int, part: str) -> Tensor:
-    """Repeat the channels of values; the added ones are zero behind the batch norm."""
-    channels = rows.shape[1]
-    repeated = rows[:, torch.arange(width) % channels]
-    if part in _SCALES:
-        repeated[:, channels:] = 0.0
-    return repeated
+def _all_of(weights: Weights, names: list[str]) -> list[Tensor]:
+    if missing := [name for name in names if name not in weights]:
+        raise CheckpointError(f"the weights are not complete: no {', '.join(missing)}")
+    return [weights[name] for name in names]

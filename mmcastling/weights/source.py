@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,13 @@ from torch import Tensor
 
 from mmcastling.checkpoint import CheckpointError, load_checkpoint
 
-Container = dict[str, Tensor]
+Weights = dict[str, Tensor]
 """Tensors by name, as one dictionary of a checkpoint holds them."""
 
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
-def read_source(path: str | os.PathLike[str]) -> dict[str, Container]:
+
+def read_source(path: Path) -> dict[str, Weights]:
     """Read a checkpoint of any library without unpickling code.
 
     Args:
@@ -30,7 +31,6 @@ def read_source(path: str | os.PathLike[str]) -> dict[str, Container]:
     Raises:
         CheckpointError: If the file is missing, damaged, holds code or no tensors.
     """
-    path = Path(path).expanduser()
     if path.is_dir():
         files = sorted(p.name for p in path.iterdir() if p.suffix in _SUFFIXES)
         raise CheckpointError(
@@ -49,20 +49,17 @@ def read_source(path: str | os.PathLike[str]) -> dict[str, Container]:
     return containers
 
 
-_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-
-
-def _containers(node: dict[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    tensors = {k: v for k, v in node.items() if isinstance(k, str)}
-    direct = {k: v.detach() for k, v in tensors.items() if isinstance(v, Tensor)}
-    if direct:
-        yield path, direct
-    for name, value in tensors.items():
+def _containers(node: dict[Any, Any], path: str = "") -> Iterator[tuple[str, Weights]]:
+    named = {name: value for name, value in node.items() if isinstance(name, str)}
+    tensors = {n: v.detach() for n, v in named.items() if isinstance(v, Tensor)}
+    if tensors:
+        yield path, tensors
+    for name, value in named.items():
         if isinstance(value, dict):
             yield from _containers(value, f"{path}.{name}" if path else name)
 
 
-def _read_safetensors(path: Path) -> Container:
+def _read_safetensors(path: Path) -> Weights:
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist: check the path")
     try:
