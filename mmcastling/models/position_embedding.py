@@ -42,8 +42,8 @@ def grid_of_positions(
             return (side, side), extra
     raise CheckpointError(
         f"the position embedding has {table.shape[1]} positions, of which {held} "
-        "belong to class tokens: the rest is no square, and only a square grid can be "
-        "resized. Import such weights with the source's own --img-size H W"
+        "belong to class tokens: the rest is no square and cannot be resized. Import "
+        "such weights with the source's own --img-size H W"
     )
 
 

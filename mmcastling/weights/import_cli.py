@@ -38,13 +38,8 @@ def make_parser(family: Family, description: str) -> argparse.ArgumentParser:
     add("source", metavar="SRC", help=f"weights of {libraries}; .safetensors too")
     add("destination", metavar="DST.pth", help="file to write")
     add("--arch", required=True, help=f"one of {archs}")
-    add(
-        "--img-size",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="one number or H W: resize tables of positions for it (the source's)",
-    )
+    size_help = "one number or H W: resize tables of positions for it (the source's)"
+    add("--img-size", type=int, nargs="+", metavar="N", help=size_help)
     add("--in-channels", type=int, default=3, metavar="N", help="of the image (3)")
     add(
         "--attention",
@@ -63,14 +58,8 @@ def make_parser(family: Family, description: str) -> argparse.ArgumentParser:
             "castled heads, so that copies can part in training (0.01)",
         )
     if family is FAMILIES["vit"]:
-        add(
-            "--dist-token",
-            action="store_true",
-            help="keep DeiT's distillation token (dropped with its position)",
-        )
-    add(
-        "--allow-partial",
-        action="store_true",
-        help="let names pass that are unknown or missing",
-    )
+        token_help = "keep DeiT's distillation token (dropped with its position)"
+        add("--dist-token", action="store_true", help=token_help)
+    partial_help = "let names pass that are unknown or missing"
+    add("--allow-partial", action="store_true", help=partial_help)
     return parser

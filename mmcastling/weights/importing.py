@@ -162,7 +162,7 @@ def _import(
     outside = [name for name in containers[path] if not name.startswith(inner)]
     dropped = dict.fromkeys(outside, "outside the backbone")
     unknown = []
-    for name in weights.keys() - own.keys():
+    for name in [name for name in weights if name not in own]:
         reasons = (r for p, r in family.dropped.items() if re.fullmatch(p, name))
         if reason := next(reasons, None):
             dropped[theirs[name]] = reason
@@ -190,7 +190,7 @@ def _import(
         if not name.endswith("num_batches_tracked"):
             (report.loaded if name in held else report.new)[name] = value.numel()
             missing += [name] if name not in held and not is_new else []
-    report.unexpected = [f"unknown {text}" for text in collapse(sorted(unknown))]
+    report.unexpected = [f"unknown {text}" for text in collapse(unknown)]
     report.unexpected += [f"missing {text}" for text in collapse(missing)]
     sizes = {n: v.numel() for n, v in containers[path].items()}
     lost = [*outside, *(inner + n for n in {*dropped, *unknown} if n in inside)]
@@ -210,34 +210,28 @@ def _find_network(
                     where = f"{path}.{inner}" if path else inner
                     found.setdefault(where, (other, library, path, inner))
     options = {w: place[1:] for w, place in found.items() if place[0] is family}
-    if not options and found:
-        other = next(iter(found.values()))[0]
-        tool = next(key for key, value in FAMILIES.items() if value is other)
-        raise CheckpointError(
-            f"{source} holds a {other.name}, not a {family.name}: use import_{tool}.py"
-        )
     if not options:
         names = [name for weights in containers.values() for name in weights]
         known = ", ".join(library.name for library in family.libraries)
-        raise CheckpointError(
-            f"{source} holds no {family.name} with the names of {known}: its names "
-            f"begin with {names[:4]}"
-        )
+        problem = f"no {family.name} with the names of {known}: its names begin with "
+        problem += str(names[:4])
+        for tool, other in FAMILIES.items():
+            if any(place[0] is other for place in found.values()):
+                problem = f"a {other.name}, not a {family.name}: use import_{tool}.py"
+        raise CheckpointError(f"{source} holds {problem}")
+    problem = "the file holds several networks"
     if prefix is not None:
-        wanted = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
-        if wanted not in options:
-            raise CheckpointError(
-                f"no network has the prefix {prefix!r}; choose one of {sorted(options)}"
-            )
-        return options[wanted]
-    paths = [path for _, path, _ in options.values()]
-    best = next((path for path in PREFERRED if path in paths), paths[0])
-    if len(options) > 1 and paths.count(best) != 1:
+        problem = f"no network has the prefix {prefix!r}"
+        chosen = [w for w in options if w.rstrip(".") == prefix.rstrip(".")]
+    else:
+        paths = [path for _, path, _ in options.values()]
+        best = next((path for path in PREFERRED if path in paths), paths[0])
+        chosen = [where for where, (_, path, _) in options.items() if path == best]
+    if len(chosen) != 1:
         raise CheckpointError(
-            f"the file holds several networks: choose one of {sorted(options)} with "
-            "--prefix"
+            f"{problem}: choose one of {sorted(options)} with --prefix"
         )
-    return next(place for place in options.values() if place[1] == best)
+    return options[chosen[0]]
 
 
 def _same_mixer(name: str, own: Weights) -> str:

@@ -129,7 +129,7 @@ def test_less_than_half_is_refused_even_if_partial(refused):
 def test_positions_that_form_no_square(refused):
     weights = vit(img_size=(160, 224)).state_dict()
     refused(weights, "141 positions, of which 1", "--img-size H W")
-    refused(weights, "only a square grid can be resized", img_size=224)
+    refused(weights, "is no square and cannot be resized", img_size=224)
 
 
 @pytest.mark.parametrize(
