@@ -13,11 +13,7 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 from mmcastling.models.heads import paired_scores
-from mmcastling.models.teacher import (
-    Teacher,
-    check_same_classes,
-    num_classes_of,
-)
+from mmcastling.models.teacher import Teacher, check_same_classes
 from mmcastling.registry import MODELS
 
 MODES = ("hard", "soft")
@@ -48,10 +44,9 @@ class DistilledClassifier(ImageClassifier):
 
     Args:
         backbone: As for ``ImageClassifier``.
-        teacher: A classifier with the same classes: its config, the path of its config
-            file, or the trained classifier itself. See
-            :class:`~mmcastling.models.Teacher`.
-        teacher_checkpoint: The teacher's weights, a file or address. Defaults to None.
+        teacher: A classifier with the same classes, and
+        teacher_checkpoint: its weights, as :class:`~mmcastling.models.Teacher` takes
+            them. Defaults to None.
         mode: ``'hard'`` or ``'soft'``. Defaults to ``'hard'``.
         alpha: Share of the teacher in the loss, in [0, 1]. Defaults to 0.5, as DeiT for
             hard distillation.
@@ -98,17 +93,17 @@ class DistilledClassifier(ImageClassifier):
             ValueError: If the teacher has no weights or other classes.
             CheckpointError: If its checkpoint cannot be read or does not fit.
         """
-        self._prepare_teacher()  # before anything is done that an error would waste
+        self._ready_teacher()  # before anything is done that an error would waste
         super().init_weights()
 
-    def _prepare_teacher(self) -> Teacher:
+    def _ready_teacher(self) -> Teacher:
         if self._teacher is None:
             raise RuntimeError(
                 "this classifier has been deployed and has no teacher any more: train "
                 "the one it was deployed from"
             )
         if not self._teacher.is_ready:
-            self._teacher.prepare(self, num_classes_of(self))
+            self._teacher.prepare(self)
         return self._teacher
 
     def loss(self, inputs: Tensor, data_samples: list[DataSample]) -> dict[str, Tensor]:
@@ -121,13 +116,12 @@ class DistilledClassifier(ImageClassifier):
         Returns:
             The head's losses times ``1 - alpha``, and ``loss_distillation``.
         """
-        target = self._prepare_teacher()(inputs)
+        target = self._ready_teacher()(inputs)
         scores, distilled = paired_scores(self.head, self.extract_feat(inputs))
-        check_same_classes(target, distilled)
-        losses = self.head._get_loss(scores, data_samples)
+        check_same_classes(target.shape[1], distilled.shape[1])
         losses = {
             name: value * (1.0 - self.alpha) if "loss" in name else value
-            for name, value in losses.items()
+            for name, value in self.head._get_loss(scores, data_samples).items()
         }
         losses["loss_distillation"] = self.alpha * self._distillation(distilled, target)
         return losses
@@ -148,11 +142,7 @@ class DistilledClassifier(ImageClassifier):
 
     @staticmethod
     def deployed_config(config: dict[str, Any]) -> dict[str, Any]:
-        """The config of what is left when this class is deployed.
-
-        Args:
-            config: A config of this class.
-        """
+        """The config of what is left when the model of a config is deployed."""
         own = ("teacher", "teacher_checkpoint", "mode", "alpha", "temperature")
         kept = {key: value for key, value in config.items() if key not in own}
         return {**kept, "type": "mmpretrain.ImageClassifier"}

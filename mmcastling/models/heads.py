@@ -14,11 +14,11 @@ from mmcastling.registry import MODELS
 class LeViTHead(LeViTClsHead):
     """mmpretrain's LeViT head, which can be trained with two outputs and built fused.
 
-    The names of its parameters are those of mmpretrain's ``LeViTClsHead``. With
-    ``distillation`` it has two classifiers on the same features, one for the labels and
-    one for the teacher, as LeViT was trained; a
+    With ``distillation`` it has two classifiers on the same features, one for the
+    labels and one for the teacher, as LeViT was trained; a
     :class:`~mmcastling.models.DistilledClassifier` trains each on its own target,
-    anything else their mean, which is also what predicts.
+    anything else their mean, which is also what predicts. Weights of mmpretrain's head
+    load by name.
 
     Args:
         num_classes: Number of classes.
@@ -36,36 +36,28 @@ class LeViTHead(LeViTClsHead):
         deploy: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            num_classes=num_classes,
-            distillation=distillation,
-            in_channels=in_channels,
-            **kwargs,
-        )
+        # mmpretrain's own deploy=True raises a TypeError.
+        super().__init__(num_classes, distillation, in_channels, **kwargs)
         if deploy:
             self.switch_to_deploy()
 
     def forward(self, feats: tuple[Tensor, ...]) -> Tensor:
         """Scores ``(B, num_classes)``: the mean of the outputs where there are two."""
-        x = self.pre_logits(feats)
-        if not self.distillation:
-            return self.head(x)
-        return (self.head(x) + self.head_dist(x)) / 2
+        labels, taught = paired_scores(self, feats)
+        return (labels + taught) / 2 if self.distillation else labels
 
 
 def paired_scores(head: ClsHead, feats: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """What a head says to the labels and what it says to a teacher.
+    """What a head says to the labels and to a teacher; the same for one output.
 
     Args:
         head: A head of mmpretrain or of ours.
         feats: What it is given by the neck, or the backbone.
-
-    Returns:
-        Two scores ``(B, num_classes)``; the same one twice for a head with one output.
     """
-    if isinstance(head, LeViTClsHead) and head.distillation:
+    if isinstance(head, LeViTClsHead):
         x = head.pre_logits(feats)
-        return head.head(x), head.head_dist(x)
+        scores = head.head(x)
+        return scores, head.head_dist(x) if head.distillation else scores
     if isinstance(head, DeiTClsHead):
         cls_token, dist_token = head.pre_logits(feats)
         return head.layers.head(cls_token), head.layers.head_dist(dist_token)

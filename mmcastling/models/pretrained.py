@@ -68,17 +68,18 @@ def check_pretrained(
         ("its", list(own)),
         ("its attentions'", [n for n in own if n.startswith(tuple(attentions))]),
     ):
-        held = [n for n in names if n in found]
-        fits = [n for n in held if found[n].shape == own[n].shape]
-        misses = [
-            f"{n} is {tuple(found[n].shape)}, expected {tuple(own[n].shape)}"
-            for n in held
-            if n not in fits
-        ]
-        misses += [f"no {n}" for n in names if n not in found]
+        shapes = {n: tuple(found[n].shape) for n in names if n in found}
+        fits = [n for n, shape in shapes.items() if shape == own[n].shape]
         total = sum(own[n].numel() for n in names)
         share = sum(own[n].numel() for n in fits) / max(1, total)
         if names and share < REQUIRED_SHARE:
+            misses = [
+                f"{n} is {shapes[n]}, expected {tuple(own[n].shape)}"
+                if n in shapes
+                else f"no {n}"
+                for n in names
+                if n not in fits
+            ]
             named = f" under the prefix {prefix!r}" if prefix is not None else ""
             raise CheckpointError(
                 f"{whose} has only {len(fits)} of {what} {len(names)} parameters"

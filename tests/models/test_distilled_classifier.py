@@ -1,6 +1,7 @@
 """Distillation: what the loss is, and that the teacher leaves no trace."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ from mmengine.config import Config
 from mmengine.model import ExponentialMovingAverage, MMDistributedDataParallel
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
+from mmpretrain.apis import ModelHub
 from mmpretrain.structures import DataSample
 from torch import nn
 from torch.testing import assert_close
@@ -238,12 +240,13 @@ def test_timm_weights_bring_their_statistics(monkeypatch, batch):
     )
     model = build(
         teacher=config,
-        data_preprocessor=dict(mean=[127.5] * 3, std=[127.5] * 3, to_rgb=True),
+        data_preprocessor=dict(mean=[120.0] * 3, std=[60.0] * 3, to_rgb=False),
     )
     model.init_weights()
-    assert model._teacher._to.mean.flatten().tolist() == [127.5] * 3  # vit's 0.5
     inputs, _ = batch
-    assert_close(model._teacher(inputs), model._teacher._module(inputs))
+    theirs = (inputs.flip(1) * 60.0 + 120.0 - 127.5) / 127.5  # vit's 0.5, and RGB
+    with torch.no_grad():
+        assert_close(model._teacher(inputs), model._teacher._module(theirs))
 
 
 def test_a_timm_checkpoint_teaches(tmp_path, batch):
@@ -267,6 +270,21 @@ def test_the_teacher_may_be_a_config_file(tmp_path, saved_teacher, batch):
     inputs, _ = batch
     with torch.no_grad():
         assert_close(model._teacher(inputs), teacher(inputs))
+
+
+def test_the_teacher_may_be_a_name_with_published_weights(
+    monkeypatch, saved_teacher, batch
+):
+    teacher, path = saved_teacher
+    found = SimpleNamespace(config=Config(dict(model=TEACHER)), weights=str(path))
+    monkeypatch.setattr(ModelHub, "get", {"a_model": found}.__getitem__)
+    model = build(teacher="a_model")
+    model.init_weights()
+    inputs, _ = batch
+    with torch.no_grad():
+        assert_close(model._teacher(inputs), teacher(inputs))
+    with pytest.raises(CheckpointError, match=r"missing\.pth does not exist"):
+        build(teacher="a_model", teacher_checkpoint="missing.pth").init_weights()
 
 
 # -- no trace --------------------------------------------------------------------------
@@ -419,7 +437,7 @@ def test_a_teacher_that_hides_its_classes_is_refused_at_the_first_batch(batch):
 
 def test_a_teacher_without_logits_is_refused(batch):
     model = build(teacher=nn.Conv2d(3, 5, 1))
-    with pytest.raises(ValueError, match=r"Conv2d, returns a tensor \(4, 5, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"Conv2d, returns a Tensor \(4, 5, 32, 32\)"):
         model.loss(*batch)
 
 
@@ -468,5 +486,6 @@ def test_bad_options_are_refused_when_built(options, message):
 
 
 def test_a_config_file_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match=r"teacher nowhere.py does not exist"):
-        Teacher("nowhere.py", "a.pth").prepare(nn.Linear(1, 1), None)
+    for name in ("nowhere.py", "mmpretrain::nowhere.py", "no_model_of_mmpretrain"):
+        with pytest.raises(ValueError, match=rf"teacher {name} does not exist"):
+            Teacher(name, "a.pth").prepare(nn.Linear(1, 1))
