@@ -110,6 +110,17 @@ def test_castled_blocks_compute_what_castle_makes_of_the_model(
     assert (features - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+def test_a_castled_network_brings_its_own_mixers(randomise, run_import):
+    model = MViT("tiny")
+    mmcastling.castle(model, type="linear_angular", local_conv="token")
+    weights = randomise(model).state_dict()
+    imported = run_import(weights, "mvit", "tiny")
+    mixers = {name for name in weights if ".mixer." in name}
+    assert len(mixers) == 10
+    assert mixers <= set(imported.report.loaded)
+    assert all(torch.equal(imported.weights[name], weights[name]) for name in mixers)
+
+
 def test_what_is_new_and_what_has_no_place_is_named(timm_model, run_import):
     report = run_import(timm_model.state_dict(), "mvit", "tiny").report
     lost = {n for n, why in report.dropped.items() if "relative positions" in why}

@@ -1,5 +1,6 @@
 """Weights of plain vision transformers, from each library that has them."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,48 @@ def test_the_castled_network_is_what_castle_makes_of_the_source(
         assert_same_features(imported, x, model.forward_features(x))
 
 
+@pytest.mark.parametrize("library", ["timm", "mmpretrain", "torchvision"])
+def test_a_castled_network_brings_its_own_mixers(
+    library, randomise, run_import, images
+):
+    if library == "mmpretrain":
+        model = VisionTransformer(arch=MM_ARCH, out_type="raw")
+    else:
+        model = timm_vit() if library == "timm" else torchvision_vit()
+    attention = dict(type="linear_angular", local_conv="token")
+    mmcastling.castle(model, **attention)
+    randomise(model)
+    build = dict(attention=attention, out_type="raw")
+    imported = run_import(model.state_dict(), "vit", ARCH, build)
+    assert imported.report.new == {}
+    x = images(224, 224)
+    with torch.no_grad():
+        if library == "mmpretrain":
+            (expected,) = model(x)
+        elif library == "timm":
+            expected = model.forward_features(x)
+        else:
+            expected = torchvision_features(model, x)
+        assert_same_features(imported, x, expected)
+
+
+@pytest.mark.parametrize("mixer", ["", "mixer."])
+def test_our_mixers_are_known_by_their_first_and_their_present_names(
+    mixer, randomise, run_import
+):
+    model = randomise(CastlingViT(ARCH))
+    own = model.state_dict()
+    weights = {
+        re.sub(r"\.attn\.(?:mixer\.)?local_conv", rf".attn.{mixer}local_conv", name): v
+        for name, v in own.items()
+    }
+    imported = run_import(weights, "vit", ARCH)
+    assert imported.report.new == {}
+    assert set(imported.weights) == set(own)
+    for name, value in own.items():
+        assert torch.equal(imported.weights[name], value), name
+
+
 def test_a_distillation_token_is_dropped_with_its_position(
     randomise, run_import, images
 ):
@@ -323,13 +366,14 @@ def test_every_parameter_is_accounted_for(randomise, run_import):
     report = imported.report
     own = imported.backbone.state_dict()
     assert set(report.loaded) | set(report.new) == set(own)
-    assert set(report.new) == {f"layers.{i}.attn.local_conv.weight" for i in range(4)}
+    assert len(report.new) == 4
+    assert set(report.new) == {n for n in own if n.endswith(".local_conv.weight")}
     assert set(imported.missing) == set(report.new)
     elements = sum(value.numel() for value in own.values())
     new = 4 * 4 * 9  # layers, heads, kernel
     assert report.loaded_share == pytest.approx(1 - new / elements)
     text = str(report)
-    assert "layers.*.attn.local_conv.weight (4)" in text
+    assert re.search(r"layers\.\*\.attn\.\S*local_conv\.weight \(4\)", text)
     assert "classifier: head.weight, head.bias" in text
     assert imported.checkpoint["meta"]["imported"]["source"] == "source.pth"
 
