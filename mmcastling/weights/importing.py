@@ -154,20 +154,18 @@ def _import(
         options["attention"] = target.attention
     own = backbone.state_dict()
 
-    ours = {name: _same_mixer(new, own) for name, new in ours.items()}
-    weights = dict(zip(ours.values(), weights.values(), strict=True))
-    given = set(weights)
+    theirs = {_same_mixer(new, own): name for name, new in ours.items()}
+    weights = {_same_mixer(name, own): value for name, value in weights.items()}
     changed = family.reshape(weights, target, backbone)
-    theirs = {new: name for name, new in ours.items()}
     outside = [name for name in containers[path] if not name.startswith(inner)]
     dropped = dict.fromkeys(outside, "outside the backbone")
-    unknown = []
+    unknown = list(inside.keys() - set(theirs.values()))  # what is there twice
     for name in [name for name in weights if name not in own]:
         reasons = (r for p, r in family.dropped.items() if re.fullmatch(p, name))
         if reason := next(reasons, None):
-            dropped[theirs[name]] = reason
+            dropped[theirs.get(name, name)] = reason
         else:
-            unknown.append(theirs[name])
+            unknown.append(theirs.get(name, name))
     weights = {name: weights[name] for name in own if name in weights}
     fitted = prepared_weights(backbone, weights)
     _check_fit(fitted, own)
@@ -186,7 +184,7 @@ def _import(
     missing = []
     for name, value in own.items():
         is_new = re.fullmatch(family.new, name)
-        held = given if is_new else fitted
+        held = theirs if is_new else fitted
         if not name.endswith("num_batches_tracked"):
             (report.loaded if name in held else report.new)[name] = value.numel()
             missing += [name] if name not in held and not is_new else []
@@ -225,8 +223,8 @@ def _find_network(
         chosen = [w for w in options if w.rstrip(".") == prefix.rstrip(".")]
     else:
         paths = [path for _, path, _ in options.values()]
-        best = next((path for path in PREFERRED if path in paths), paths[0])
-        chosen = [where for where, (_, path, _) in options.items() if path == best]
+        best = next((path for path in PREFERRED if path in paths), None)
+        chosen = [w for w, (_, path, _) in options.items() if best in (path, None)]
     if len(chosen) != 1:
         raise CheckpointError(
             f"{problem}: choose one of {sorted(options)} with --prefix"
@@ -250,11 +248,11 @@ def _check_fit(weights: Weights, own: Weights) -> None:
         elif own[name].is_floating_point() and not value.is_floating_point():
             misfits.append(f"{name} is of {value.dtype}, expected floating point")
     if misfits:
-        table = any(re.search(r"attention_biases|rel_pos", text) for text in misfits)
+        advice = ""
+        if any("attention_biases" in text for text in misfits):
+            advice = ". Only tables of square images can be resized: for others give "
+            advice += "the source's own --img-size H W"
         raise CheckpointError(
             f"{len(misfits)} of the weights have another shape or type: "
-            + "; ".join(misfits[:3])
-            + table
-            * ". Only tables of square images can be resized: for others give "
-            "the source's own --img-size H W"
+            f"{'; '.join(misfits[:3])}{advice}"
         )

@@ -57,7 +57,7 @@ def refit_attention(
         What was done, by name of the weights that were changed.
 
     Raises:
-        CheckpointError: If one of the projections' weights is missing.
+        CheckpointError: If a projection is missing.
     """
     generator = torch.Generator().manual_seed(0)
     proj = f"{block}.proj.1.linear.weight"
@@ -106,22 +106,13 @@ def refit_attention(
 def repeat_keys(
     rows: Tensor, width: int, part: str, noise: float, generator: torch.Generator
 ) -> Tensor:
-    """Repeat the channels of queries or keys up to a width, scalar products unchanged.
+    """Repeat queries or keys ``(heads, d, ...)`` to ``(heads, width, ...)``.
 
     A channel with ``m`` copies is scaled by ``1 / sqrt(m)`` through its batch norm, so
     that products and lengths stay what they are. Copies that are equal would receive
     equal gradients for ever; a little noise on the later ones lets them part (as
-    Net2Net does, Chen et al. 2016).
-
-    Args:
-        rows: ``(heads, d, ...)``: one of :data:`ROWS`, per output channel.
-        width: Channels that are wanted.
-        part: Which of :data:`ROWS` it is.
-        noise: Standard deviation of the noise on weights, relative to theirs.
-        generator: Source of the noise.
-
-    Returns:
-        ``(heads, width, ...)``.
+    Net2Net does, Chen et al. 2016). ``part`` is the one of :data:`ROWS` that is meant,
+    and ``noise`` a standard deviation relative to that of the weights.
     """
     channels = rows.shape[1]
     index = torch.arange(width) % channels

@@ -19,10 +19,7 @@ _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
 def read_source(path: Path) -> dict[str, Weights]:
-    """Read a checkpoint of any library without unpickling code.
-
-    Args:
-        path: A file of ``torch.save``, or ``.safetensors``.
+    """Read a checkpoint of any library, ``.safetensors`` too, without unpickling code.
 
     Returns:
         The dictionaries of tensors in the file by their dotted path: ``''`` for the top

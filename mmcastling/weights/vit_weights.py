@@ -143,30 +143,22 @@ def _reshape(weights: Weights, target: Target, backbone: nn.Module) -> dict[str,
 
 
 def fuse_qkv(weights: Weights) -> dict[str, str]:
-    """Join separate projections ``q``, ``k``, ``v`` to one ``qkv``, in this order.
-
-    Args:
-        weights: Weights with names such as ``layers.0.attn.q.weight``; changed.
-
-    Returns:
-        A note for each that was joined.
+    """Join ``layers.0.attn.q.weight`` and the like to ``qkv``, in place, with a note.
 
     Raises:
         CheckpointError: If one of the three is missing.
     """
+    found = [re.fullmatch(r"(.*\.attn\.)[qkv]\.(weight|bias)", n) for n in weights]
     changed = {}
-    for name in list(weights):
-        match = re.fullmatch(r"(.*\.attn\.)[qkv]\.(weight|bias)", name)
-        if not match or name not in weights:  # or joined by now
-            continue
-        parts = [f"{match[1]}{part}.{match[2]}" for part in "qkv"]
+    for stem, kind in dict.fromkeys(match.groups() for match in found if match):
+        parts = [f"{stem}{part}.{kind}" for part in "qkv"]
         if missing := [part for part in parts if part not in weights]:
+            alone = ", ".join(part for part in parts if part in weights)
             raise CheckpointError(
-                f"{name} stands alone: {', '.join(missing)} is not in the file"
+                f"{alone} stands alone: {', '.join(missing)} is not in the file"
             )
-        whole = f"{match[1]}qkv.{match[2]}"
-        weights[whole] = torch.cat([weights.pop(part) for part in parts])
-        changed[whole] = "joined from q, k and v"
+        weights[f"{stem}qkv.{kind}"] = torch.cat([weights.pop(part) for part in parts])
+        changed[f"{stem}qkv.{kind}"] = "joined from q, k and v"
     return changed
 
 

@@ -118,6 +118,12 @@ def test_unknown_and_missing_parameters(refused, tmp_path):
     assert "backbone.ln1.weight" in written
 
 
+def test_a_parameter_under_two_names(refused):
+    weights = vit(init_values=0.1).state_dict()
+    weights["blocks.2.gamma_1"] = weights["blocks.2.ls1.gamma"]
+    refused(weights, "unknown blocks.2.ls1.gamma")
+
+
 def test_less_than_half_is_refused_even_if_partial(refused):
     weights = {n: v for n, v in vit().state_dict().items() if "mlp" not in n}
     parts = ["feedforward_channels None, expected 512"]

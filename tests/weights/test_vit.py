@@ -393,6 +393,8 @@ def test_several_networks_in_a_file(randomise, run_import):
     moco |= {f"momentum.{n}": v for n, v in two.items()}
     with pytest.raises(CheckpointError, match=r"base\.', .*momentum\.'.*--prefix"):
         run_import({"state_dict": moco}, "vit", ARCH)
+    with pytest.raises(CheckpointError, match=r"'ema\.', 'student\.'.*--prefix"):
+        run_import({"student": one, "ema": two}, "vit", ARCH)
     with pytest.raises(CheckpointError, match="no network has the prefix 'x'"):
         run_import({"state_dict": moco}, "vit", ARCH, prefix="x")
 
