@@ -101,12 +101,9 @@ class Family:
     reshape: Callable[[Weights, Target, nn.Module], dict[str, str]]
 
     def check(self, weights: Weights, target: Target) -> None:
-        """Check that weights are of the architecture that was named.
+        """Raise CheckpointError unless weights are of the architecture and image named.
 
-        Raises:
-            ValueError: If there is no such architecture.
-            CheckpointError: If they are of another width, depth or number of channels,
-                or the image is too small.
+        Width, depth, channels and the size of a token count.
         """
         zoo = self.backbone.arch_zoo
         arch = check_arch(target.arch, zoo, set(next(iter(zoo.values()))))
@@ -150,5 +147,5 @@ def size_of(weights: Weights, name: str, dim: int = 0) -> int | None:
 
 def count_blocks(names: Iterable[str], stem: str) -> int:
     """One more than the largest number behind ``stem``, such as ``'layers.'``."""
-    parts = [name.removeprefix(stem) for name in names if name.startswith(stem)]
-    return max((int(part.split(".")[0]) + 1 for part in parts), default=0)
+    numbers = (re.match(rf"{re.escape(stem)}(\d+)\.", name) for name in names)
+    return max((int(match[1]) + 1 for match in numbers if match), default=0)

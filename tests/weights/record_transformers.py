@@ -4,7 +4,7 @@ mmpretrain cannot be imported beside transformers 5, so the suite reads what thi
 has written where that is installed, such as a folder of its own::
 
     pip install --target FOLDER transformers
-    PYTHONPATH=FOLDER python tests/importers/record_transformers.py
+    PYTHONPATH=FOLDER python tests/weights/record_transformers.py
 """
 
 from pathlib import Path
