@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from mmcastling.attention.functional import in_full_precision, without_autocast
+from mmcastling.attention.autocast import in_full_precision, without_autocast
 from mmcastling.attention.threshold import MaskThreshold
 
 # Probabilities per tile. On a CPU a tile's few matrices stay in the last-level cache;

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.attention import TokenMixer, build_mixer
-from mmcastling.attention.linear import fuse_linear
+from mmcastling.attention.fast import fuse_linear
 from mmcastling.attention.local_conv import merge_heads
 
 Grid = tuple[int, int]

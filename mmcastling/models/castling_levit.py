@@ -15,7 +15,7 @@ from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch import Tensor, nn
 
 from mmcastling.models.common import (
-    CastledBackbone,
+    CastlingBackbone,
     Grid,
     check_arch,
     check_ffn_conv,
@@ -28,7 +28,7 @@ from mmcastling.models.common import (
 from mmcastling.models.conv_ffn import ConvLeViTMLP
 from mmcastling.models.levit_blocks import (
     BiasedSoftmaxAttention,
-    CastledLeViTAttention,
+    CastlingLeViTAttention,
     GridResidual,
     strided_grid,
 )
@@ -42,7 +42,7 @@ STEM_OUT = 5
 
 @MODELS.register_module()
 @MMPRETRAIN_MODELS.register_module()
-class CastlingLeViT(CastledBackbone, BaseBackbone):
+class CastlingLeViT(CastlingBackbone, BaseBackbone):
     """LeViT with linear-angular attention and a vanishing softmax branch.
 
     From "Castling-ViT" (You et al., CVPR 2023), on "LeViT: a Vision Transformer in
@@ -227,7 +227,7 @@ class CastlingLeViT(CastledBackbone, BaseBackbone):
                 grid=grid,
                 stride=stride,
             )
-        return CastledLeViTAttention(
+        return CastlingLeViTAttention(
             in_dims,
             in_dims if stride == 1 else 4 * in_dims,
             out_dims,

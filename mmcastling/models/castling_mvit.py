@@ -13,7 +13,7 @@ from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch import Tensor
 
 from mmcastling.models.common import (
-    CastledBackbone,
+    CastlingBackbone,
     check_arch,
     check_ffn_conv,
     check_frozen_stages,
@@ -28,7 +28,7 @@ from mmcastling.registry import MODELS
 
 @MODELS.register_module()
 @MMPRETRAIN_MODELS.register_module()
-class CastlingMViT(CastledBackbone, MViT):
+class CastlingMViT(CastlingBackbone, MViT):
     """MViTv2 with linear-angular attention and a vanishing softmax branch.
 
     From "Castling-ViT" (You et al., CVPR 2023), on "MViTv2: Improved Multiscale Vision
@@ -40,7 +40,7 @@ class CastlingMViT(CastledBackbone, MViT):
 
     Castled blocks keep one grid for q, k and v and pool the output where the original
     pools q; see
-    :class:`~mmcastling.models.mvit_blocks.CastledMultiScaleAttention`. The softmax
+    :class:`~mmcastling.models.mvit_blocks.CastlingMultiScaleAttention`. The softmax
     twin, ``attention=dict(type='softmax')`` without further options, is the published
     original: pooled keys and values, relative positions. It equals mmpretrain's
     ``MViT``, whose weights load by name, up to one point: outputs of inner scales are

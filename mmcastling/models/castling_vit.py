@@ -16,9 +16,9 @@ from mmpretrain.models.utils import build_norm_layer, resize_pos_embed
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch import Tensor, nn
 
-from mmcastling.attention import build_attention
+from mmcastling.attention import Attention
 from mmcastling.models.common import (
-    CastledBackbone,
+    CastlingBackbone,
     Grid,
     check_arch,
     check_ffn_conv,
@@ -36,8 +36,8 @@ class CastlingEncoderLayer(TransformerEncoderLayer):
     """A pre-norm encoder layer whose attention and MLP may know the grid of tokens.
 
     Args:
-        attention: Options of the attention, see
-            :func:`mmcastling.attention.build_attention`. Defaults to None (castling).
+        attention: Options of :class:`mmcastling.attention.Attention`. Defaults to None
+            (castling).
         ffn_conv: Kernel size of the depthwise convolution in the MLP, 0 for none.
             Defaults to 0.
         deploy: Build the pruned attention. Defaults to False.
@@ -58,15 +58,15 @@ class CastlingEncoderLayer(TransformerEncoderLayer):
             type="DropPath", drop_prob=float(kwargs.get("drop_path_rate", 0.0))
         )
         layer_scale = kwargs.get("layer_scale_init_value", 0.0)
-        self.attn = build_attention(
-            attention,
-            deploy=deploy,
+        options = dict(
             embed_dims=embed_dims,
             num_heads=kwargs["num_heads"],
             qkv_bias=kwargs.get("qkv_bias", True),
             layer_scale_init_value=layer_scale,
             proj_drop=drop_rate,
         )
+        options.update(attention or {}, deploy=deploy)
+        self.attn = Attention(**options)
         self.drop_path = build_dropout(drop_path)
         if ffn_conv:
             self.ffn = ConvFFN(
@@ -88,7 +88,7 @@ class CastlingEncoderLayer(TransformerEncoderLayer):
 
 @MODELS.register_module()
 @MMPRETRAIN_MODELS.register_module()
-class CastlingViT(CastledBackbone, VisionTransformer):
+class CastlingViT(CastlingBackbone, VisionTransformer):
     """Vision transformer with linear-angular attention and a vanishing softmax branch.
 
     From "Castling-ViT: Compressing Self-Attention via Switching Towards Linear-Angular

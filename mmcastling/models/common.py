@@ -16,10 +16,10 @@ from mmcastling.models.folding import fold_for_inference
 from mmcastling.models.pretrained import check_pretrained, pretrained_cfgs
 
 Grid = tuple[int, int]
-Backbone = TypeVar("Backbone", bound="CastledBackbone")
+Backbone = TypeVar("Backbone", bound="CastlingBackbone")
 
 
-class CastledBackbone:
+class CastlingBackbone:
     """Modes, weights and deployment, mixed into a backbone before mmpretrain's class.
 
     Expects the attributes ``deploy`` and ``with_cp``, and ``_freeze_stages()``, which

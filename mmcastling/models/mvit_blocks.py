@@ -20,7 +20,7 @@ from mmcastling.models.common import Grid
 from mmcastling.models.conv_ffn import ConvMViTMLP
 
 
-class CastledMultiScaleAttention(MultiScaleAttention):
+class CastlingMultiScaleAttention(MultiScaleAttention):
     """Pooling attention around a mixer that keeps the grid.
 
     q, k and v each go through a 3x3 depthwise convolution of stride 1 and a norm, are
@@ -243,7 +243,7 @@ class CastlingMultiScaleBlock(MultiScaleBlock):
                 input_size, rel_pos_spatial, stride_kv=stride_kv, **shared
             )
         else:
-            self.attn = CastledMultiScaleAttention(
+            self.attn = CastlingMultiScaleAttention(
                 attention=attention, deploy=deploy, **shared
             )
         self.mlp = ConvMViTMLP(

@@ -13,6 +13,7 @@ from mmengine.model import PretrainedInit
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
+from mmcastling.attention.old_names import with_current_names
 from mmcastling.checkpoint import CheckpointError, weights_of
 
 REQUIRED_SHARE = 0.5
@@ -108,7 +109,7 @@ def _attention_parameters(backbone: nn.Module) -> set[str]:
 
 def _prepared(backbone: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights as the modules' own hooks, which resize tables, would pass them."""
-    weights = dict(weights)
+    weights = with_current_names(weights, backbone.state_dict())
     for name, module in backbone.named_modules():
         prefix = f"{name}." if name else ""
         for hook in module._load_state_dict_pre_hooks.values():

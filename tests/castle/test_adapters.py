@@ -233,7 +233,7 @@ def test_the_castled_model_trains_at_every_size(case):
         (y * torch.randn_like(y)).mean().backward()
         optimizer.step()
         for name, module in castling_modules(model):
-            assert module.mask_density.item() == pytest.approx(1.0), name
+            assert module.branch.density.item() == pytest.approx(1.0), name
     for name, weight in model.named_parameters():
         if any(name.startswith(n.removesuffix("mixer")) for n in inside):
             assert weight.grad is not None, name

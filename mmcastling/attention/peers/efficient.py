@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmcastling.attention.block import TokenAttention
-from mmcastling.attention.functional import in_full_precision
+from mmcastling.attention.autocast import in_full_precision
 from mmcastling.attention.mixer import TokenMixer
 
 
@@ -33,7 +32,3 @@ class EfficientMixer(TokenMixer):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return efficient_attention(q, k, v)
-
-
-class EfficientAttention(TokenAttention, EfficientMixer):
-    """A block of efficient attention. Arguments as in :class:`TokenAttention`."""

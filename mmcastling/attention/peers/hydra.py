@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmcastling.attention.block import TokenAttention
-from mmcastling.attention.functional import in_full_precision, unit_rows
+from mmcastling.attention.autocast import in_full_precision
+from mmcastling.attention.functional import l2_normalize
 from mmcastling.attention.local_conv import merge_heads, split_heads
 from mmcastling.attention.mixer import TokenMixer
 
@@ -25,7 +25,7 @@ def hydra_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         ``(..., N, C)``; float32 for half-precision inputs.
     """
-    return unit_rows(q) * (unit_rows(k) * v).sum(dim=-2, keepdim=True)
+    return l2_normalize(q) * (l2_normalize(k) * v).sum(dim=-2, keepdim=True)
 
 
 class HydraMixer(TokenMixer):
@@ -43,7 +43,3 @@ class HydraMixer(TokenMixer):
             )
         y = hydra_attention(*map(merge_heads, (q, k, v)))
         return split_heads(y, v.shape[1])
-
-
-class HydraAttention(TokenAttention, HydraMixer):
-    """A block of Hydra attention. Arguments as in :class:`TokenAttention`."""
