@@ -41,6 +41,7 @@ TIMM = Dialect(
         rf"norm_pre\.{_WB}": r"pre_norm.\1",
         rf"blocks\.(\d+)\.norm([12])\.{_WB}": r"layers.\1.ln\2.\3",
         rf"blocks\.(\d+)\.attn\.(qkv|proj)\.{_WB}": r"layers.\1.attn.\2.\3",
+        r"blocks\.(\d+)\.attn\.mixer\.(.*)": r"layers.\1.attn.mixer.\2",
         rf"blocks\.(\d+)\.attn\.([qkv])(?:_proj)?\.{_WB}": r"layers.\1.attn.\2.\3",
         rf"blocks\.(\d+)\.mlp\.fc1\.{_WB}": r"layers.\1.ffn.layers.0.0.\2",
         rf"blocks\.(\d+)\.mlp\.fc2\.{_WB}": r"layers.\1.ffn.layers.1.\2",
@@ -88,7 +89,11 @@ MMPRETRAIN = Dialect(
     name="mmpretrain",
     anchor="patch_embed.projection.weight",
     mark=r"layers\.0\.attn\.qkv\.weight",
-    renames={r"(.*)": r"\1"},
+    renames={
+        # Ours of earlier releases.
+        r"(.*\.attn)\.(local_conv\..*|directions|scale)": r"\1.mixer.\2",
+        r"(.*)": r"\1",
+    },
     drops={r"mask_token": _MAE},
 )
 
