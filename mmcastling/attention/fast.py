@@ -50,9 +50,7 @@ def normalized_linear_angular_attention(
     sum over keys, once for the queries.
 
     Args:
-        q: Queries ``(B, h, N, d)``.
-        k: Keys ``(B, h, N, d)``.
-        v: Values ``(B, h, N, e)``.
+        q, k, v: Queries and keys ``(B, h, N, d)``, values ``(B, h, N, e)``.
         reference_tokens: As in
             :func:`~mmcastling.attention.functional.linear_angular_attention`.
         residual: Added to the result ``(B, h, N, e)``. Defaults to None.

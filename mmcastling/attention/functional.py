@@ -66,8 +66,7 @@ def angular_similarity(q: Tensor, k: Tensor) -> Tensor:
     """The angular kernel ``Sim(q, k) = 1 - arccos(<q^, k^>) / pi`` of every pair.
 
     Args:
-        q: Queries ``(..., N, d)``.
-        k: Keys ``(..., M, d)``.
+        q, k: Queries ``(..., N, d)``, keys ``(..., M, d)``.
 
     Returns:
         Similarities ``(..., N, M)`` in [0, 1].
@@ -83,8 +82,7 @@ def angular_similarity_series(q: Tensor, k: Tensor, order: int) -> Tensor:
     ``c = <q^, k^>``. Order 0 leaves the linear terms, which is what inference keeps.
 
     Args:
-        q: Queries ``(..., N, d)``.
-        k: Keys ``(..., M, d)``.
+        q, k: Queries ``(..., N, d)``, keys ``(..., M, d)``.
         order: Number of terms of the high-order residual.
 
     Returns:
@@ -109,9 +107,7 @@ def angular_attention(
     block does; read literally it would weigh every token, ``1/2 sum_j v_j``.
 
     Args:
-        q: Queries ``(B, h, N, d)``.
-        k: Keys ``(B, h, N, d)``.
-        v: Values ``(B, h, N, e)``.
+        q, k, v: Queries and keys ``(B, h, N, d)``, values ``(B, h, N, e)``.
         literal_constant: Sum the constant over all tokens instead. Defaults to False.
 
     Returns:
@@ -133,9 +129,7 @@ def linear_angular_attention(
     :func:`angular_attention` for the literal reading).
 
     Args:
-        q: Queries ``(B, h, N, d)``.
-        k: Keys ``(B, h, N, d)``.
-        v: Values ``(B, h, N, e)``.
+        q, k, v: Queries and keys ``(B, h, N, d)``, values ``(B, h, N, e)``.
         reference_tokens: Scale the second term by ``reference_tokens / N``. That term
             is a sum over the tokens while the first is not, so the balance learned at
             one resolution shifts at another; naming the number of tokens of training
@@ -176,9 +170,8 @@ def naive_masked_softmax_attention(
     Keeps ``(B, h, N, M)`` matrices for the backward pass.
 
     Args:
-        q: Queries ``(B, h, N, d)``.
-        k: Keys ``(B, h, M, d)``.
-        v: Values ``(B, h, M, e)``.
+        q, k, v: Queries ``(B, h, N, d)``, keys ``(B, h, M, d)``, values
+            ``(B, h, M, e)``.
         threshold: As in :func:`masked_softmax_attention`. Defaults to 0.02.
         weight: Factor of the branch. Defaults to 1.
         return_density: Also return the fraction of pairs that survive. Defaults to

@@ -72,9 +72,7 @@ class MaskedBranch:
         """The branch's output, ``weight * ([P > threshold] * P) v`` (section 3.3).
 
         Args:
-            q: Queries ``(B, h, N, d)``.
-            k: Keys ``(B, h, N, d)``.
-            v: Values ``(B, h, N, e)``.
+            q, k, v: Queries and keys ``(B, h, N, d)``, values ``(B, h, N, e)``.
             training: Whether to keep the density.
 
         Returns:

@@ -272,17 +272,10 @@ class CastlingLeViT(CastlingBackbone, BaseBackbone):
         return tuple(outs)
 
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
-        """The layer of a parameter, for layer-wise learning-rate decay.
+        """The layer of a parameter and the number of layers, for learning-rate decay.
 
-        A layer is an attention and the MLP behind it, within a stage or between two.
-
-        Args:
-            param_name: Name of the parameter, ``prefix`` included.
-            prefix: Name of the backbone in the model. Defaults to ``''``.
-
-        Returns:
-            The layer, 0 for the stem and the last for norms of the outputs and whatever
-            is outside the backbone, and the number of layers.
+        As mmpretrain's: 0 is the stem, the last are norms of the outputs and whatever
+        ``prefix`` does not begin. A layer is an attention and the MLP behind it.
         """
         depths = [
             depth + (i > 0) for i, depth in enumerate(self.arch_settings["depths"])

@@ -215,15 +215,10 @@ class CastlingMViT(CastlingBackbone, MViT):
         return tuple(outs)
 
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
-        """The layer of a parameter, for layer-wise learning-rate decay.
+        """The layer of a parameter and the number of layers, for learning-rate decay.
 
-        Args:
-            param_name: Name of the parameter, ``prefix`` included.
-            prefix: Name of the backbone in the model. Defaults to ``''``.
-
-        Returns:
-            The layer, 0 for patch and position embedding and the last for norms of the
-            outputs and whatever is outside the backbone, and the number of layers.
+        As mmpretrain's: 0 are patch and position embedding, the last are norms of the
+        outputs and whatever ``prefix`` does not begin.
         """
         num_layers = self.num_layers + 2
         if not param_name.startswith(prefix):

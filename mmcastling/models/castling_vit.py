@@ -198,9 +198,9 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
         self.patch_size = patch_size
         self.with_cp = with_cp
         self.deploy = deploy
-        self._castle_layers(attention, ffn_conv, kwargs)
-
         norm_cfg = kwargs.get("norm_cfg", dict(type="LN", eps=1e-6))
+        self._castle_layers(attention, ffn_conv, norm_cfg, kwargs)
+
         for index in indices:
             if index != num_layers - 1:  # the last layer's norm is ln1
                 norm = build_norm_layer(norm_cfg, self.embed_dims)
@@ -210,19 +210,22 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
         self._freeze_stages()
 
     def _castle_layers(
-        self, attention: dict[str, Any] | None, ffn_conv: int, kwargs: dict[str, Any]
+        self,
+        attention: dict[str, Any] | None,
+        ffn_conv: int,
+        norm_cfg: dict[str, Any],
+        kwargs: dict[str, Any],
     ) -> None:
         drop_path_rates = np.linspace(
             0, kwargs.get("drop_path_rate", 0.0), self.num_layers
         ).tolist()
+        names = ("layer_scale_init_value", "drop_rate", "qkv_bias")
         shared = dict(
+            {name: kwargs[name] for name in names if name in kwargs},
             embed_dims=self.embed_dims,
             num_heads=self.arch_settings["num_heads"],
             feedforward_channels=self.arch_settings["feedforward_channels"],
-            layer_scale_init_value=kwargs.get("layer_scale_init_value", 0.0),
-            drop_rate=kwargs.get("drop_rate", 0.0),
-            qkv_bias=kwargs.get("qkv_bias", True),
-            norm_cfg=kwargs.get("norm_cfg", dict(type="LN", eps=1e-6)),
+            norm_cfg=norm_cfg,
             attention=attention,
             ffn_conv=ffn_conv,
             deploy=self.deploy,

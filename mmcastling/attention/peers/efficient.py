@@ -16,9 +16,8 @@ def efficient_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     The product of the two softmaxes has rows that sum to one, as softmax attention has.
 
     Args:
-        q: Queries ``(B, h, N, d)``.
-        k: Keys ``(B, h, M, d)``.
-        v: Values ``(B, h, M, e)``.
+        q, k, v: Queries ``(B, h, N, d)``, keys ``(B, h, M, d)``, values
+            ``(B, h, M, e)``.
 
     Returns:
         ``(B, h, N, e)``; float32 for half-precision inputs.

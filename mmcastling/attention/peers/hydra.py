@@ -18,9 +18,8 @@ def hydra_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     heads of one channel each (over one channel it would only leave the sign).
 
     Args:
-        q: Queries ``(..., N, C)``.
-        k: Keys ``(..., M, C)``.
-        v: Values ``(..., M, C)``.
+        q, k, v: Queries ``(..., N, C)``, keys ``(..., M, C)``, values
+            ``(..., M, C)``.
 
     Returns:
         ``(..., N, C)``; float32 for half-precision inputs.

@@ -66,9 +66,8 @@ def performer_attention(q: Tensor, k: Tensor, v: Tensor, directions: Tensor) -> 
     zero, so no epsilon biases the features.
 
     Args:
-        q: Queries ``(B, h, N, d)``.
-        k: Keys ``(B, h, M, d)``.
-        v: Values ``(B, h, M, e)``.
+        q, k, v: Queries ``(B, h, N, d)``, keys ``(B, h, M, d)``, values
+            ``(B, h, M, e)``.
         directions: ``(m, d)``.
 
     Returns:

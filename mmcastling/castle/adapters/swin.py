@@ -12,10 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmcastling.attention.local_conv import Grid
 from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
-
-Grid = tuple[int, int]
 
 
 class CastledShiftWindowMSA(nn.Module):
