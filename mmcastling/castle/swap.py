@@ -64,7 +64,7 @@ def castle(
         return_report: Also return what was done. Defaults to False.
         **attention: Options of the attention: ``type`` (``'castling'`` unless given)
             and its arguments, such as ``local_conv`` and ``mask_threshold``; with
-            ``deploy=True`` in its pruned form, to load a deployed checkpoint.
+            ``deploy=True`` in its deployed form, to load a deployed checkpoint.
 
     Returns:
         The model, or with ``return_report`` a pair of it and a :class:`CastleReport`.

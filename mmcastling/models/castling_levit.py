@@ -97,7 +97,7 @@ class CastlingLeViT(CastlingBackbone, BaseBackbone):
             starts from trained weights need. Defaults to False.
         with_cp: Recompute blocks in the backward pass to save memory. Defaults to
             False.
-        deploy: Build the pruned graph. Defaults to False.
+        deploy: Build the deployed graph. Defaults to False.
         init_cfg: Initialisation. Defaults to None.
 
     Raises:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from mmpretrain.models.backbones import MViT
+from mmpretrain.models.backbones.mvit import MultiScaleBlock
 from mmpretrain.models.utils import resize_pos_embed
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch import Tensor
@@ -75,7 +76,7 @@ class CastlingMViT(CastlingBackbone, MViT):
             freeze it and the first ``n`` scales. Defaults to -1.
         with_cp: Recompute blocks in the backward pass to save memory. Defaults to
             False.
-        deploy: Build the pruned graph. Defaults to False.
+        deploy: Build the deployed graph. Defaults to False.
         **kwargs: Further arguments of mmpretrain's ``MViT``, such as
             ``use_abs_pos_embed``, ``rel_pos_spatial``, ``mlp_ratio`` and ``init_cfg``.
 
@@ -149,20 +150,10 @@ class CastlingMViT(CastlingBackbone, MViT):
         drop_path_rate: float,
         kwargs: dict[str, Any],
     ) -> None:
-        defaults = inspect.signature(MViT.__init__).parameters
-        names = [
-            "qkv_bias",
-            "norm_cfg",
-            "mlp_ratio",
-            "residual_pooling",
-            "rel_pos_spatial",
-            "rel_pos_zero_init",
-            "dim_mul_in_attention",
-        ]
-        shared = {name: kwargs.get(name, defaults[name].default) for name in names}
-        shared["qkv_pool_kernel"] = kwargs.get(
-            "pool_kernel", defaults["pool_kernel"].default
-        )
+        names = set(inspect.signature(MultiScaleBlock).parameters) - {"init_cfg"}
+        shared = {name: kwargs[name] for name in kwargs if name in names}
+        shared.setdefault("norm_cfg", dict(type="LN", eps=1e-6))  # as MViT has it
+        shared["qkv_pool_kernel"] = kwargs.get("pool_kernel", (3, 3))
         rates = np.linspace(0, drop_path_rate, self.num_layers).tolist()
         grid, scale = tuple(self.patch_resolution), 0
         for i, block in enumerate(self.blocks):

@@ -40,7 +40,7 @@ class CastlingEncoderLayer(TransformerEncoderLayer):
             (castling).
         ffn_conv: Kernel size of the depthwise convolution in the MLP, 0 for none.
             Defaults to 0.
-        deploy: Build the pruned attention. Defaults to False.
+        deploy: Build the deployed attention. Defaults to False.
         **kwargs: Arguments of mmpretrain's ``TransformerEncoderLayer``.
     """
 
@@ -119,7 +119,7 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
             of stride 2. Defaults to ``'patch'``.
         with_cp: Recompute layers in the backward pass to save memory. Defaults to
             False.
-        deploy: Build the pruned graph. Defaults to False.
+        deploy: Build the deployed graph. Defaults to False.
         **kwargs: Further arguments of mmpretrain's ``VisionTransformer``, such as
             ``out_type``, ``with_cls_token``, ``drop_path_rate``, ``frozen_stages`` and
             ``init_cfg``.

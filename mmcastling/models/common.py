@@ -46,7 +46,7 @@ class CastlingBackbone:
             initialize(self, cfgs)
 
     def switch_to_deploy(self) -> None:
-        """Prune the auxiliary branch of every attention, and fold what is algebra.
+        """Remove the auxiliary branch of every attention, and fold layers together.
 
         See :func:`~mmcastling.models.folding.fold_for_inference`. Idempotent.
         """

@@ -58,7 +58,7 @@ class CastlingLeViTAttention(BaseModule):
         stride: 1, or 2 to subsample the output. Defaults to 1.
         attention: Options of the mixer, see :func:`mmcastling.attention.build_mixer`.
             Defaults to None (castling).
-        deploy: Build the pruned mixer. Defaults to False.
+        deploy: Build the deployed mixer. Defaults to False.
     """
 
     def __init__(
