@@ -22,14 +22,8 @@ from common import Benchmark, Contender, Size, Target, infer, median, spread
 from torch import Tensor, nn
 
 from mmcastling.analysis import paired_seconds
-from mmcastling.attention import (
-    ATTENTIONS,
-    CastlingAttention,
-    TokenAttention,
-    TokenMixer,
-)
-from mmcastling.attention.linear import fuse_linear
-from mmcastling.verbs import switch_to_deploy
+from mmcastling.attention import Attention, TokenMixer
+from mmcastling.attention.fast import fuse_linear
 
 CHANNELS, HEADS = 384, 6
 GRIDS: tuple[Size, ...] = (
@@ -45,16 +39,14 @@ PEERS = ("performer", "efficient", "hydra", "relu_linear", "focused")
 GEMM_REPEATS = 21
 
 
-class _Values(TokenMixer):
+class Values(TokenMixer):
+    """Mixes nothing, which leaves the block's linear layers: no token hears another."""
+
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return v
 
 
-class ProjectionsAttention(TokenAttention, _Values):
-    """The block's linear layers around nothing: no token hears of another."""
-
-
-class ReleasedAttention(CastlingAttention):
+class ReleasedAttention(Attention):
     """The layer without its branch in the released order of operations.
 
     Heads in front of tokens, both lengths divided out, and a plain convolution.
@@ -62,13 +54,11 @@ class ReleasedAttention(CastlingAttention):
 
     def forward(self, x: Tensor, grid: Size | None = None) -> Tensor:
         batch, tokens, channels = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dims)
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        conv = self.mixer.local_conv
         conv = nn.functional.conv2d(
-            v,
-            self.local_conv.weight,
-            padding=self.local_conv.padding,
-            groups=self.num_heads,
+            v, conv.weight, padding=conv.padding, groups=self.num_heads
         )
         q = q / q.norm(dim=-1, keepdim=True)
         k = k / k.norm(dim=-1, keepdim=True)
@@ -77,8 +67,14 @@ class ReleasedAttention(CastlingAttention):
         return self.proj(y.transpose(1, 2).reshape(batch, tokens, channels))
 
 
-def layer(kind: type[TokenAttention]) -> Callable[[], nn.Module]:
-    return lambda: switch_to_deploy(kind(CHANNELS, HEADS), inplace=True)
+def layer(kind: str) -> Callable[[], nn.Module]:
+    return lambda: Attention(CHANNELS, HEADS, kind, deploy=True)
+
+
+def projections() -> nn.Module:
+    block = Attention(CHANNELS, HEADS, deploy=True)
+    block.mixer = Values(HEADS, CHANNELS // HEADS)
+    return block
 
 
 def tokens(grid: Size) -> tuple[Tensor, Size]:
@@ -88,11 +84,11 @@ def tokens(grid: Size) -> tuple[Tensor, Size]:
 
 
 LAYERS = {
-    "castling": layer(CastlingAttention),
+    "castling": layer("castling"),
     "released": lambda: ReleasedAttention(CHANNELS, HEADS),
-    "projections": layer(ProjectionsAttention),
-    "softmax": layer(ATTENTIONS["softmax"]),
-    **{name: layer(ATTENTIONS[name]) for name in PEERS},
+    "projections": projections,
+    "softmax": layer("softmax"),
+    **{name: layer(name) for name in PEERS},
 }
 
 

@@ -18,6 +18,8 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader, get_torch_safe_globals
 from torch import nn
 
+from mmcastling.attention.old_names import with_current_names
+
 _TEMPORARY = ".mmcastling-tmp"
 """How the name of a file ends while it is written."""
 
@@ -177,7 +179,8 @@ def check_weights_fit(
     Raises:
         CheckpointError: If a name is missing or unexpected, or a shape differs.
     """
-    weights, own = weights_of(checkpoint), model.state_dict()
+    own = model.state_dict()
+    weights = with_current_names(weights_of(checkpoint), own)
     problems = [f"missing {key}" for key in own if key not in weights]
     problems += [f"unexpected {key}" for key in weights if key not in own]
     problems += [

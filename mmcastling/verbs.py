@@ -85,7 +85,7 @@ def restore_mask(model: nn.Module, checkpoint: dict[str, Any]) -> bool:
 
 
 def switch_to_deploy(model: Model, inplace: bool = False) -> Model:
-    """Prune the auxiliary branch of every castling attention.
+    """Remove the auxiliary branch of every castling attention.
 
     Calls ``switch_to_deploy()`` of each module that offers it, outermost first, so that
     a backbone can fold across its own blocks. Idempotent. On a model whose masks have

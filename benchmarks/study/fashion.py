@@ -167,10 +167,10 @@ def record(
     modules = [module for _, module in castling_modules(model)]
     if not modules:
         return
-    densities = [module.mask_density.item() for module in modules]
+    densities = [module.branch.density.item() for module in modules]
     state = dict(
-        threshold=modules[0].mask_threshold.probability,
-        weight=modules[0].mask_weight,
+        threshold=modules[0].branch.threshold.probability,
+        weight=modules[0].branch.weight,
         density=sum(densities) / len(densities),
     )
     state |= {f"density_layer{i}": value for i, value in enumerate(densities)}

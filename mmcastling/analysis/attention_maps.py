@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmcastling.attention import LinearAngularMixer, MaskThreshold, unit_rows
+from mmcastling.attention import LinearAngularMixer, MaskThreshold, l2_normalize
 
 Grid = tuple[int, int]
 OFF = MaskThreshold(1.0)
@@ -131,7 +131,7 @@ def attention_rows(
     tokens = k.shape[1]
     softmax = torch.softmax(q @ k.transpose(1, 2) * k.shape[2] ** -0.5, dim=-1)
     scale = 1.0 if reference_tokens is None else reference_tokens / tokens
-    angular = unit_rows(q) @ unit_rows(k).transpose(1, 2) * (scale / math.pi)
+    angular = l2_normalize(q) @ l2_normalize(k).transpose(1, 2) * (scale / math.pi)
     softmax, angular = softmax.squeeze(1), angular.squeeze(1)  # (h, N)
     angular[:, query] += 0.5
     survives = (softmax > threshold.resolve(tokens)) & (not threshold.rejects_all)
@@ -140,10 +140,10 @@ def attention_rows(
 
 
 def mask_of(mixer: LinearAngularMixer) -> tuple[MaskThreshold, float]:
-    """Threshold and weight in force; those of a branch that is off once pruned."""
-    if hasattr(mixer, "mask_threshold"):
-        return mixer.mask_threshold, mixer.mask_weight
-    return OFF, 1.0
+    """Threshold and weight in force, of a branch that is off where there is none."""
+    if mixer.branch is None:
+        return OFF, 1.0
+    return mixer.branch.threshold, mixer.branch.weight
 
 
 def angular_layers(model: nn.Module) -> list[tuple[str, LinearAngularMixer]]:
@@ -210,38 +210,16 @@ def record_attention(model: nn.Module, image: Tensor, layer: int = -1) -> MixerC
 def _recording(
     mixer: LinearAngularMixer,
 ) -> Iterator[list[tuple[Tensor, Tensor, Tensor, Grid | None]]]:
-    """Collect q, k, v and grid of every call of a mixer.
-
-    A block projects inside its ``forward``, so a hook on that sees tokens and grid;
-    queries, keys and values meet in ``mix``, or in ``mix_to_unit``, which may call it.
-    """
+    """Collect q, k, v and grid of every call of a mixer."""
     calls: list[tuple[Tensor, Tensor, Tensor, Grid | None]] = []
-    grid: Grid | None = None
-    depth = 0
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = signature.bind(*args, **kwargs).arguments
+        calls.append(tuple(call.get(name) for name in ("q", "k", "v", "grid")))
+
     signature = inspect.signature(mixer.forward)
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal grid
-        grid = signature.bind(*args, **kwargs).arguments.get("grid")
-
-    def recorded(function: Any) -> Any:
-        def wrapped(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
-            nonlocal depth
-            if not depth:
-                calls.append((q, k, v, grid))
-            depth += 1
-            try:
-                return function(q, k, v, *args, **kwargs)
-            finally:
-                depth -= 1
-
-        return wrapped
-
-    handle = mixer.register_forward_pre_hook(before, with_kwargs=True)
-    mixer.mix = recorded(mixer.mix)
-    mixer.mix_to_unit = recorded(mixer.mix_to_unit)
+    handle = mixer.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         yield calls
     finally:
-        del mixer.mix, mixer.mix_to_unit
         handle.remove()

@@ -1,79 +1,64 @@
 """The paper: angular attention, its linear form, and the castling block. Torch only."""
 
-from mmcastling.attention.baselines import SoftmaxAttention, SoftmaxMixer
-from mmcastling.attention.block import TokenAttention
-from mmcastling.attention.build import (
-    ATTENTIONS,
-    MIXERS,
-    build_attention,
-    build_mixer,
-)
-from mmcastling.attention.castling import (
-    CastlingAttention,
-    CastlingMixer,
-    LinearAngularAttention,
-    LinearAngularMixer,
-)
+from typing import Any
+
+from mmcastling.attention.attention import Attention
+from mmcastling.attention.autocast import in_full_precision
+from mmcastling.attention.build import MIXERS, build_mixer
+from mmcastling.attention.castling import CastlingMixer, LinearAngularMixer
 from mmcastling.attention.functional import (
     angular_attention,
     angular_similarity,
     angular_similarity_series,
-    in_full_precision,
     kernel_attention,
+    l2_normalize,
     linear_angular_attention,
     naive_masked_softmax_attention,
-    unit_rows,
 )
 from mmcastling.attention.local_conv import GridConv, TokenConv
+from mmcastling.attention.masked_branch import MaskedBranch
 from mmcastling.attention.masked_softmax import masked_softmax_attention
 from mmcastling.attention.mixer import TokenMixer
-from mmcastling.attention.peers import (
-    EfficientAttention,
-    EfficientMixer,
-    FocusedAttention,
-    FocusedMixer,
-    HydraAttention,
-    HydraMixer,
-    PerformerAttention,
-    PerformerMixer,
-    ReLULinearAttention,
-    ReLULinearMixer,
-)
 from mmcastling.attention.threshold import MaskThreshold
 
 __all__ = [
-    "ATTENTIONS",
     "MIXERS",
-    "CastlingAttention",
+    "Attention",
     "CastlingMixer",
-    "EfficientAttention",
-    "EfficientMixer",
-    "FocusedAttention",
-    "FocusedMixer",
     "GridConv",
-    "HydraAttention",
-    "HydraMixer",
-    "LinearAngularAttention",
     "LinearAngularMixer",
     "MaskThreshold",
-    "PerformerAttention",
-    "PerformerMixer",
-    "ReLULinearAttention",
-    "ReLULinearMixer",
-    "SoftmaxAttention",
-    "SoftmaxMixer",
-    "TokenAttention",
+    "MaskedBranch",
     "TokenConv",
     "TokenMixer",
     "angular_attention",
     "angular_similarity",
     "angular_similarity_series",
-    "build_attention",
     "build_mixer",
     "in_full_precision",
     "kernel_attention",
+    "l2_normalize",
     "linear_angular_attention",
     "masked_softmax_attention",
     "naive_masked_softmax_attention",
-    "unit_rows",
 ]
+
+_INSTEAD = {
+    "ATTENTIONS": "MIXERS, of which Attention holds one",
+    "TokenAttention": "Attention",
+    "build_attention": "Attention(embed_dims, num_heads, **options)",
+    "unit_rows": "l2_normalize",
+    **{
+        f"{kind.__name__.removesuffix('Mixer')}Attention": (
+            f"Attention(embed_dims, num_heads, type={name!r})"
+        )
+        for name, kind in MIXERS.items()
+    },
+    **{kind.__name__: f"MIXERS[{name!r}]" for name, kind in MIXERS.items()},
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _INSTEAD:  # an AttributeError's text would be lost in an import
+        raise ImportError(f"mmcastling.attention.{name} is gone: use {_INSTEAD[name]}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,6 +24,13 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
 
 
+def split_qkv(x: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``(B, N, 3 * h * d)`` to queries, keys and values ``(B, h, N, d)``, views."""
+    x = x.unflatten(2, (3, num_heads, -1))
+    q, k, v = x.permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
 def on_grid(
     operation: Callable[[Tensor], Tensor], x: Tensor, grid: Grid
 ) -> tuple[Tensor, Grid]:

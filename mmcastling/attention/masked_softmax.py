@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from mmcastling.attention.functional import in_full_precision, without_autocast
+from mmcastling.attention.autocast import in_full_precision, without_autocast
 from mmcastling.attention.threshold import MaskThreshold
 
 # Probabilities per tile. On a CPU a tile's few matrices stay in the last-level cache;
@@ -71,9 +71,8 @@ def masked_softmax_attention(
     differentiable twice.
 
     Args:
-        q: Queries ``(B, h, N, d)``.
-        k: Keys ``(B, h, M, d)``.
-        v: Values ``(B, h, M, e)``.
+        q, k, v: Queries ``(B, h, N, d)``, keys ``(B, h, M, d)``, values
+            ``(B, h, M, e)``.
         threshold: A probability, or a multiple of uniform attention such as ``'4/N'``.
             Defaults to 0.02, the released value.
         weight: Factor of the branch. Defaults to 1.
@@ -101,9 +100,8 @@ def masked_softmax_with_state(
     """:func:`masked_softmax_attention` with the mask's values in a tensor.
 
     Args:
-        q: Queries ``(B, h, N, d)``.
-        k: Keys ``(B, h, M, d)``.
-        v: Values ``(B, h, M, e)``.
+        q, k, v: Queries ``(B, h, N, d)``, keys ``(B, h, M, d)``, values
+            ``(B, h, M, e)``.
         state: The values, from :func:`mask_state`.
 
     Returns:
@@ -137,9 +135,8 @@ class _Tiles:
     Small attentions are taken several heads at a time, large ones by rows of one head.
 
     Args:
-        q: Queries ``(B, h, N, d)``.
-        k: Keys ``(B, h, M, d)``.
-        v: Values ``(B, h, M, e)``.
+        q, k, v: Queries ``(B, h, N, d)``, keys ``(B, h, M, d)``, values
+            ``(B, h, M, e)``.
 
     Attributes:
         q: Queries ``(B h, N, d)``, divided by ``sqrt(d)``.

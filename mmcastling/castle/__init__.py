@@ -4,7 +4,6 @@ from mmcastling.castle import adapters  # noqa: F401, registers them
 from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
 from mmcastling.castle.castled_attention import (
     CastledAttention,
-    GridFinder,
     MixerBuilder,
 )
 from mmcastling.castle.report import Castled, CastleReport
@@ -15,7 +14,6 @@ __all__ = [
     "CastleReport",
     "Castled",
     "CastledAttention",
-    "GridFinder",
     "MixerBuilder",
     "castle",
     "register_adapter",

@@ -60,22 +60,20 @@ class CastleReport:
 
     def __str__(self) -> str:
         """A line per kind of thing; names that differ in numbers only share one."""
-        rows = []
-        by_class: dict[str, list[str]] = {}
-        for item in self.castled:
-            by_class.setdefault(f"{item.was} -> {self.type}", []).append(item.name)
-        for what, names in by_class.items():
-            rows += [("castled", name, what) for name in _together(names)]
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in self.left_alone.items():
-            by_reason.setdefault(reason, []).append(name)
-        for reason, names in by_reason.items():
-            rows += [("left alone", name, reason) for name in _together(names)]
-        rows += [("dropped", name, "") for name in _together(self.dropped)]
-        rows += [("new", name, "") for name in _together(self.new)]
-        for note, names in self.notes.items():
-            rows += [("note", name, note) for name in _together(names)]
-        rows.append(("kept", f"{self.num_kept} weights and buffers", ""))
+        said = [("castled", i.name, f"{i.was} -> {self.type}") for i in self.castled]
+        said += [("left alone", name, why) for name, why in self.left_alone.items()]
+        said += [("dropped", name, "") for name in self.dropped]
+        said += [("new", name, "") for name in self.new]
+        said += [("note", n, note) for note, names in self.notes.items() for n in names]
+        said.append(("kept", f"{self.num_kept} weights and buffers", ""))
+        groups: dict[tuple[str, str], list[str]] = {}
+        for kind, name, what in said:
+            groups.setdefault((kind, what), []).append(name)
+        rows = [
+            (kind, name, what)
+            for (kind, what), names in groups.items()
+            for name in _together(names)
+        ]
         width = max(len(name) for _, name, _ in rows)
         lines = [f"{kind:<10}  {name:<{width}}  {what}" for kind, name, what in rows]
         return "\n".join(line.rstrip() for line in lines)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmcastling.attention import TokenMixer
 from mmcastling.castle.adapter_registry import Adapter, CannotCastle, find_adapter
-from mmcastling.castle.castled_attention import (
-    GridFinder,
-    MixerBuilder,
-    extra_tokens_of,
-)
+from mmcastling.castle.castled_attention import MixerBuilder
 from mmcastling.castle.report import Castled, CastleReport
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -68,7 +64,7 @@ def castle(
         return_report: Also return what was done. Defaults to False.
         **attention: Options of the attention: ``type`` (``'castling'`` unless given)
             and its arguments, such as ``local_conv`` and ``mask_threshold``; with
-            ``deploy=True`` in its pruned form, to load a deployed checkpoint.
+            ``deploy=True`` in its deployed form, to load a deployed checkpoint.
 
     Returns:
         The model, or with ``return_report`` a pair of it and a :class:`CastleReport`.
@@ -91,8 +87,8 @@ def castle(
         if item.name not in chosen:
             report.left_alone[item.name] = "not selected"
             continue
-        finder = GridFinder(grid, extra_tokens_of(item.ancestors))
-        build = MixerBuilder(options, deploy, finder, item.module)
+        extra_tokens = _extra_tokens_of(item.ancestors)
+        build = MixerBuilder(item.module, options, deploy, grid, extra_tokens)
         try:
             new = item.adapter.adapt(item.module, build)
         except CannotCastle as reason:
@@ -127,23 +123,27 @@ def castle(
 
 def _check_not_castled(model: nn.Module) -> None:
     for name, module in model.named_modules():
+        what = name or type(model).__name__
         if getattr(module, "deploy", False) is True:
             raise ValueError(
-                f"{name or type(model).__name__} has been switched to its deployed "
-                "form already: castle a model before, not after"
+                f"{what} has been switched to its deployed form already: castle a "
+                "model before, not after"
             )
         if isinstance(module, TokenMixer):
             raise ValueError(
-                f"{name or type(model).__name__} is castled already "
-                f"({type(module).__name__}); castle the original model once, choosing "
-                "its parts with stages or predicate"
+                f"{what} is castled already ({type(module).__name__}); castle the "
+                "original model once, choosing its parts with stages or predicate"
             )
 
 
 def _find(model: nn.Module) -> tuple[list[_Found], dict[str, str]]:
     """Attentions with an adapter, and reasons for those whose class resembles one."""
     found, declined = [], {}
-    for name, module, ancestors in _walk(model):
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        parts = name.split(".") if name else []
+        holders = [".".join(parts[:i]) for i in reversed(range(len(parts)))]
+        ancestors = [modules[h] for h in holders if h in modules]
         try:
             adapter = find_adapter(module, ancestors[0] if ancestors else None)
         except CannotCastle as reason:
@@ -168,15 +168,16 @@ def _find(model: nn.Module) -> tuple[list[_Found], dict[str, str]]:
     return found, declined
 
 
-def _walk(
-    module: nn.Module, name: str = "", ancestors: Sequence[nn.Module] = ()
-) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
-    """Every module once, with its name and the modules that hold it."""
-    modules = dict(module.named_modules())
-    for name, found in modules.items():
-        parts = name.split(".") if name else []
-        holders = [".".join(parts[:i]) for i in reversed(range(len(parts)))]
-        yield name, found, [modules[h] for h in holders if h in modules]
+def _extra_tokens_of(ancestors: Sequence[nn.Module]) -> int:
+    """How many tokens lead the grid, as the nearest module that knows says."""
+    for module in ancestors:
+        for name in ("num_extra_tokens", "num_prefix_tokens"):  # mmpretrain's, timm's
+            count = getattr(module, name, None)
+            if isinstance(count, int):
+                return count
+        if isinstance(getattr(module, "class_token", None), Tensor):
+            return 1  # torchvision's
+    return 0
 
 
 def _stages(names: Sequence[str]) -> list[int]:

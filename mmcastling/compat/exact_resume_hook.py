@@ -14,6 +14,7 @@ from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import nn
 
+from mmcastling.attention.old_names import with_current_names
 from mmcastling.compat.seeded_data import (
     BatchStream,
     PlacedBatchSampler,
@@ -174,7 +175,8 @@ class ExactResumeHook(Hook):
         if not self._gradients:
             return
         parameters = dict(_core(runner.model).named_parameters())
-        for name, gradient in self._gradients.items():
+        gradients = with_current_names(self._gradients, parameters)
+        for name, gradient in gradients.items():
             parameters[name].grad = gradient.to(parameters[name], copy=True)
         self._gradients = {}
         runner.logger.info(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mmcastling.attention.linear import onednn_name
+from mmcastling.attention.fast import onednn_name
 
 _WEIGHT_LEVELS = 127  # of a signed weight, symmetric
 _SMALLEST_STEP = 1e-12  # of a tensor of zeros
@@ -27,7 +27,7 @@ class QuantisedLinear(nn.Module):
 
     Args:
         linear: The layer in float32, whose activation it takes over if that is a
-            :class:`~mmcastling.attention.linear.FusedLinear`.
+            :class:`~mmcastling.attention.fast.FusedLinear`.
     """
 
     def __init__(self, linear: nn.Linear) -> None:

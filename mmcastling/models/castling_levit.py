@@ -15,7 +15,7 @@ from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch import Tensor, nn
 
 from mmcastling.models.common import (
-    CastledBackbone,
+    CastlingBackbone,
     Grid,
     check_arch,
     check_ffn_conv,
@@ -28,7 +28,7 @@ from mmcastling.models.common import (
 from mmcastling.models.conv_ffn import ConvLeViTMLP
 from mmcastling.models.levit_blocks import (
     BiasedSoftmaxAttention,
-    CastledLeViTAttention,
+    CastlingLeViTAttention,
     GridResidual,
     strided_grid,
 )
@@ -42,7 +42,7 @@ STEM_OUT = 5
 
 @MODELS.register_module()
 @MMPRETRAIN_MODELS.register_module()
-class CastlingLeViT(CastledBackbone, BaseBackbone):
+class CastlingLeViT(CastlingBackbone, BaseBackbone):
     """LeViT with linear-angular attention and a vanishing softmax branch.
 
     From "Castling-ViT" (You et al., CVPR 2023), on "LeViT: a Vision Transformer in
@@ -97,7 +97,7 @@ class CastlingLeViT(CastledBackbone, BaseBackbone):
             starts from trained weights need. Defaults to False.
         with_cp: Recompute blocks in the backward pass to save memory. Defaults to
             False.
-        deploy: Build the pruned graph. Defaults to False.
+        deploy: Build the deployed graph. Defaults to False.
         init_cfg: Initialisation. Defaults to None.
 
     Raises:
@@ -227,7 +227,7 @@ class CastlingLeViT(CastledBackbone, BaseBackbone):
                 grid=grid,
                 stride=stride,
             )
-        return CastledLeViTAttention(
+        return CastlingLeViTAttention(
             in_dims,
             in_dims if stride == 1 else 4 * in_dims,
             out_dims,
@@ -272,17 +272,10 @@ class CastlingLeViT(CastledBackbone, BaseBackbone):
         return tuple(outs)
 
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
-        """The layer of a parameter, for layer-wise learning-rate decay.
+        """The layer of a parameter and the number of layers, for learning-rate decay.
 
-        A layer is an attention and the MLP behind it, within a stage or between two.
-
-        Args:
-            param_name: Name of the parameter, ``prefix`` included.
-            prefix: Name of the backbone in the model. Defaults to ``''``.
-
-        Returns:
-            The layer, 0 for the stem and the last for norms of the outputs and whatever
-            is outside the backbone, and the number of layers.
+        As mmpretrain's: 0 is the stem, the last are norms of the outputs and whatever
+        ``prefix`` does not begin. A layer is an attention and the MLP behind it.
         """
         depths = [
             depth + (i > 0) for i, depth in enumerate(self.arch_settings["depths"])

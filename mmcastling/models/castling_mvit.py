@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 from mmpretrain.models.backbones import MViT
+from mmpretrain.models.backbones.mvit import MultiScaleBlock
 from mmpretrain.models.utils import resize_pos_embed
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch import Tensor
 
 from mmcastling.models.common import (
-    CastledBackbone,
+    CastlingBackbone,
     check_arch,
     check_ffn_conv,
     check_frozen_stages,
@@ -28,7 +29,7 @@ from mmcastling.registry import MODELS
 
 @MODELS.register_module()
 @MMPRETRAIN_MODELS.register_module()
-class CastlingMViT(CastledBackbone, MViT):
+class CastlingMViT(CastlingBackbone, MViT):
     """MViTv2 with linear-angular attention and a vanishing softmax branch.
 
     From "Castling-ViT" (You et al., CVPR 2023), on "MViTv2: Improved Multiscale Vision
@@ -40,7 +41,7 @@ class CastlingMViT(CastledBackbone, MViT):
 
     Castled blocks keep one grid for q, k and v and pool the output where the original
     pools q; see
-    :class:`~mmcastling.models.mvit_blocks.CastledMultiScaleAttention`. The softmax
+    :class:`~mmcastling.models.mvit_blocks.CastlingMultiScaleAttention`. The softmax
     twin, ``attention=dict(type='softmax')`` without further options, is the published
     original: pooled keys and values, relative positions. It equals mmpretrain's
     ``MViT``, whose weights load by name, up to one point: outputs of inner scales are
@@ -75,7 +76,7 @@ class CastlingMViT(CastledBackbone, MViT):
             freeze it and the first ``n`` scales. Defaults to -1.
         with_cp: Recompute blocks in the backward pass to save memory. Defaults to
             False.
-        deploy: Build the pruned graph. Defaults to False.
+        deploy: Build the deployed graph. Defaults to False.
         **kwargs: Further arguments of mmpretrain's ``MViT``, such as
             ``use_abs_pos_embed``, ``rel_pos_spatial``, ``mlp_ratio`` and ``init_cfg``.
 
@@ -149,20 +150,10 @@ class CastlingMViT(CastledBackbone, MViT):
         drop_path_rate: float,
         kwargs: dict[str, Any],
     ) -> None:
-        defaults = inspect.signature(MViT.__init__).parameters
-        names = [
-            "qkv_bias",
-            "norm_cfg",
-            "mlp_ratio",
-            "residual_pooling",
-            "rel_pos_spatial",
-            "rel_pos_zero_init",
-            "dim_mul_in_attention",
-        ]
-        shared = {name: kwargs.get(name, defaults[name].default) for name in names}
-        shared["qkv_pool_kernel"] = kwargs.get(
-            "pool_kernel", defaults["pool_kernel"].default
-        )
+        names = set(inspect.signature(MultiScaleBlock).parameters) - {"init_cfg"}
+        shared = {name: kwargs[name] for name in kwargs if name in names}
+        shared.setdefault("norm_cfg", dict(type="LN", eps=1e-6))  # as MViT has it
+        shared["qkv_pool_kernel"] = kwargs.get("pool_kernel", (3, 3))
         rates = np.linspace(0, drop_path_rate, self.num_layers).tolist()
         grid, scale = tuple(self.patch_resolution), 0
         for i, block in enumerate(self.blocks):
@@ -215,15 +206,10 @@ class CastlingMViT(CastledBackbone, MViT):
         return tuple(outs)
 
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
-        """The layer of a parameter, for layer-wise learning-rate decay.
+        """The layer of a parameter and the number of layers, for learning-rate decay.
 
-        Args:
-            param_name: Name of the parameter, ``prefix`` included.
-            prefix: Name of the backbone in the model. Defaults to ``''``.
-
-        Returns:
-            The layer, 0 for patch and position embedding and the last for norms of the
-            outputs and whatever is outside the backbone, and the number of layers.
+        As mmpretrain's: 0 are patch and position embedding, the last are norms of the
+        outputs and whatever ``prefix`` does not begin.
         """
         num_layers = self.num_layers + 2
         if not param_name.startswith(prefix):

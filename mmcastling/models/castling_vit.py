@@ -16,9 +16,9 @@ from mmpretrain.models.utils import build_norm_layer, resize_pos_embed
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch import Tensor, nn
 
-from mmcastling.attention import build_attention
+from mmcastling.attention import Attention
 from mmcastling.models.common import (
-    CastledBackbone,
+    CastlingBackbone,
     Grid,
     check_arch,
     check_ffn_conv,
@@ -37,11 +37,11 @@ class CastlingEncoderLayer(TransformerEncoderLayer):
     """A pre-norm encoder layer whose attention and MLP may know the grid of tokens.
 
     Args:
-        attention: Options of the attention, see
-            :func:`mmcastling.attention.build_attention`. Defaults to None (castling).
+        attention: Options of :class:`mmcastling.attention.Attention`. Defaults to None
+            (castling).
         ffn_conv: Kernel size of the depthwise convolution in the MLP, 0 for none.
             Defaults to 0.
-        deploy: Build the pruned attention. Defaults to False.
+        deploy: Build the deployed attention. Defaults to False.
         **kwargs: Arguments of mmpretrain's ``TransformerEncoderLayer``.
     """
 
@@ -59,15 +59,15 @@ class CastlingEncoderLayer(TransformerEncoderLayer):
             type="DropPath", drop_prob=float(kwargs.get("drop_path_rate", 0.0))
         )
         layer_scale = kwargs.get("layer_scale_init_value", 0.0)
-        self.attn = build_attention(
-            attention,
-            deploy=deploy,
+        options = dict(
             embed_dims=embed_dims,
             num_heads=kwargs["num_heads"],
             qkv_bias=kwargs.get("qkv_bias", True),
             layer_scale_init_value=layer_scale,
             proj_drop=drop_rate,
         )
+        options.update(attention or {}, deploy=deploy)
+        self.attn = Attention(**options)
         self.drop_path = build_dropout(drop_path)
         if ffn_conv:
             self.ffn = ConvFFN(
@@ -89,7 +89,7 @@ class CastlingEncoderLayer(TransformerEncoderLayer):
 
 @MODELS.register_module()
 @MMPRETRAIN_MODELS.register_module()
-class CastlingViT(CastledBackbone, VisionTransformer):
+class CastlingViT(CastlingBackbone, VisionTransformer):
     """Vision transformer with linear-angular attention and a vanishing softmax branch.
 
     From "Castling-ViT: Compressing Self-Attention via Switching Towards Linear-Angular
@@ -120,7 +120,7 @@ class CastlingViT(CastledBackbone, VisionTransformer):
             of stride 2. Defaults to ``'patch'``.
         with_cp: Recompute layers in the backward pass to save memory. Defaults to
             False.
-        deploy: Build the pruned graph. Defaults to False.
+        deploy: Build the deployed graph. Defaults to False.
         **kwargs: Further arguments of mmpretrain's ``VisionTransformer``, such as
             ``out_type``, ``with_cls_token``, ``drop_path_rate``, ``frozen_stages`` and
             ``init_cfg``.
@@ -199,9 +199,9 @@ class CastlingViT(CastledBackbone, VisionTransformer):
         self.patch_size = patch_size
         self.with_cp = with_cp
         self.deploy = deploy
-        self._castle_layers(attention, ffn_conv, kwargs)
-
         norm_cfg = kwargs.get("norm_cfg", dict(type="LN", eps=1e-6))
+        self._castle_layers(attention, ffn_conv, norm_cfg, kwargs)
+
         for index in indices:
             if index != num_layers - 1:  # the last layer's norm is ln1
                 norm = build_norm_layer(norm_cfg, self.embed_dims)
@@ -211,19 +211,22 @@ class CastlingViT(CastledBackbone, VisionTransformer):
         self._freeze_stages()
 
     def _castle_layers(
-        self, attention: dict[str, Any] | None, ffn_conv: int, kwargs: dict[str, Any]
+        self,
+        attention: dict[str, Any] | None,
+        ffn_conv: int,
+        norm_cfg: dict[str, Any],
+        kwargs: dict[str, Any],
     ) -> None:
         drop_path_rates = np.linspace(
             0, kwargs.get("drop_path_rate", 0.0), self.num_layers
         ).tolist()
+        names = ("layer_scale_init_value", "drop_rate", "qkv_bias")
         shared = dict(
+            {name: kwargs[name] for name in names if name in kwargs},
             embed_dims=self.embed_dims,
             num_heads=self.arch_settings["num_heads"],
             feedforward_channels=self.arch_settings["feedforward_channels"],
-            layer_scale_init_value=kwargs.get("layer_scale_init_value", 0.0),
-            drop_rate=kwargs.get("drop_rate", 0.0),
-            qkv_bias=kwargs.get("qkv_bias", True),
-            norm_cfg=kwargs.get("norm_cfg", dict(type="LN", eps=1e-6)),
+            norm_cfg=norm_cfg,
             attention=attention,
             ffn_conv=ffn_conv,
             deploy=self.deploy,

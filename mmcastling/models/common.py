@@ -1,4 +1,4 @@
-"""What the castled backbones share: checks of their options, modes, deployment."""
+"""What our backbones share: checks of their options, modes, deployment."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mmcastling.models.folding import fold_for_inference
 from mmcastling.models.pretrained import check_pretrained, pretrained_cfgs
 
 Grid = tuple[int, int]
-Backbone = TypeVar("Backbone", bound="CastledBackbone")
+Backbone = TypeVar("Backbone", bound="CastlingBackbone")
 
 
-class CastledBackbone:
+class CastlingBackbone:
     """Modes, weights and deployment, mixed into a backbone before mmpretrain's class.
 
     Expects the attributes ``deploy`` and ``with_cp``, and ``_freeze_stages()``, which
@@ -46,7 +46,7 @@ class CastledBackbone:
             initialize(self, cfgs)
 
     def switch_to_deploy(self) -> None:
-        """Prune the auxiliary branch of every attention, and fold what is algebra.
+        """Remove the auxiliary branch of every attention, and fold layers together.
 
         See :func:`~mmcastling.models.folding.fold_for_inference`. Idempotent.
         """
@@ -116,15 +116,10 @@ def check_arch(
     zoo: Mapping[str, Mapping[str, Any]],
     needed: set[str],
 ) -> dict[str, Any]:
-    """Look an architecture up, or check one that is given.
-
-    Args:
-        arch: A name in ``zoo`` (case does not matter), or the settings themselves.
-        zoo: Settings by name.
-        needed: Keys that the settings must have.
+    """Look an architecture up in ``zoo``, or check settings that are given.
 
     Raises:
-        ValueError: If the name is not known or a key is missing.
+        ValueError: If the name is not known or one of the keys ``needed`` is missing.
     """
     if isinstance(arch, str):
         if arch.lower() not in zoo:
@@ -139,21 +134,13 @@ def check_arch(
 
 
 def check_ffn_conv(ffn_conv: int) -> None:
-    """Check the kernel size of the convolution in the MLPs.
-
-    Raises:
-        ValueError: If it is not 0, 3, 5 or 7.
-    """
+    """Raise ValueError unless it is a kernel size for the MLPs, or 0 for none."""
     if ffn_conv not in (0, 3, 5, 7):
         raise ValueError(f"ffn_conv {ffn_conv!r} must be 0 (no convolution), 3, 5 or 7")
 
 
 def check_frozen_stages(frozen_stages: int, num_stages: int) -> None:
-    """Check the number of frozen stages.
-
-    Raises:
-        ValueError: If it is not within -1 and ``num_stages``.
-    """
+    """Raise ValueError unless there are so many stages to freeze."""
     if not -1 <= frozen_stages <= num_stages:
         raise ValueError(
             f"frozen_stages {frozen_stages!r} must be -1 (nothing frozen), 0 (the "
@@ -166,13 +153,8 @@ def check_out_indices(
 ) -> list[int]:
     """Resolve negative indices; sort, and drop what is named twice.
 
-    Args:
-        out_indices: One index or several, negative ones from the end.
-        count: How many there are to choose from.
-        what: Their name, such as ``'layer'``.
-
     Raises:
-        ValueError: If an index is out of range.
+        ValueError: If an index is out of range of ``count`` things named ``what``.
     """
     indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
     for index in indices:
@@ -185,11 +167,7 @@ def check_out_indices(
 
 
 def image_size(img_size: int | Sequence[int]) -> Grid:
-    """``(H, W)`` of a size that is given as one number or two.
-
-    Raises:
-        ValueError: If it is neither.
-    """
+    """``(H, W)`` of a size that is given as one number or two, or ValueError."""
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if len(size) != 2 or any(not isinstance(n, int) or n < 1 for n in size):
         raise ValueError(f"img_size {img_size!r} must be a number of pixels or (H, W)")
@@ -197,16 +175,7 @@ def image_size(img_size: int | Sequence[int]) -> Grid:
 
 
 def check_image(x: Tensor, smallest: int, what: str) -> None:
-    """Check that an image batch ``(B, C, H, W)`` is large enough.
-
-    Args:
-        x: The images.
-        smallest: Smallest height and width in pixels.
-        what: What the image must cover, such as ``'a patch'``.
-
-    Raises:
-        ValueError: If it is smaller.
-    """
+    """Raise ValueError if images ``(B, C, H, W)`` are smaller than ``what``."""
     height, width = x.shape[-2:]
     if min(height, width) < smallest:
         raise ValueError(

@@ -16,14 +16,14 @@ from mmpretrain.models.backbones.mvit import MLP as MViTMLP
 from torch import Tensor, nn
 
 from mmcastling.attention import GridConv
-from mmcastling.attention.linear import onednn_name, onednn_serves
+from mmcastling.attention.fast import onednn_name, onednn_serves
 
 
 class HiddenConv(GridConv):
     """Depthwise convolution of hidden tokens, which starts as the identity.
 
     Deployment gives it the activation behind it, which oneDNN then applies in the same
-    pass, as in a :class:`~mmcastling.attention.linear.FusedLinear`.
+    pass, as in a :class:`~mmcastling.attention.fast.FusedLinear`.
 
     Args:
         channels: Channels of the hidden layer.

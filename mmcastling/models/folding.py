@@ -8,7 +8,7 @@ from mmcv.cnn.bricks.wrappers import Linear as MMCVLinear
 from mmpretrain.models.backbones.levit import ConvolutionBatchNorm, LinearBatchNorm
 from torch import nn
 
-from mmcastling.attention.linear import fold_layer_scale, fuse_linear
+from mmcastling.attention.fast import fold_layer_scale, fuse_linear
 from mmcastling.models.conv_ffn import ConvLeViTMLP, ConvMViTMLP
 
 _WITHOUT_EFFECT = (nn.Dropout, DropPath)
@@ -21,7 +21,7 @@ def fold_for_inference(module: nn.Module) -> None:
     Batch norms (with the statistics that training has gathered) go into the linear
     layer or convolution in front of them, LayerScale factors into the last layer of
     their MLP; dropout and stochastic depth become ``nn.Identity``. Linear layers become
-    :class:`~mmcastling.attention.linear.FusedLinear`, those of an MLP together with the
+    :class:`~mmcastling.attention.fast.FusedLinear`, those of an MLP together with the
     activation that follows. Inference stays the same up to rounding, names of
     parameters change. Idempotent.
 
@@ -39,10 +39,8 @@ def fold_for_inference(module: nn.Module) -> None:
         *_, last = (layer for layer in module.layers if isinstance(layer, nn.Linear))
         module.gamma2 = fold_layer_scale(last, module.gamma2)
     for child in module.children():
-        if type(child) is MMCVLinear:
-            child.__class__ = (
-                nn.Linear
-            )  # what it wraps, for versions of torch long past
+        if type(child) is MMCVLinear:  # a wrapper for versions of torch long past
+            child.__class__ = nn.Linear
         fuse_linear(child)
     _fuse_activation(module)
 

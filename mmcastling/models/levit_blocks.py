@@ -15,7 +15,7 @@ from mmpretrain.models.backbones.levit import LinearBatchNorm, Residual
 from torch import Tensor, nn
 
 from mmcastling.attention import build_mixer
-from mmcastling.attention.local_conv import merge_heads
+from mmcastling.attention.local_conv import merge_heads, split_qkv
 from mmcastling.models.common import Grid
 
 
@@ -41,7 +41,7 @@ class GridResidual(Residual):
         return x + self.drop_path(self.block(x, grid))
 
 
-class CastledLeViTAttention(BaseModule):
+class CastlingLeViTAttention(BaseModule):
     """The attention of LeViT around a mixer that keeps the grid.
 
     ``qkv`` projects to three times ``inner_dims`` on the full grid, whatever the
@@ -58,7 +58,7 @@ class CastledLeViTAttention(BaseModule):
         stride: 1, or 2 to subsample the output. Defaults to 1.
         attention: Options of the mixer, see :func:`mmcastling.attention.build_mixer`.
             Defaults to None (castling).
-        deploy: Build the pruned mixer. Defaults to False.
+        deploy: Build the deployed mixer. Defaults to False.
     """
 
     def __init__(
@@ -85,9 +85,7 @@ class CastledLeViTAttention(BaseModule):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """Attend: ``(B, H * W, in_dims)`` to ``(B, H' * W', out_dims)``."""
-        batch, tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, h, N, d)
+        q, k, v = split_qkv(self.qkv(x), self.num_heads)  # each (B, h, N, d)
         y = merge_heads(self.mixer(q, k, v, grid))  # (B, N, inner)
         return self.proj(subsample(y, grid, self.stride))
 

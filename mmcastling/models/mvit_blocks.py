@@ -20,7 +20,7 @@ from mmcastling.models.common import Grid
 from mmcastling.models.conv_ffn import ConvMViTMLP
 
 
-class CastledMultiScaleAttention(MultiScaleAttention):
+class CastlingMultiScaleAttention(MultiScaleAttention):
     """Pooling attention around a mixer that keeps the grid.
 
     q, k and v each go through a 3x3 depthwise convolution of stride 1 and a norm, are
@@ -39,7 +39,7 @@ class CastledMultiScaleAttention(MultiScaleAttention):
             Defaults to None (castling).
         norm_cfg: Norm after each pooling. Defaults to None (``dict(type='LN')``).
         pool_kernel: Kernel of each pooling. Defaults to (3, 3).
-        deploy: Build the pruned mixer. Defaults to False.
+        deploy: Build the deployed mixer. Defaults to False.
         **kwargs: Further arguments of mmpretrain's ``MultiScaleAttention``.
     """
 
@@ -198,7 +198,7 @@ class CastlingMultiScaleBlock(MultiScaleBlock):
         stride_kv: Stride of the published attention's keys and values. Defaults to 1.
         rel_pos_spatial: Whether the published attention has relative positions.
             Defaults to True.
-        deploy: Build the pruned mixer. Defaults to False.
+        deploy: Build the deployed mixer. Defaults to False.
         **kwargs: Further arguments of mmpretrain's ``MultiScaleBlock``.
     """
 
@@ -225,31 +225,28 @@ class CastlingMultiScaleBlock(MultiScaleBlock):
             input_size=input_size,
             **kwargs,
         )
-        norm_cfg = kwargs.get("norm_cfg", dict(type="LN"))
         attn_dims = self.attn.out_dims
+        names = ("qkv_bias", "norm_cfg", "residual_pooling", "rel_pos_zero_init")
         shared = dict(
+            {name: kwargs[name] for name in names if name in kwargs},
             in_dims=in_dims,
             out_dims=attn_dims,
             num_heads=num_heads,
-            qkv_bias=kwargs.get("qkv_bias", True),
-            norm_cfg=norm_cfg,
             pool_kernel=kwargs.get("qkv_pool_kernel", (3, 3)),
             stride_q=stride_q,
-            residual_pooling=kwargs.get("residual_pooling", True),
-            rel_pos_zero_init=kwargs.get("rel_pos_zero_init", False),
         )
         if attention is not None and dict(attention) == {"type": "softmax"}:
             self.attn = SoftmaxMultiScaleAttention(
                 input_size, rel_pos_spatial, stride_kv=stride_kv, **shared
             )
         else:
-            self.attn = CastledMultiScaleAttention(
+            self.attn = CastlingMultiScaleAttention(
                 attention=attention, deploy=deploy, **shared
             )
         self.mlp = ConvMViTMLP(
             attn_dims,
             ffn_conv,
-            hidden_channels=int(attn_dims * kwargs.get("mlp_ratio", 4.0)),
+            hidden_channels=self.mlp.fc1.out_features,
             out_channels=out_dims,
             act_cfg=kwargs.get("act_cfg", dict(type="GELU")),
         )

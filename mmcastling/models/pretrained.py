@@ -13,6 +13,7 @@ from mmengine.model import PretrainedInit
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
+from mmcastling.attention.old_names import with_current_names
 from mmcastling.checkpoint import CheckpointError, weights_of
 
 REQUIRED_SHARE = 0.5
@@ -94,7 +95,7 @@ def prepared_weights(
     module: nn.Module, weights: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Weights as the hooks of a module, which resize tables, would pass them to it."""
-    weights = dict(weights)
+    weights = with_current_names(weights, module.state_dict())
     for name, part in module.named_modules():
         prefix = f"{name}." if name else ""
         for hook in part._load_state_dict_pre_hooks.values():

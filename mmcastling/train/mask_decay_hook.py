@@ -188,11 +188,8 @@ class MaskDecayHook(Hook):
         self._masks_before_val = []
         if self.val_deployed:
             for _, module in castling_modules(runner.model):
-                state = (
-                    module.mask_threshold,
-                    module.mask_weight,
-                    module.mask_penalty,
-                )
+                mask = module.branch
+                state = (mask.threshold, mask.weight, mask.penalty)
                 self._masks_before_val.append((module, state))
                 module.set_mask(1.0)
 
@@ -242,7 +239,7 @@ class MaskDecayHook(Hook):
     def _log(self, runner: Runner) -> None:
         threshold, weight = self._state(runner)
         modules = [module for _, module in castling_modules(runner.model)]
-        density = torch.stack([module.mask_density for module in modules])
+        density = torch.stack([module.branch.density for module in modules])
         all_reduce(density, "mean")  # over processes, all of which are here
         densities = density.tolist()
         scalars = dict(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mmcastling.attention import build_mixer
+from mmcastling.attention.old_names import with_current_names
 from mmcastling.checkpoint import CheckpointError, save_atomically
 from mmcastling.models.common import image_size
 from mmcastling.models.pretrained import REQUIRED_SHARE, prepared_weights
@@ -154,8 +155,8 @@ def _import(
         options["attention"] = target.attention
     own = backbone.state_dict()
 
-    theirs = {_same_mixer(new, own): name for name, new in ours.items()}
-    weights = {_same_mixer(name, own): value for name, value in weights.items()}
+    theirs = with_current_names({new: name for name, new in ours.items()}, own)
+    weights = with_current_names(weights, own)
     changed = family.reshape(weights, target, backbone)
     outside = [name for name in containers[path] if not name.startswith(inner)]
     dropped = dict.fromkeys(outside, "outside the backbone")
@@ -230,13 +231,6 @@ def _find_network(
             f"{problem}: choose one of {sorted(options)} with --prefix"
         )
     return options[chosen[0]]
-
-
-def _same_mixer(name: str, own: Weights) -> str:
-    """A name as the backbone has it: a mixer was part of its attention at first."""
-    inner = name.replace(".attn.", ".attn.mixer.")
-    outer = name.replace(".attn.mixer.", ".attn.")
-    return next((other for other in (name, inner, outer) if other in own), name)
 
 
 def _check_fit(weights: Weights, own: Weights) -> None:

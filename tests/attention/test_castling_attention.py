@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -11,20 +12,20 @@ from torch import nn
 from torch.testing import assert_close
 
 from mmcastling.attention import (
-    ATTENTIONS,
-    CastlingAttention,
+    MIXERS,
+    Attention,
+    CastlingMixer,
     GridConv,
-    LinearAngularAttention,
-    SoftmaxAttention,
+    LinearAngularMixer,
     TokenConv,
-    build_attention,
 )
+from mmcastling.attention.local_conv import split_qkv
 
 
 def released_block(block, x, threshold):
     """The released block's order of operations, written out."""
     batch, tokens, channels = x.shape
-    heads, dims = block.num_heads, block.head_dims
+    heads, dims = block.num_heads, channels // block.num_heads
     projected = x @ block.qkv.weight.T + block.qkv.bias
     q, k, v = (
         part.reshape(batch, tokens, heads, dims).transpose(1, 2)
@@ -39,7 +40,7 @@ def released_block(block, x, threshold):
         y = (p * (p > threshold)) @ v + y
     y = y / y.norm(dim=-1, keepdim=True)
     conv = torch.zeros_like(v)
-    kernel = block.local_conv.weight  # (h, 1, 9, 1)
+    kernel = block.mixer.local_conv.weight  # (h, 1, 9, 1)
     for tap in range(9):
         for i in range(tokens):
             if 0 <= i + tap - 4 < tokens:
@@ -54,7 +55,7 @@ def tokens(*shape, seed=0):
 
 def block(**options):
     torch.manual_seed(1)
-    return CastlingAttention(24, 3, **options)
+    return Attention(24, 3, **options)
 
 
 def test_equals_the_released_block_in_training_and_deployed_form():
@@ -70,7 +71,7 @@ def test_the_branch_changes_the_output_until_it_is_off():
     deployed.switch_to_deploy()
     assert (attention(x) - deployed(x)).abs().max() > 1e-3
     for state in [(1.0,), (0.02, 0.0)]:
-        attention.set_mask(*state)
+        attention.mixer.set_mask(*state)
         assert_close(attention(x), deployed(x), atol=0, rtol=0)
 
 
@@ -80,60 +81,62 @@ def test_an_off_branch_computes_nothing(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("the branch was computed")
 
-    monkeypatch.setattr("mmcastling.attention.castling.masked_softmax_with_state", fail)
-    attention.set_mask(1.0)
+    monkeypatch.setattr(
+        "mmcastling.attention.masked_branch.masked_softmax_with_state", fail
+    )
+    attention.mixer.set_mask(1.0)
     attention(x)
     with pytest.raises(AssertionError, match="was computed"):
-        attention.set_mask(0.5)
+        attention.mixer.set_mask(0.5)
         attention(x)
 
 
 def test_density_follows_the_last_training_forward():
     attention, x = block(mask_threshold=0.0), tokens(2, 50, 24)
+    branch = attention.mixer.branch
     attention(x)
-    assert_close(attention.mask_density.item(), 1.0)
-    attention.set_mask(0.02)
+    assert_close(branch.density.item(), 1.0)
+    branch.set(0.02)
     attention.eval()(x)
-    assert_close(attention.mask_density.item(), 1.0)  # evaluation does not count
+    assert_close(branch.density.item(), 1.0)  # evaluation does not count
     attention.train()(x)
-    assert 0.0 < attention.mask_density.item() < 1.0
-    attention.set_mask(1.0)
+    assert 0.0 < branch.density.item() < 1.0
+    branch.set(1.0)
     attention(x)
-    assert attention.mask_density.item() == 0.0
+    assert branch.density.item() == 0.0
 
 
 def test_the_branch_owns_no_state_that_a_checkpoint_sees():
     attention = block()
     before = attention.state_dict()
-    attention.set_mask("4/N", 0.5)
+    attention.mixer.set_mask("4/N", 0.5)
     attention.switch_to_deploy()
     assert list(attention.state_dict()) == list(before)
     assert list(attention.buffers()) == []
-    LinearAngularAttention(24, 3).load_state_dict(before)
+    Attention(24, 3, type="linear_angular").load_state_dict(before)
 
 
 def test_deploying_twice_is_deploying_once_and_setting_a_mask_is_refused():
     attention = block()
     attention.switch_to_deploy()
     attention.switch_to_deploy()
-    assert attention.deploy and not attention.mask_is_on
-    with pytest.raises(RuntimeError, match="pruned"):
-        attention.set_mask(0.5)
-    assert not block(deploy=True).mask_is_on
+    mixer = attention.mixer
+    assert mixer.deploy and mixer.branch is None and not mixer.mask_is_on
+    with pytest.raises(RuntimeError, match="removed by switch_to_deploy"):
+        mixer.set_mask(0.5)
+    assert block(deploy=True).mixer.branch is None
 
 
 def test_softmax_weights_of_a_vision_transformer_load_by_name():
-    names = set(SoftmaxAttention(24, 3).state_dict())
-    assert names == {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
-    missing = block().load_state_dict(
-        SoftmaxAttention(24, 3).state_dict(), strict=False
-    )
-    assert missing.missing_keys == ["local_conv.weight"]
+    softmax = block(type="softmax").state_dict()
+    assert set(softmax) == {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
+    missing = block().load_state_dict(softmax, strict=False)
+    assert missing.missing_keys == ["mixer.local_conv.weight"]
     assert missing.unexpected_keys == []
 
 
 def test_softmax_block_is_multi_head_attention():
-    attention, x = SoftmaxAttention(24, 3), tokens(2, 10, 24)
+    attention, x = block(type="softmax"), tokens(2, 10, 24)
     reference = nn.MultiheadAttention(24, 3, batch_first=True)
     reference.in_proj_weight.data = attention.qkv.weight.data
     reference.in_proj_bias.data = attention.qkv.bias.data
@@ -144,7 +147,7 @@ def test_softmax_block_is_multi_head_attention():
 
 @settings(max_examples=30, deadline=None)
 @given(
-    kind=st.sampled_from(sorted(ATTENTIONS)),
+    kind=st.sampled_from(sorted(MIXERS)),
     conv=st.sampled_from(["token", "grid", None, dict(type="grid", kernel_size=5)]),
     batch=st.integers(1, 3),
     height=st.integers(1, 9),
@@ -152,8 +155,7 @@ def test_softmax_block_is_multi_head_attention():
     extra=st.integers(0, 2),
 )
 def test_any_grid_with_or_without_class_token(kind, conv, batch, height, width, extra):
-    spec = dict(type=kind, local_conv=conv)
-    attention = build_attention(spec, embed_dims=12, num_heads=3)
+    attention = Attention(12, 3, type=kind, local_conv=conv)
     x = tokens(batch, extra + height * width, 12).requires_grad_()
     y = attention(x, (height, width))
     assert y.shape == x.shape
@@ -182,22 +184,16 @@ def test_grid_conv_sees_the_grid_and_not_the_class_token():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: CastlingAttention(25, 3), "25 is not a multiple of num_heads 3"),
+        (lambda: Attention(25, 3), "25 is not a multiple of num_heads 3"),
         (lambda: block(mask_threshold=1.5), r"1\.5 is outside \[0, 1\]"),
         (lambda: block(local_conv="line"), "'line' is not known.*grid"),
         (lambda: block(local_conv=dict(type="token", kernel_size=4)), "4 must be.*odd"),
         (lambda: block(reference_tokens=0), "reference_tokens 0"),
-        (lambda: block().set_mask(0.1, -1.0), r"weight -1\.0"),
+        (lambda: block().mixer.set_mask(0.1, -1.0), r"weight -1\.0"),
         (lambda: block(local_conv="grid")(tokens(1, 4, 24)), "without their grid"),
         (lambda: block(local_conv="grid")(tokens(1, 4, 24), (3, 3)), "only 4"),
-        (
-            lambda: build_attention(dict(type="mean"), embed_dims=8, num_heads=2),
-            "'mean' is not known: choose one of",
-        ),
-        (
-            lambda: build_attention(dict(window=7), embed_dims=8, num_heads=2),
-            "unexpected keyword argument 'window'",
-        ),
+        (lambda: block(type="mean"), "'mean' is not known: choose one of"),
+        (lambda: block(window=7), "unexpected keyword argument 'window'"),
     ],
 )
 def test_bad_options_are_named(build, message):
@@ -218,12 +214,12 @@ def test_bfloat16_autocast_keeps_norms_in_float32_and_gradients_finite():
 
 @pytest.mark.parametrize("kind", ["castling", "linear_angular", "softmax"])
 def test_deployment_folds_the_layer_scale_into_the_projection(kind):
-    options = dict(embed_dims=32, num_heads=2, layer_scale_init_value=0.1)
-    attention = build_attention(dict(type=kind, proj_drop=0.5, **options)).eval()
+    options = dict(embed_dims=32, num_heads=2, layer_scale_init_value=0.1, type=kind)
+    attention = Attention(proj_drop=0.5, **options).eval()
     with torch.no_grad():
         attention.gamma1.weight.normal_()
     if kind == "castling":
-        attention.set_mask(1.0)
+        attention.mixer.set_mask(1.0)
     x = tokens(2, 9, 32)
     expected = attention(x)
     attention.switch_to_deploy()
@@ -231,18 +227,42 @@ def test_deployment_folds_the_layer_scale_into_the_projection(kind):
     assert_close(attention(x), expected)
     assert_close(attention.train()(x), expected)  # no dropout is left
     assert "gamma1.weight" not in attention.state_dict()
-    if kind == "castling":
-        built = build_attention(dict(type=kind, **options), deploy=True)
-        built.load_state_dict(attention.state_dict())
-        assert_close(built(x), expected)
+    built = Attention(deploy=True, **options)
+    built.load_state_dict(attention.state_dict())
+    assert_close(built(x), expected)
 
 
 def test_mixing_leaves_tokens_outermost_so_that_heads_merge_without_a_copy():
-    attention = LinearAngularAttention(64, 4).eval()
-    q, k, v = attention.qkv(tokens(1, 50, 64)).view(1, 50, 3, 4, 16).unbind(2)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    local = attention.local_conv(v)
-    y = attention.mix_to_unit(q, k, v, plus=local)
+    mixer = LinearAngularMixer(4, 16)
+    q, k, v = split_qkv(tokens(1, 50, 3 * 64), 4)
+    y = mixer(q, k, v)
     assert y.transpose(1, 2).is_contiguous()
-    dense = (t.contiguous() for t in (q, k, v))
-    assert_close(y, attention.mix_to_unit(*dense) + local)
+    assert_close(y, mixer(*(t.contiguous() for t in (q, k, v))))
+
+
+def test_the_state_of_the_branch_is_copied_and_pickled_with_its_mixer():
+    mixer = CastlingMixer(2, 4)
+    mixer.set_mask("4/N", 0.5, 0.25)
+    mixer(*(tokens(1, 2, 9, 4, seed=i) for i in range(3)))
+    for copied in (copy.deepcopy(mixer), pickle.loads(pickle.dumps(mixer))):
+        assert copied.branch is not mixer.branch
+        assert copied.branch.density.item() == mixer.branch.density.item() > 0
+        copied.set_mask(1.0)
+        mask = mixer.branch
+        assert (str(mask.threshold), mask.weight, mask.penalty) == ("4/N", 0.5, 0.25)
+        assert mask.is_on and not copied.mask_is_on
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("CastlingAttention", r"Attention\(embed_dims, num_heads, type='castling'\)"),
+        ("PerformerAttention", "type='performer'"),
+        ("ReLULinearMixer", r"MIXERS\['relu_linear'\]"),
+        ("TokenAttention", "Attention$"),
+        ("unit_rows", "l2_normalize"),
+    ],
+)
+def test_names_of_earlier_releases_say_what_to_use(name, instead):
+    with pytest.raises(ImportError, match=f"{name} is gone: use .*{instead}"):
+        exec(f"from mmcastling.attention import {name}")

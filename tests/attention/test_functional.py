@@ -12,11 +12,11 @@ from mmcastling.attention import (
     angular_attention,
     angular_similarity,
     angular_similarity_series,
-    functional,
+    fast,
+    l2_normalize,
     linear_angular_attention,
-    unit_rows,
 )
-from mmcastling.attention.functional import linear_angular_direction
+from mmcastling.attention.fast import normalized_linear_angular_attention
 
 
 def qkv(batch=2, heads=3, tokens=7, dims=4, values=5, dtype=torch.float64, seed=0):
@@ -52,7 +52,7 @@ def test_similarity_falls_linearly_with_the_angle(angle, expected):
 def test_series_converges_to_the_exact_kernel_and_starts_linear():
     q, k, _ = qkv(tokens=12)
     exact = angular_similarity(q, k)
-    cosine = unit_rows(q) @ unit_rows(k).transpose(-2, -1)
+    cosine = l2_normalize(q) @ l2_normalize(k).transpose(-2, -1)
     assert_close(angular_similarity_series(q, k, 0), 0.5 + cosine / math.pi)
     inside = cosine.abs() < 0.9  # convergence is slow at the ends
     errors = [
@@ -147,8 +147,8 @@ def test_direction_is_that_of_linear_angular_attention(dtype, reference_tokens):
     q[0, 1, 1] *= 1e4
     v[1] = 0
     options = dict(reference_tokens=reference_tokens)
-    expected = unit_rows(linear_angular_attention(q, k, v, **options))
-    found = linear_angular_direction(q, k, v, **options)
+    expected = l2_normalize(linear_angular_attention(q, k, v, **options))
+    found = normalized_linear_angular_attention(q, k, v, **options)
     assert torch.allclose(found, expected, atol=1e-5)
     assert not found[1].any() and found[0, 0, 0].any()
 
@@ -160,55 +160,58 @@ def test_direction_has_the_same_gradients():
     ]
     grad = torch.randn(1, 2, 6, 4, dtype=torch.float64)
     expected = torch.autograd.grad(
-        unit_rows(linear_angular_attention(*inputs)), inputs, grad
+        l2_normalize(linear_angular_attention(*inputs)), inputs, grad
     )
-    found = torch.autograd.grad(linear_angular_direction(*inputs), inputs, grad)
+    found = torch.autograd.grad(
+        normalized_linear_angular_attention(*inputs), inputs, grad
+    )
     for a, b in zip(found, expected, strict=True):
         assert torch.allclose(a, b, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("reference_tokens", [None, 16])
-@pytest.mark.parametrize("plus", [True, False])
+@pytest.mark.parametrize("residual", [True, False])
 @settings(max_examples=20, deadline=None)
 @given(**SHAPES, rows=st.integers(1, 40))
 def test_few_tokens_at_a_time_give_what_all_give(
-    dtype, reference_tokens, plus, rows, batch, heads, tokens, dims, values, seed
+    dtype, reference_tokens, residual, rows, batch, heads, tokens, dims, values, seed
 ):
     q, k, v = qkv(batch, heads, tokens, dims, values, dtype, seed)
-    added = torch.ones_like(v) if plus else None
+    added = torch.ones_like(v) if residual else None
     options = dict(reference_tokens=reference_tokens)
-    expected = linear_angular_direction(q, k, v, **options, plus=added)
-    kept = [x.clone() for x in (q, k, v)]
+    expected = normalized_linear_angular_attention(q, k, v, **options, residual=added)
+    inputs = [x for x in (q, k, v, added) if x is not None]
+    kept = [x.clone() for x in inputs]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "_CHUNK", 0)
-        patch.setattr(functional, "_LEAST_ROWS", rows)
-        found = linear_angular_direction(q, k, v, **options, plus=added)
+        patch.setattr(fast, "_CHUNK", 0)
+        patch.setattr(fast, "_LEAST_ROWS", rows)
+        found = normalized_linear_angular_attention(q, k, v, **options, residual=added)
     assert found.shape == expected.shape
-    # Where it is added to, the result is rounded to what it was added to.
-    exact = dtype is not torch.bfloat16 or not plus
+    # With a residual the result is rounded to the dtype of the values.
+    exact = dtype is not torch.bfloat16 or not residual
     assert_close(
         *(found.to(expected.dtype), expected),
         **(dict(atol=1e-5, rtol=1e-5) if exact else dict(atol=1e-2, rtol=1e-2)),
     )
-    assert_close([q, k, v], kept, atol=0, rtol=0)
+    assert_close(inputs, kept, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 5, 4), (2, 3, 0, 4)])
 def test_no_images_and_no_tokens_give_none(shape):
     for grad in (False, True):
         q, k, v = (torch.randn(shape, requires_grad=grad) for _ in range(3))
-        assert linear_angular_direction(q, k, v).shape == shape
+        assert normalized_linear_angular_attention(q, k, v).shape == shape
 
 
 def test_gradients_are_of_all_tokens_at_once(monkeypatch):
-    monkeypatch.setattr(functional, "_CHUNK", 0)
-    monkeypatch.setattr(functional, "_LEAST_ROWS", 2)
+    monkeypatch.setattr(fast, "_CHUNK", 0)
+    monkeypatch.setattr(fast, "_LEAST_ROWS", 2)
     for index in range(4):  # whichever of the inputs is trained
         inputs = [*qkv(tokens=6, values=4), *qkv(tokens=6, values=4, seed=1)[:1]]
         inputs[index].requires_grad_()
-        q, k, v, plus = inputs
-        expected = unit_rows(linear_angular_attention(q, k, v), plus=plus)
-        found = linear_angular_direction(q, k, v, plus=plus)
+        q, k, v, residual = inputs
+        expected = l2_normalize(linear_angular_attention(q, k, v), residual=residual)
+        found = normalized_linear_angular_attention(q, k, v, residual=residual)
         grads = (torch.autograd.grad(y.sum(), inputs[index]) for y in (found, expected))
         assert_close(*grads)

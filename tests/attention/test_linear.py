@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmcastling.analysis import count_macs
-from mmcastling.attention.linear import FusedLinear, fuse_linear
+from mmcastling.attention.fast import FusedLinear, fuse_linear
 
 ACTIVATIONS = {
     "none": None,

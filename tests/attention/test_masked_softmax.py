@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmcastling.analysis import PeakMemory
 from mmcastling.attention import (
-    CastlingAttention,
-    LinearAngularAttention,
+    Attention,
     masked_softmax_attention,
     naive_masked_softmax_attention,
 )
@@ -318,8 +317,8 @@ def test_a_block_stays_finite_at_the_edges(case, dtype, weight):
     else:
         x *= {"huge": 1e4, "tiny": 1e-6}.get(case, 1.0)
     # No biases: a zero token has zero queries, keys and values.
-    block = CastlingAttention(8, 1, qkv_bias=False, mask_threshold="1/N")
-    block.set_mask("1/N", weight)
+    block = Attention(8, 1, qkv_bias=False, mask_threshold="1/N")
+    block.mixer.set_mask("1/N", weight)
     x.requires_grad_()
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         out = block(x)
@@ -328,14 +327,14 @@ def test_a_block_stays_finite_at_the_edges(case, dtype, weight):
     values |= {name: p.grad for name, p in block.named_parameters()}
     broken = [name for name, value in values.items() if not value.isfinite().all()]
     assert not broken
-    assert 0.0 <= block.mask_density.item() <= 1.0
+    assert 0.0 <= block.mixer.branch.density.item() <= 1.0
 
 
 def test_shapes_are_inferred_on_the_meta_device():
     with torch.device("meta"):
-        block = CastlingAttention(8, 2)
+        block = Attention(8, 2)
         assert block(torch.empty(2, 5, 8)).shape == (2, 5, 8)
-        assert block.mask_density.shape == ()
+        assert block.mixer.branch.density.shape == ()
 
 
 def test_compiles_whole_and_recompiles_once_when_the_branch_goes_off():
@@ -347,18 +346,18 @@ def test_compiles_whole_and_recompiles_once_when_the_branch_goes_off():
         return graph.forward
 
     torch._dynamo.reset()
-    block = CastlingAttention(8, 2)
+    block = Attention(8, 2)
     compiled = torch.compile(block, backend=backend, fullgraph=True)
     x = torch.randn(2, 30, 8)
     thresholds = [i / 12 for i in range(13)] + [1.0, 1.0]
     for threshold in thresholds:
-        block.set_mask(threshold, 1.0 - threshold / 2)
+        block.mixer.set_mask(threshold, 1.0 - threshold / 2)
         x = x.detach().requires_grad_()
         (grad,) = torch.autograd.grad(compiled(x).square().sum(), x)
-        density = block.mask_density.item()
+        density = block.mixer.branch.density.item()
         (expected,) = torch.autograd.grad(block(x).square().sum(), x)
         assert_close(grad, expected)
-        assert density == block.mask_density.item()
+        assert density == block.mixer.branch.density.item()
     assert len(graphs) == 2
     assert "masked_softmax" in graphs[0].code
     assert "masked_softmax" not in graphs[1].code
@@ -369,7 +368,7 @@ def test_compiles_whole_and_recompiles_once_when_the_branch_goes_off():
 def test_inductor_gives_the_gradients_of_eager():
     torch._dynamo.reset()
     torch.manual_seed(0)
-    block = CastlingAttention(16, 2, mask_threshold="2/N")
+    block = Attention(16, 2, mask_threshold="2/N")
     x = torch.randn(2, 40, 16, requires_grad=True)
     compiled = torch.compile(block, dynamic=True)
     for tokens in (40, 33):
@@ -381,7 +380,7 @@ def test_inductor_gives_the_gradients_of_eager():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_gives_the_same_gradients(reentrant):
-    block, x = CastlingAttention(8, 2), torch.randn(2, 30, 8, requires_grad=True)
+    block, x = Attention(8, 2), torch.randn(2, 30, 8, requires_grad=True)
     (expected,) = torch.autograd.grad(block(x).square().sum(), x)
     checkpoint(block, x, use_reentrant=reentrant).square().sum().backward()
     assert_close(x.grad, expected)
@@ -400,10 +399,10 @@ def graph_names(tensor):
 
 def test_an_off_branch_leaves_the_graph_of_linear_angular_attention():
     x = torch.randn(1, 9, 8, requires_grad=True)
-    linear = graph_names(LinearAngularAttention(8, 2)(x))
-    block = CastlingAttention(8, 2)
+    linear = graph_names(Attention(8, 2, type="linear_angular")(x))
+    block = Attention(8, 2)
     assert len(graph_names(block(x))) > len(linear)
-    block.set_mask(1.0)
+    block.mixer.set_mask(1.0)
     assert graph_names(block(x)) == linear
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from mmcastling.attention import build_attention, build_mixer
-from mmcastling.attention.peers import (
+from mmcastling.attention import Attention, build_mixer
+from mmcastling.attention.peers.performer import (
     orthogonal_directions,
     performer_attention,
     performer_log_features,
@@ -204,7 +204,7 @@ def test_half_precision_is_computed_in_float32(kind, dtype):
 @pytest.mark.parametrize("kind", PEERS)
 def test_bfloat16_autocast_stays_finite(kind):
     torch.manual_seed(1)
-    attention = build_attention(dict(type=kind), embed_dims=24, num_heads=3)
+    attention = Attention(24, 3, type=kind)
     x = 1e3 * torch.randn(2, 36, 24)
     x[0, 3] = 0.0
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -278,7 +278,7 @@ def test_focused_convolution_shares_its_kernels_over_heads_and_skips_class_token
 )
 def test_bad_options_are_named(spec, message):
     with pytest.raises(ValueError, match=message):
-        build_attention(spec, embed_dims=12, num_heads=3)
+        Attention(12, 3, **spec)
 
 
 def test_hydra_needs_values_as_wide_as_keys():

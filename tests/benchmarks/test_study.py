@@ -183,12 +183,12 @@ def test_all_detectors_of_a_seed_start_from_the_same_weights(study, tmp_path):
         assert cfg.randomness.seed == 1
         assert cfg.param_scheduler[1].end == cfg.train_cfg.max_iters == 8
         model = MODELS.build(cfg.model)
-        attention = type(model.backbone.layers[0].attn).__name__
+        attention = type(model.backbone.layers[0].attn.mixer).__name__
         assert attention == {
-            "softmax": "SoftmaxAttention",
-            "performer": "PerformerAttention",
-            "decay": "CastlingAttention",
-        }.get(name, "LinearAngularAttention")
+            "softmax": "SoftmaxMixer",
+            "performer": "PerformerMixer",
+            "decay": "CastlingMixer",
+        }.get(name, "LinearAngularMixer")
         start = {key: cfg.custom_hooks[0][key] for key in ("seed", "model")}
         hook = nuclei.SharedStartHook(**start)
         hook.before_train(SimpleNamespace(model=model))
@@ -352,9 +352,9 @@ def test_masks_follow_the_shipped_hook(study):
         for step, expected in zip((0, 99), states, strict=True):
             fashion.apply_masks(model, hook, step, 100)
             for _, module in castling_modules(model):
-                state = str(module.mask_threshold), module.mask_weight
+                state = str(module.branch.threshold), module.branch.weight
                 assert state == expected
-                assert bool(module.mask_penalty) == (name == "penalty")
+                assert bool(module.branch.penalty) == (name == "penalty")
 
 
 def test_reference_tokens_matters_only_away_from_the_trained_size(study, data):

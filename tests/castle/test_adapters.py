@@ -8,6 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from mmcastling import castle, castling_modules, set_mask, switch_to_deploy
+from mmcastling.castle import CastledAttention
 
 PLAIN = dict(embed_dims=24, num_layers=2, num_heads=3, feedforward_channels=48)
 
@@ -233,7 +234,7 @@ def test_the_castled_model_trains_at_every_size(case):
         (y * torch.randn_like(y)).mean().backward()
         optimizer.step()
         for name, module in castling_modules(model):
-            assert module.mask_density.item() == pytest.approx(1.0), name
+            assert module.branch.density.item() == pytest.approx(1.0), name
     for name, weight in model.named_parameters():
         if any(name.startswith(n.removesuffix("mixer")) for n in inside):
             assert weight.grad is not None, name
@@ -323,8 +324,10 @@ def test_a_grid_convolution_finds_the_grid_behind_class_and_register_tokens():
     for model, extra in zip(models, (1, 2, 1), strict=True):
         castle(model, local_conv="grid")
         assert output(model, images((64, 64))).isfinite().all()
-        (finder,) = {m.find_grid for m in model.modules() if hasattr(m, "find_grid")}
-        assert finder(extra + 16) == (4, 4) and finder(16 + extra + 1) is None
+        for module in model.modules():
+            if isinstance(module, CastledAttention):
+                assert module.find_grid(extra + 16) == (4, 4)
+                assert module.find_grid(extra + 16 + 1) is None
 
 
 def test_a_grid_that_is_not_square_must_be_given():

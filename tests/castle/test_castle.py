@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from mmcastling import castle, castling_modules, register_adapter, switch_to_deploy
-from mmcastling.attention import SoftmaxAttention, TokenMixer
+from mmcastling.attention import Attention, TokenMixer
 from mmcastling.castle import CannotCastle, CastledAttention, adapter_registry
 
 
@@ -183,7 +183,7 @@ def test_the_report_is_logged_as_a_warning_when_something_is_lost(caplog):
 def test_options_reach_the_mixer():
     model = castle(ToyModel(), mask_threshold="4/N", local_conv=None)
     for _, module in castling_modules(model):
-        assert str(module.mask_threshold) == "4/N" and module.local_conv is None
+        assert str(module.branch.threshold) == "4/N" and module.local_conv is None
 
 
 def test_the_mixer_has_the_precision_and_mode_of_the_attention():
@@ -202,7 +202,7 @@ def test_a_deployed_form_can_be_built():
     ("make", "options", "message"),
     [
         (lambda: castle(ToyModel()), {}, "castled already"),
-        (lambda: nn.Sequential(SoftmaxAttention(8, 2)), {}, "castled already"),
+        (lambda: nn.Sequential(Attention(8, 2, type="softmax")), {}, "castled already"),
         (lambda: switch_to_deploy(castle(ToyModel())), {}, "deployed form already"),
         (ToyModel, dict(type="mean"), "'mean' is not known: choose one of.*castling"),
         (ToyModel, dict(window=7), "unexpected keyword argument 'window'"),

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import mmcastling  # noqa: F401, before any toolbox
-from mmcastling.attention import CastlingAttention
+from mmcastling.attention import Attention
 from mmcastling.checkpoint import load_checkpoint
 from mmcastling.compat.exact_resume_hook import GRADIENTS_KEY
 from mmcastling.compat.seeded_data import (
@@ -54,7 +54,7 @@ class Noisy(BaseModel):
 
     def __init__(self):
         super().__init__()
-        self.attention = CastlingAttention(8, 2)
+        self.attention = Attention(8, 2)
         self.norm = nn.BatchNorm1d(6)
         self.drop = nn.Dropout(0.5)
 

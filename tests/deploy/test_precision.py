@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from mmcastling.attention.linear import fuse_linear
+from mmcastling.attention.fast import fuse_linear
 from mmcastling.deploy import precision as module
 from mmcastling.deploy import set_precision
 from mmcastling.deploy.int8 import QuantisedLinear
@@ -83,9 +83,9 @@ def test_attention_normalises_in_float32(any_machine, monkeypatch):
     attention(torch.randn(1, 64, 128), (8, 8))
     hook.remove()
     exact = deployed("vit").layers[0].attn.double()
-    exact.local_conv.weight.data = attention.local_conv.weight.double()
+    exact.mixer.local_conv.weight.data = attention.mixer.local_conv.weight.double()
     q, k, v = seen["qkv"].double().reshape(1, 64, 3, 4, 32).permute(2, 0, 3, 1, 4)
-    y = exact.mix_to_unit(q, k, v, plus=exact.local_conv(v))
+    y = exact.mixer(q, k, v)
     y = y.transpose(1, 2).flatten(2)
     assert_close(seen["mixed"].double(), y, rtol=2**-8, atol=2**-8)
 

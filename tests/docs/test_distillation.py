@@ -48,7 +48,7 @@ def test_the_config_finetunes_a_castled_network_with_its_softmax_self(
     (hook,) = cfg.custom_hooks
     assert isinstance(HOOKS.build(hook), MaskDecayHook)
     (mixer, *_) = mmcastling.castling_modules(student)
-    assert str(mixer[1].mask_threshold) == hook["start"]  # in step from the first
+    assert str(mixer[1].branch.threshold) == hook["start"]  # in step from the first
     assert "teacher" not in deploy_config(cfg).pretty_text
 
 

@@ -129,7 +129,7 @@ def test_attention_per_scale():
     # The block that leaves a scale mixes on its grid and belongs to it.
     castling = CastlingMixer
     assert kinds == [LinearAngularMixer, LinearAngularMixer, castling, castling]
-    assert str(backbone.blocks[3].attn.mixer.mask_threshold) == "4/N"
+    assert str(backbone.blocks[3].attn.mixer.branch.threshold) == "4/N"
     backbone.load_state_dict(mvit().state_dict())
 
 

@@ -9,7 +9,7 @@ from mmpretrain.models.backbones import DistilledVisionTransformer, VisionTransf
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch.testing import assert_close
 
-from mmcastling.attention import CastlingAttention, SoftmaxAttention
+from mmcastling.attention import MIXERS
 from mmcastling.models import CastlingViT
 from mmcastling.models.conv_ffn import ConvFFN
 from mmcastling.registry import MODELS
@@ -238,10 +238,10 @@ def test_positions_of_class_tokens_fit_whatever_the_file_has(held, wanted, size)
 
 
 def test_attention_type_reaches_every_layer():
-    assert all(isinstance(m.attn, CastlingAttention) for m in vit().layers)
+    assert all(isinstance(m.attn.mixer, MIXERS["castling"]) for m in vit().layers)
     softmax = vit(attention=dict(type="softmax", local_conv="grid", norm_output=True))
-    assert all(isinstance(m.attn, SoftmaxAttention) for m in softmax.layers)
-    assert all(m.attn.local_conv is not None for m in softmax.layers)
+    assert all(isinstance(m.attn.mixer, MIXERS["softmax"]) for m in softmax.layers)
+    assert all(m.attn.mixer.local_conv is not None for m in softmax.layers)
 
 
 @pytest.mark.parametrize(

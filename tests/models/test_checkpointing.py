@@ -78,8 +78,8 @@ def test_gradients_and_statistics_are_the_same(family, branch):
     for (_, a), (_, b) in zip(
         castling_modules(plain), castling_modules(recomputed), strict=True
     ):
-        assert (a.mask_density > 0) == branch
-        assert_close(a.mask_density, b.mask_density)
+        assert (a.branch.density > 0) == branch
+        assert_close(a.branch.density, b.branch.density)
 
 
 def test_statistics_are_tracked_again_after_the_step():

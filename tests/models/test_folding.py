@@ -11,12 +11,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.testing import assert_close
 
 from mmcastling.analysis import count_macs
-from mmcastling.attention.linear import FusedLinear
-from mmcastling.attention.linear import LayerScale as OwnLayerScale
+from mmcastling.attention.attention import LayerScale as OwnLayerScale
+from mmcastling.attention.fast import FusedLinear
 from mmcastling.attention.local_conv import merge_heads, split_heads
 from mmcastling.models import CastlingLeViT, CastlingMViT, CastlingViT
 from mmcastling.models.conv_ffn import ConvLeViTMLP, ConvMViTMLP, HiddenConv
-from mmcastling.models.mvit_blocks import CastledMultiScaleAttention
+from mmcastling.models.mvit_blocks import CastlingMultiScaleAttention
 from mmcastling.verbs import set_mask
 
 FAMILIES = {
@@ -126,7 +126,7 @@ def test_compiled_once_it_serves_every_size(family):
 def test_pooling_q_k_and_v_together_is_mmpretrains_pooling(stride_q):
     torch.manual_seed(0)
     grid = (7, 10)
-    attention = CastledMultiScaleAttention(12, 24, 3, stride_q=stride_q).double()
+    attention = CastlingMultiScaleAttention(12, 24, 3, stride_q=stride_q).double()
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter.uniform_(-1, 1)

@@ -171,7 +171,7 @@ def test_saved_macs_are_those_of_the_softmax_branch(height, width):
     set_mask(real, 0.0)
     assert on == count_macs(real, image).macs
     # Nothing of it stays in the model.
-    assert all(module.mask_threshold.rejects_all for _, module in castling(backbone))
+    assert all(module.branch.threshold.rejects_all for _, module in castling(backbone))
     assert_close(list(backbone.parameters()), before)
 
 

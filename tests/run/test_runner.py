@@ -35,8 +35,8 @@ def test_a_training_checkpoint_brings_its_masks():
     checkpoint = dict(meta={MASK_META_KEY: state}, state_dict=source.state_dict())
     load_trained(model, checkpoint, "epoch_1.pth")
     for _, module in castling_modules(model):
-        assert module.mask_threshold == MaskThreshold.parse("4/N")
-        assert module.mask_weight == 0.5
+        assert module.branch.threshold == MaskThreshold.parse("4/N")
+        assert module.branch.weight == 0.5
     x = torch.randn(1, 3, 64, 64)
     load_trained(source, checkpoint, "epoch_1.pth")
     assert_close(model(x)[0], source(x)[0], rtol=0, atol=0)

@@ -44,7 +44,7 @@ class Recorder(Hook):
             dict(
                 loss=outputs["loss"].item(),
                 masks=[
-                    (str(module.mask_threshold), module.mask_weight)
+                    (str(module.branch.threshold), module.branch.weight)
                     for _, module in castling_modules(runner.model)
                 ],
                 log={

@@ -33,7 +33,7 @@ def test_import_vit_reports_and_says_how_to_use_it(run_main, timm_vit, tmp_path)
     for text in (
         "names of timm, DeiT, MAE or DINO",
         "resized from 14x14 to 8x12: pos_embed",
-        "local_conv.weight (4)",
+        "layers.*.attn.mixer.local_conv.weight (4)",
         "classifier: head.weight, head.bias",
     ):
         assert text in done.stdout

@@ -61,7 +61,7 @@ def train_detector(cfg, iterations=3, **options):
         norm = wrapper.message_hub.get_scalar("train/grad_norm").current()
         assert 0 < norm < float("inf"), i
         first = first or (log["loss"].item(), norm)
-        densities = [module.mask_density for _, module in castling_modules(model)]
+        densities = [module.branch.density for _, module in castling_modules(model)]
         assert all((density > 0) == (i < iterations - 1) for density in densities)
     return first, model, wrapper
 

@@ -32,7 +32,7 @@ FAMILIES = {
             "pos_embed": 0,
             "patch_embed.layers.0.weight": 0,
             "layers.0.attn.qkv.weight": 1,
-            "layers.0.attn.local_conv.weight": 1,
+            "layers.0.attn.mixer.local_conv.weight": 1,
             "layers.1.ffn.dwconv.weight": 2,
             "layers.2.ln2.bias": 3,
             "out_norm1.weight": 4,

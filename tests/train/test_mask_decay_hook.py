@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from mmcastling.attention import (
-    CastlingAttention,
+    Attention,
     MaskThreshold,
     naive_masked_softmax_attention,
 )
@@ -103,14 +103,13 @@ class Toy(BaseModel):
 
     def __init__(self, deploy=False):
         super().__init__()
-        self.first = CastlingAttention(8, 2, deploy=deploy)
-        self.second = CastlingAttention(8, 2, deploy=deploy)
+        self.first = Attention(8, 2, deploy=deploy)
+        self.second = Attention(8, 2, deploy=deploy)
         self.seen = []
 
     def forward(self, inputs, mode="tensor"):
-        if not self.first.deploy:
-            state = (self.first.mask_threshold, self.first.mask_weight)
-            self.seen.append((mode, *state))
+        if mask := self.first.mixer.branch:
+            self.seen.append((mode, mask.threshold, mask.weight))
         x = self.second(self.first(inputs))
         return {"loss": x.square().mean()} if mode == "loss" else [x.mean()]
 
@@ -232,7 +231,7 @@ class Penalised(Toy):
             qkv = self.first.qkv(inputs).reshape(len(inputs), -1, 3, 2, 4)
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
             rows = naive_masked_softmax_attention(
-                q, k, torch.ones_like(v), threshold=self.first.mask_threshold
+                q, k, torch.ones_like(v), threshold=self.first.mixer.branch.threshold
             )
             result["penalty"] = self.penalty * rows[..., 0].sum()
             result["loss"] = result["loss"] + result["penalty"]
@@ -272,7 +271,8 @@ def test_penalty_follows_the_loss_scale_of_mixed_precision():
         optim_wrapper=Wrapper(optimizer, accumulative_counts=4),
     )
     MaskDecayHook(mask_penalty=0.5).before_train_iter(runner, 0)
-    assert model.first.mask_penalty == model.second.mask_penalty == 0.5 * 8 / 4
+    masks = [module.branch for _, module in castling_modules(model)]
+    assert [mask.penalty for mask in masks] == [0.5 * 8 / 4] * 2
 
 
 def test_state_is_logged_to_every_backend(tmp_path):
@@ -301,9 +301,9 @@ def test_checkpoints_carry_the_state_and_loading_restores_it(tmp_path):
     hook = MaskDecayHook()
     runner = type("R", (), {"model": model})
     hook.after_load_checkpoint(runner, load(tmp_path / "iter_4.pth"))
-    assert model.first.mask_threshold.probability == pytest.approx(0.44)
+    assert model.first.mixer.branch.threshold.probability == pytest.approx(0.44)
     hook.after_load_checkpoint(runner, load(tmp_path / "iter_8.pth"))
-    assert not model.first.mask_is_on
+    assert not model.first.mixer.mask_is_on
 
 
 def test_a_branch_left_on_is_warned_about(tmp_path, caplog):
@@ -335,7 +335,7 @@ def test_verbs_on_a_model():
     model = Toy()
     assert [name for name, _ in castling_modules(model)] == ["first", "second"]
     assert set_mask(model, "4/N", 0.5) == 2
-    assert str(model.second.mask_threshold) == "4/N"
+    assert str(model.second.mixer.branch.threshold) == "4/N"
     copied = switch_to_deploy(model)
     assert copied is not model and len(list(castling_modules(model))) == 2
     assert switch_to_deploy(model, inplace=True) is model

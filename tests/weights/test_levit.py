@@ -14,7 +14,7 @@ from torch import nn
 import mmcastling
 from mmcastling.checkpoint import CheckpointError
 from mmcastling.models import CastlingLeViT
-from mmcastling.models.levit_blocks import CastledLeViTAttention
+from mmcastling.models.levit_blocks import CastlingLeViTAttention
 from mmcastling.weights.levit_heads import ROWS, Heads, refit_attention
 
 SOFTMAX = dict(attention="softmax")
@@ -221,7 +221,7 @@ def test_refitted_heads_keep_the_function(heads, width, randomise):
     published = randomise(published)
     weights = {f"x.{name}": v.clone() for name, v in published.state_dict().items()}
     refit_attention(weights, "x", Heads(2, 4, 8), Heads(heads, width, width), 0.0)
-    castled = CastledLeViTAttention(16, heads * width, 16, heads, attention=options)
+    castled = CastlingLeViTAttention(16, heads * width, 16, heads, attention=options)
     held = {name.removeprefix("x."): value for name, value in weights.items()}
     result = castled.load_state_dict(held, strict=False)
     assert not result.missing_keys

@@ -29,7 +29,7 @@ from torch._subclasses import fake_tensor
 
 from mmcastling.analysis import ComplexityReport, count_model_macs
 from mmcastling.checkpoint import write_json_atomically
-from mmcastling.models.common import CastledBackbone
+from mmcastling.models.common import CastlingBackbone
 from mmcastling.run import run_cli
 from mmcastling.run.cli import add_config_arguments, config_from_arguments
 from mmcastling.verbs import castling_modules, switch_to_deploy
@@ -195,7 +195,7 @@ def _is_castled(node: dict[str, Any]) -> bool:
     kind = node.get("type")
     if isinstance(kind, str):
         kind = MODELS.get(kind)
-    return isinstance(kind, type) and issubclass(kind, CastledBackbone)
+    return isinstance(kind, type) and issubclass(kind, CastlingBackbone)
 
 
 def print_table(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmcastling.attention.block import TokenAttention
-from mmcastling.attention.functional import in_full_precision
+from mmcastling.attention.autocast import in_full_precision
 from mmcastling.attention.mixer import TokenMixer
 
 
@@ -17,9 +16,8 @@ def efficient_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     The product of the two softmaxes has rows that sum to one, as softmax attention has.
 
     Args:
-        q: Queries ``(B, h, N, d)``.
-        k: Keys ``(B, h, M, d)``.
-        v: Values ``(B, h, M, e)``.
+        q, k, v: Queries ``(B, h, N, d)``, keys ``(B, h, M, d)``, values
+            ``(B, h, M, e)``.
 
     Returns:
         ``(B, h, N, e)``; float32 for half-precision inputs.
@@ -33,7 +31,3 @@ class EfficientMixer(TokenMixer):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return efficient_attention(q, k, v)
-
-
-class EfficientAttention(TokenAttention, EfficientMixer):
-    """A block of efficient attention. Arguments as in :class:`TokenAttention`."""

@@ -7,12 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmcastling.attention.block import TokenAttention
-from mmcastling.attention.functional import (
-    in_full_precision,
-    kernel_attention,
-    unit_rows,
-)
+from mmcastling.attention.autocast import in_full_precision
+from mmcastling.attention.functional import kernel_attention, l2_normalize
 from mmcastling.attention.local_conv import Grid, GridConv, merge_heads
 from mmcastling.attention.mixer import TokenMixer
 
@@ -35,7 +31,7 @@ def focused_features(x: Tensor, scale: Tensor, *, focus: float = 3) -> Tensor:
     x = x.relu() / nn.functional.softplus(scale)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     # The direction comes first: a power of the entries themselves may underflow.
-    return length * unit_rows(unit_rows(x) ** focus)
+    return length * l2_normalize(l2_normalize(x) ** focus)
 
 
 class FocusedConv(GridConv):
@@ -69,8 +65,7 @@ class FocusedMixer(TokenMixer):
             :class:`TokenMixer`. Defaults to ``'focused'``.
         norm_output: As in :class:`TokenMixer`. Defaults to False.
         focus: The power ``p`` that sharpens the features, at least 1. Defaults to 3.
-        key_dims: Channels per head of queries and keys. Defaults to None
-            (``head_dims``).
+        key_dims: As in :class:`TokenMixer`. Defaults to None.
     """
 
     def __init__(
@@ -83,7 +78,8 @@ class FocusedMixer(TokenMixer):
         key_dims: int | None = None,
     ) -> None:
         own = local_conv == "focused"
-        super().__init__(num_heads, head_dims, None if own else local_conv, norm_output)
+        conv = None if own else local_conv
+        super().__init__(num_heads, head_dims, conv, norm_output, key_dims)
         if own:
             self.local_conv = FocusedConv(num_heads, head_dims)
         if focus < 1:
@@ -91,7 +87,7 @@ class FocusedMixer(TokenMixer):
                 f"focus {focus!r} must be at least 1; below, it would blur the features"
             )
         self.focus = focus
-        self.scale = nn.Parameter(torch.zeros(num_heads * (key_dims or head_dims)))
+        self.scale = nn.Parameter(torch.zeros(num_heads * self.key_dims))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return kernel_attention(self._features(q), self._features(k), v)
@@ -100,10 +96,3 @@ class FocusedMixer(TokenMixer):
         flat = merge_heads(x)  # (B, N, h*d)
         flat = focused_features(flat, self.scale, focus=self.focus)
         return flat.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
-
-
-class FocusedAttention(TokenAttention, FocusedMixer):
-    """A block of focused linear attention.
-
-    Takes the arguments of :class:`TokenAttention` and :class:`FocusedMixer`.
-    """

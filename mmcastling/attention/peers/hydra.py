@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmcastling.attention.block import TokenAttention
-from mmcastling.attention.functional import in_full_precision, unit_rows
+from mmcastling.attention.autocast import in_full_precision
+from mmcastling.attention.functional import l2_normalize
 from mmcastling.attention.local_conv import merge_heads, split_heads
 from mmcastling.attention.mixer import TokenMixer
 
@@ -18,14 +18,13 @@ def hydra_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     heads of one channel each (over one channel it would only leave the sign).
 
     Args:
-        q: Queries ``(..., N, C)``.
-        k: Keys ``(..., M, C)``.
-        v: Values ``(..., M, C)``.
+        q, k, v: Queries ``(..., N, C)``, keys ``(..., M, C)``, values
+            ``(..., M, C)``.
 
     Returns:
         ``(..., N, C)``; float32 for half-precision inputs.
     """
-    return unit_rows(q) * (unit_rows(k) * v).sum(dim=-2, keepdim=True)
+    return l2_normalize(q) * (l2_normalize(k) * v).sum(dim=-2, keepdim=True)
 
 
 class HydraMixer(TokenMixer):
@@ -43,7 +42,3 @@ class HydraMixer(TokenMixer):
             )
         y = hydra_attention(*map(merge_heads, (q, k, v)))
         return split_heads(y, v.shape[1])
-
-
-class HydraAttention(TokenAttention, HydraMixer):
-    """A block of Hydra attention. Arguments as in :class:`TokenAttention`."""

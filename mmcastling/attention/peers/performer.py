@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmcastling.attention.block import TokenAttention
-from mmcastling.attention.functional import in_full_precision
+from mmcastling.attention.autocast import in_full_precision
 from mmcastling.attention.mixer import TokenMixer
 
 
@@ -67,9 +66,8 @@ def performer_attention(q: Tensor, k: Tensor, v: Tensor, directions: Tensor) -> 
     zero, so no epsilon biases the features.
 
     Args:
-        q: Queries ``(B, h, N, d)``.
-        k: Keys ``(B, h, M, d)``.
-        v: Values ``(B, h, M, e)``.
+        q, k, v: Queries ``(B, h, N, d)``, keys ``(B, h, M, d)``, values
+            ``(B, h, M, e)``.
         directions: ``(m, d)``.
 
     Returns:
@@ -91,9 +89,7 @@ class PerformerMixer(TokenMixer):
         num_features: Random features ``m`` per head, the same ones in every head.
             Defaults to None (``d ln d``, as the paper advises).
         seed: Seed of the features. Defaults to 0.
-        key_dims: Channels per head ``d`` of queries and keys. Defaults to None
-            (``head_dims``).
-        **kwargs: Further arguments of :class:`TokenMixer`.
+        **options: Further arguments of :class:`TokenMixer`.
     """
 
     def __init__(
@@ -102,27 +98,18 @@ class PerformerMixer(TokenMixer):
         head_dims: int,
         num_features: int | None = None,
         seed: int = 0,
-        key_dims: int | None = None,
-        **kwargs: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(num_heads, head_dims, **kwargs)
-        key_dims = key_dims or head_dims
+        super().__init__(num_heads, head_dims, **options)
         if num_features is None:
-            num_features = max(1, round(key_dims * math.log(key_dims)))
+            num_features = max(1, round(self.key_dims * math.log(self.key_dims)))
         if num_features < 1:
             raise ValueError(
                 f"num_features {num_features!r} must be a positive number of random "
                 "features, or None for d ln d of them"
             )
-        directions = orthogonal_directions(num_features, key_dims, seed)
+        directions = orthogonal_directions(num_features, self.key_dims, seed)
         self.register_buffer("directions", directions)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return performer_attention(q, k, v, self.directions)
-
-
-class PerformerAttention(TokenAttention, PerformerMixer):
-    """A block of FAVOR+ attention.
-
-    Takes the arguments of :class:`TokenAttention` and :class:`PerformerMixer`.
-    """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmcastling.attention.block import TokenAttention
 from mmcastling.attention.functional import kernel_attention
 from mmcastling.attention.mixer import TokenMixer
 
@@ -18,7 +17,3 @@ class ReLULinearMixer(TokenMixer):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return kernel_attention(q.relu(), k.relu(), v)
-
-
-class ReLULinearAttention(TokenAttention, ReLULinearMixer):
-    """A block of ReLU linear attention. Arguments as in :class:`TokenAttention`."""

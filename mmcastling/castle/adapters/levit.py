@@ -1,4 +1,7 @@
-"""LeViT's attentions, whose values are wider than their keys."""
+"""LeViT's attentions, whose values are wider than their keys.
+
+LeViT has no extra tokens and runs on squares only.
+"""
 
 from __future__ import annotations
 
@@ -6,39 +9,27 @@ from torch import Tensor, nn
 
 from mmcastling.attention.local_conv import merge_heads
 from mmcastling.castle.adapter_registry import register_adapter
-from mmcastling.castle.castled_attention import (
-    CastledAttention,
-    GridFinder,
-    MixerBuilder,
-)
-
-# LeViT has no extra tokens and runs on squares only.
-_SQUARE = GridFinder()
+from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
 
 
 class CastledLeViTAttention(CastledAttention):
     """LeViT's ``Attention``, castled; without attention bias."""
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = self.qkv(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        q, k, v = qkv.split([self.key_dims, self.key_dims, self.head_dims], dim=-1)
+        q, k, v = self._heads(self.qkv(x)).split(
+            [self.key_dims, self.key_dims, self.head_dims], dim=-1
+        )
         return q, k, v
 
-
-@register_adapter("mmpretrain.models.backbones.levit.Attention")
-def castle_levit_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
-    """The attention of a LeViT stage; its attention bias is dropped."""
-    build.find_grid = _SQUARE
-    return CastledLeViTAttention(
-        build, old.num_heads, old.d, old.key_dim, old.scale, qkv=old.qkv, proj=old.proj
-    )
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
-class CastledAttentionSubsample(CastledAttention):
+class CastledAttentionSubsample(CastledLeViTAttention):
     """LeViT's ``AttentionSubsample``, castled; without attention bias.
 
     All tokens attend and the output is subsampled. The projection of the queries acts
-    on each token alone, so it serves on the full grid as it is.
+    on each token alone, so it works on the full grid as it is.
 
     Attributes:
         stride: Every how many rows and columns of the output remain.
@@ -47,10 +38,8 @@ class CastledAttentionSubsample(CastledAttention):
     stride: int
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        kv = self.kv(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k, v = kv.split([self.key_dims, self.head_dims], dim=-1)
-        return q, k, v
+        q, kv = self._heads(self.q(x)), self._heads(self.kv(x))
+        return q, *kv.split([self.key_dims, self.head_dims], dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend and subsample, ``(B, H * W, C)`` to ``(B, H' * W', C')``.
@@ -68,20 +57,28 @@ class CastledAttentionSubsample(CastledAttention):
         return self.proj(merge_heads(y))
 
 
+@register_adapter("mmpretrain.models.backbones.levit.Attention")
+def castle_levit_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
+    """The attention of a LeViT stage; its attention bias is dropped."""
+    return _castle(CastledLeViTAttention, old, build, qkv=old.qkv)
+
+
 @register_adapter("mmpretrain.models.backbones.levit.AttentionSubsample")
 def castle_attention_subsample(old: nn.Module, build: MixerBuilder) -> nn.Module:
     """The attention between LeViT's stages; its attention bias is dropped."""
-    build.find_grid = _SQUARE
-    new = CastledAttentionSubsample(
-        build,
-        old.num_heads,
-        old.d,
-        old.key_dim,
-        old.scale,
-        kv=old.kv,
-        # Named q.1 as before; what subsampled the queries is gone.
-        q=nn.Sequential(nn.Identity(), old.q[1]),
-        proj=old.proj,
-    )
+    # Named q.1 as before; what subsampled the queries is gone.
+    q = nn.Sequential(nn.Identity(), old.q[1])
+    new = _castle(CastledAttentionSubsample, old, build, kv=old.kv, q=q)
     new.stride = old.stride
     return new
+
+
+def _castle(
+    kind: type[CastledAttention],
+    old: nn.Module,
+    build: MixerBuilder,
+    **layers: nn.Module,
+) -> nn.Module:
+    build.grid, build.extra_tokens = None, 0
+    sizes = old.num_heads, old.d, old.key_dim, old.scale
+    return kind(build, *sizes, **layers, proj=old.proj)

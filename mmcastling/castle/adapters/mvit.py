@@ -11,11 +11,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mmcastling.attention.local_conv import merge_heads
+from mmcastling.attention.local_conv import Grid, merge_heads
 from mmcastling.castle.adapter_registry import register_adapter
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
-
-Grid = tuple[int, int]
 
 
 class CastledMultiScaleAttention(CastledAttention):

@@ -12,11 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mmcastling.attention import CastlingMixer
+from mmcastling.attention.local_conv import Grid
 from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
-
-Grid = tuple[int, int]
 
 
 class CastledShiftWindowMSA(nn.Module):
@@ -82,7 +80,8 @@ class CastledShiftWindowMSA(nn.Module):
         """Attend on a shifted map ``(B, H, W, C)`` of whole windows."""
         attention, grid = self.w_msa, x.shape[1:3]
         qkv = [t.unflatten(2, grid) for t in attention.project(x.flatten(1, 2))]
-        densities = []
+        branch = getattr(attention.mixer, "branch", None)
+        densities, num_pairs = [], 0
         rows, top = [], 0
         for height, window_height in _bands(grid[0], self.window_size, shift):
             columns, left = [], 0
@@ -97,15 +96,15 @@ class CastledShiftWindowMSA(nn.Module):
                 y = attention.mix(*block, grid=window)
                 columns.append(_from_windows(y, (height, width), window))
                 pairs = height * width * window_height * window_width
-                densities.append((pairs, getattr(attention.mixer, "mask_density", 0)))
+                num_pairs += pairs
+                if branch is not None:
+                    densities.append(pairs * branch.density)
                 left += width
             rows.append(torch.cat(columns, dim=2))
             top += height
-        mixer = attention.mixer
-        if isinstance(mixer, CastlingMixer) and mixer.training and not mixer.deploy:
+        if branch is not None and attention.training:
             # Each call has left the density of its own rectangles.
-            total = sum(pairs for pairs, _ in densities)
-            mixer.mask_density = sum(p * density for p, density in densities) / total
+            branch.density = sum(densities) / num_pairs
         return attention.proj_drop(attention.proj(torch.cat(rows, dim=1)))
 
 

@@ -8,13 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmcastling.attention.local_conv import merge_heads
+from mmcastling.attention.local_conv import merge_heads, split_qkv
 from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
-from mmcastling.castle.castled_attention import (
-    CastledAttention,
-    MixerBuilder,
-    linear_of,
-)
+from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
 
 
 class CastledMultiheadAttention(CastledAttention):
@@ -54,7 +50,8 @@ class CastledBEiTAttention(CastledAttention):
         if self.q_bias is None:
             return super().project(x)
         bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        return self.split(nn.functional.linear(x, self.qkv.weight, bias))
+        qkv = nn.functional.linear(x, self.qkv.weight, bias)
+        return split_qkv(qkv, self.num_heads)
 
     def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:
         """Attend; a bias that the backbone shares among its blocks is not applied."""
@@ -159,10 +156,13 @@ def castle_torch_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
     if not old.batch_first:
         raise CannotCastle("it is not batch_first")
     build.note_dropout(old.dropout)
+    weight, bias = old.in_proj_weight, old.in_proj_bias
+    qkv = nn.Linear(*reversed(weight.shape), bias=bias is not None, device="meta")
+    qkv.weight, qkv.bias = weight, bias
     return CastledSelfAttention(
         build,
         old.num_heads,
         old.head_dim,
-        qkv=linear_of(old.in_proj_weight, old.in_proj_bias),
+        qkv=qkv,
         proj=old.out_proj,
     )

@@ -1,0 +1,113 @@
+"""A plain attention block: project tokens, mix them, project back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmcastling.attention.build import build_mixer
+from mmcastling.attention.fast import fold_layer_scale, fuse_linear
+from mmcastling.attention.local_conv import Grid, merge_heads, split_qkv
+from mmcastling.attention.old_names import rename_on_load
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel, named as mmpretrain names it.
+
+    Args:
+        embed_dims: Channels ``C`` of the last axis.
+        init_value: Initial factor.
+    """
+
+    def __init__(self, embed_dims: int, init_value: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((embed_dims,), float(init_value)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class Attention(nn.Module):
+    """The projections of a vision transformer's attention around any mixer.
+
+    With ``type='castling'`` it equals the authors' released block, in training form
+    (threshold 0.02) and in deployed form. Parameters have the names of mmpretrain's
+    attention, so that the weights of softmax vision transformers load.
+
+    Args:
+        embed_dims: Channels ``C``.
+        num_heads: Number of heads ``h``, a divisor of ``embed_dims``.
+        type: The mixer, a key of :data:`MIXERS`. Defaults to ``'castling'``.
+        qkv_bias: Whether ``qkv`` has a bias. Defaults to True.
+        proj_bias: Whether ``proj`` has a bias. Defaults to True.
+        layer_scale_init_value: Initial factor of a learned scale per channel after
+            ``proj``, 0 for none. Defaults to 0.
+        proj_drop: Dropout after ``proj``. Defaults to 0.
+        deploy: Build the deployed form. Defaults to False.
+        **mixer_options: Arguments of the mixer, such as ``local_conv``.
+
+    Raises:
+        ValueError: If ``embed_dims`` is not a multiple of ``num_heads``, or the type or
+            an option is not known.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        type: str = "castling",
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        layer_scale_init_value: float = 0.0,
+        proj_drop: float = 0.0,
+        deploy: bool = False,
+        **mixer_options: Any,
+    ) -> None:
+        if num_heads < 1 or embed_dims % num_heads:
+            raise ValueError(
+                f"embed_dims {embed_dims} is not a multiple of num_heads {num_heads}"
+            )
+        super().__init__()
+        self.num_heads = num_heads
+        spec = dict(mixer_options, type=type)
+        self.mixer = build_mixer(spec, num_heads, embed_dims // num_heads)
+        self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
+        self.proj = nn.Linear(embed_dims, embed_dims, bias=proj_bias)
+        self.gamma1 = (
+            LayerScale(embed_dims, layer_scale_init_value)
+            if layer_scale_init_value > 0
+            else nn.Identity()
+        )
+        self.proj_drop = nn.Dropout(proj_drop)
+        self._register_load_state_dict_pre_hook(rename_on_load)
+        if deploy:
+            self.switch_to_deploy()
+
+    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: Tokens ``(B, N, C)``; the last ``H * W`` of them fill ``grid`` row by
+                row, tokens before them (a class token) lie outside it.
+            grid: ``(H, W)`` of the tokens; needed by ``local_conv='grid'`` only.
+
+        Returns:
+            Tokens ``(B, N, C)``.
+        """
+        q, k, v = split_qkv(self.qkv(x), self.num_heads)  # each (B, h, N, d)
+        y = merge_heads(self.mixer(q, k, v, grid))  # (B, N, C)
+        return self.gamma1(self.proj_drop(self.proj(y)))
+
+    def switch_to_deploy(self) -> None:
+        """Remove what only training needs, and fold the layer scale into ``proj``.
+
+        Both projections become :class:`~mmcastling.attention.fast.FusedLinear`.
+        Idempotent; the output of inference stays the same up to rounding.
+        """
+        self.mixer.switch_to_deploy()
+        self.gamma1 = fold_layer_scale(self.proj, self.gamma1)
+        self.proj_drop = nn.Identity()
+        for layer in (self.qkv, self.proj):
+            fuse_linear(layer)

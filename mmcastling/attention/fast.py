@@ -1,0 +1,215 @@
+"""The same results in less time. Nothing here needs to be read to follow the method.
+
+The deployed mixture of tokens in fewer passes over memory, and linear layers that
+oneDNN computes together with what follows them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from mmcastling.attention.autocast import in_full_precision
+from mmcastling.attention.functional import (
+    NORM_EPS,
+    key_value_sum,
+    l2_normalize,
+    linear_factor,
+)
+
+# Tokens are taken so many numbers at a time, about what a CPU core's cache holds.
+_CHUNK = 2**18
+_LEAST_ROWS = 256
+
+
+def is_tracing_or_needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether operations on tensors become a graph: compiled, traced, of gradients."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
+    )
+
+
+def normalized_linear_angular_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    reference_tokens: int | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``l2_normalize(linear_angular_attention(q, k, v))`` without normalising queries.
+
+    A row's direction does not depend on its scale, so the row is taken times ``|q|``
+    and over the product's factor: ``(pi/2) |q| v + q (k^T^ v)``. Tokens stay the outer
+    axis in memory, so that heads merge without a copy. Where no graph is built, tokens
+    are taken a few at a time, which the next step then finds in the cache: once for the
+    sum over keys, once for the queries.
+
+    Args:
+        q, k, v: Queries and keys ``(B, h, N, d)``, values ``(B, h, N, e)``.
+        reference_tokens: As in
+            :func:`~mmcastling.attention.functional.linear_angular_attention`.
+        residual: Added to the result ``(B, h, N, e)``. Defaults to None.
+
+    Returns:
+        ``(B, h, N, e)`` with rows of length 1 or 0, plus ``residual``. For
+        half-precision inputs float32, or half precision again where a residual was
+        added and tokens were taken a few at a time.
+    """
+    weight = 0.5 / linear_factor(k, reference_tokens)
+    size = _tokens_at_once(q, k, v, residual)
+    if size is None:
+        keys_values = key_value_sum(k, v)
+        return _mix(q, v, keys_values, weight=weight, residual=residual)
+    queries, keys, values = (x.split(size, 2) for x in (q, k, v))
+    keys_values = sum(map(key_value_sum, keys, values))
+    out = keys_values.new_empty(
+        v.transpose(1, 2).shape,  # tokens first
+        dtype=keys_values.dtype if residual is None else v.dtype,
+    ).transpose(1, 2)
+    chunks = out.split(size, 2)
+    residuals = [None] * len(chunks) if residual is None else residual.split(size, 2)
+    for q, v, added, chunk in zip(queries, values, residuals, chunks, strict=True):
+        _mix(q, v, keys_values, weight=weight, residual=added, out=chunk)
+    return out
+
+
+def _tokens_at_once(*tensors: Tensor | None) -> int | None:
+    """How many tokens to take at a time, or None for all."""
+    v = tensors[2]
+    if is_tracing_or_needs_grad(*tensors) or v.device.type != "cpu" or not v.numel():
+        return None
+    batch, heads, tokens, channels = v.shape
+    size = max(_LEAST_ROWS, _CHUNK // (batch * heads * channels))
+    return size if tokens > size else None
+
+
+@in_full_precision
+def _mix(
+    q: Tensor,
+    v: Tensor,
+    keys_values: Tensor,
+    *,
+    weight: float,
+    residual: Tensor | None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``l2_normalize(weight |q| v + q keys_values) + residual``."""
+    length = torch.linalg.vector_norm(q, dim=-1, keepdim=True)  # (B, h, N, 1)
+    length = torch.threshold(length, NORM_EPS, 1.0)  # a zero row keeps v
+    y = q @ keys_values
+    # In place: the gradient of the product above does not need its result.
+    y = y.addcmul_(v, length, value=weight)
+    # A row with a direction is no shorter: it is |q| times one longer than NORM_EPS.
+    return l2_normalize(y, residual=residual, eps=NORM_EPS**2, out=out)
+
+
+@torch.no_grad()
+def fold_layer_scale(linear: nn.Linear, scale: nn.Module) -> nn.Module:
+    """Multiply a linear layer by the learned factors behind it, in place.
+
+    Args:
+        linear: The layer.
+        scale: What follows it: a module with a ``weight`` of factors per channel, or
+            ``nn.Identity``.
+
+    Returns:
+        What is left to follow the layer, ``nn.Identity()``.
+    """
+    factor = getattr(scale, "weight", None)
+    if factor is not None:
+        linear.weight.mul_(factor[:, None])
+        if linear.bias is not None:
+            linear.bias.mul_(factor)
+    return nn.Identity()
+
+
+class FusedLinear(nn.Linear):
+    """A linear layer of a deployed model, and the activation behind it.
+
+    On a CPU, oneDNN adds the bias and applies the activation to what is still in the
+    cache, where torch's own layer passes over memory once more for each. Wherever
+    oneDNN cannot be used (gradients, autocast, other devices, and graphs that are being
+    compiled, traced or exported) it is the layer and then the activation. The
+    parameters, and their names, are those of ``nn.Linear``.
+
+    Made by :func:`fuse_linear` out of a layer that exists.
+
+    Attributes:
+        activation: The activation, ``nn.Identity()`` for none.
+    """
+
+    activation: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to ``(..., in_features)``."""
+        if onednn_serves(x, self.weight, self.bias):
+            return torch.ops.mkldnn._linear_pointwise(
+                x, self.weight, self.bias, *onednn_name(self.activation)
+            )
+        return self.activation(super().forward(x))
+
+
+def fuse_linear(layer: nn.Module, activation: nn.Module | None = None) -> nn.Module:
+    """Make a linear layer a :class:`FusedLinear`, in place. Idempotent.
+
+    Args:
+        layer: The layer; its class changes, so that hooks and references to it hold.
+            What is not exactly an ``nn.Linear`` stays as it is.
+        activation: What follows it. Defaults to None.
+
+    Returns:
+        What is left to follow it: ``nn.Identity()``, or an activation that the layer
+        did not take over.
+    """
+    if type(layer) is nn.Linear:
+        layer.__class__ = FusedLinear
+        layer.activation = nn.Identity()
+    if activation is None:
+        return nn.Identity()
+    if not isinstance(layer, FusedLinear) or onednn_name(activation) is None:
+        return activation
+    if not isinstance(activation, nn.Identity):
+        layer.activation = activation
+    return nn.Identity()
+
+
+def onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN's fused layers compute with such an input, weight and bias now."""
+    return (
+        not is_tracing_or_needs_grad(x, weight, bias)
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and type(x) is Tensor
+        and type(weight) is nn.Parameter
+        and x.dtype == weight.dtype
+        and _onednn_computes_in(x.dtype)
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def onednn_name(activation: nn.Module) -> tuple[str, list[float], str] | None:
+    """oneDNN's name of an activation behind a layer, None for one it does not know.
+
+    Returns:
+        Name, parameters and variant, as torch's operators of oneDNN take them.
+    """
+    if type(activation) is nn.GELU:
+        return "gelu", [], activation.approximate
+    names = {nn.Identity: "none", nn.ReLU: "relu", nn.Hardswish: "hardswish"}
+    name = names.get(type(activation))
+    return None if name is None else (name, [], "")
+
+
+@functools.cache
+def _onednn_computes_in(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype is torch.float32
