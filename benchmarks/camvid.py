@@ -40,9 +40,8 @@ from mmcastling.checkpoint import (
 )
 from mmcastling.run import evaluate, load_config, run_cli
 from mmcastling.run.cpu_environment import cpu_environment
-from mmcastling.run.runner import build_model, load_trained
+from mmcastling.run.load import load_pruned_model
 from mmcastling.show.figures import SegmentationLegend, plot_segmentation
-from mmcastling.verbs import switch_to_deploy
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "upernet_castling_nano_camvid.py"
@@ -121,10 +120,8 @@ def _children_seconds() -> float:
 
 def deployed_model(cfg: Config, checkpoint: Path) -> nn.Module:
     """The pruned segmentor, in evaluation mode."""
-    model = build_model(cfg)
     loaded = load_checkpoint(checkpoint)
-    load_trained(model, loaded, checkpoint)
-    return switch_to_deploy(model.eval())
+    return load_pruned_model(cfg, loaded, checkpoint, verify=False)[0]
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ from mmcastling.checkpoint import (
 from mmcastling.data import prepare_nuclei
 from mmcastling.run import ConfigError, convert, evaluate, load_config, run_cli
 from mmcastling.run.cpu_environment import cpu_environment
-from mmcastling.run.runner import build_model
+from mmcastling.run.load import build_model
 from mmcastling.show.figures import (
     Instances,
     plot_mask_density,
@@ -86,13 +86,10 @@ def main() -> None:
         report = convert(
             cfg, checkpoint, work_dir / "deployed.pth", verify=True, num_images=24
         )
-    console.print(
-        f"pruned {report.pruned} attentions; largest difference of features on "
-        f"{report.images} images {report.max_abs_diff:.2g}"
-    )
+    console.print(str(report.pruning), highlight=False)
     console.rule("4. evaluate both graphs")
     summary = compare(cfg, checkpoint, report.checkpoint, report.config)
-    summary["max_abs_diff"] = report.max_abs_diff
+    summary["max_abs_diff"] = report.pruning.difference
     history = read_mask_history(work_dir)
     summary["mask_density"] = history.density
     plot_mask_density(history, work_dir / "mask_density.png")

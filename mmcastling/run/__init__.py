@@ -5,7 +5,7 @@ from mmcastling.run.conversion import ConversionReport, convert
 from mmcastling.run.errors import ConfigError, run_cli
 from mmcastling.run.evaluation import Evaluation, evaluate
 from mmcastling.run.exported import ExportedEvaluation, evaluate_exported
-from mmcastling.run.pruning import Pruning
+from mmcastling.run.load import PruningReport, load_pruned_model
 from mmcastling.run.testing import evaluate_file
 from mmcastling.run.training import train
 
@@ -15,13 +15,14 @@ __all__ = [
     "ConversionReport",
     "Evaluation",
     "ExportedEvaluation",
-    "Pruning",
+    "PruningReport",
     "check_data",
     "convert",
     "evaluate",
     "evaluate_exported",
     "evaluate_file",
     "load_config",
+    "load_pruned_model",
     "run_cli",
     "train",
 ]

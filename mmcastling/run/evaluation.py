@@ -24,8 +24,8 @@ from mmcastling.registry import model_spec, type_name
 from mmcastling.run.config import check_data, check_work_dir, datasets_of, require
 from mmcastling.run.deployed_config import drop_training_hooks
 from mmcastling.run.errors import ConfigError
-from mmcastling.run.pruning import Pruning, prune
-from mmcastling.run.runner import build_runner, core_model, load_trained
+from mmcastling.run.load import PruningReport, load_model, load_pruned_model
+from mmcastling.run.runner import build_runner, core_model
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Evaluation:
 
     metrics: dict[str, float]
     seconds_per_image: float
-    pruning: Pruning | None
+    pruning: PruningReport | None
     precision: str = "fp32"
     parts: dict[str, float] = field(default_factory=dict)
 
@@ -91,15 +91,20 @@ def evaluate(
     check_work_dir(cfg.work_dir)
     cfg = testing_config(cfg)
     runner = build_runner(cfg)
-    model = core_model(runner.model)
-    load_trained(model, checkpoint, source)
-    if isinstance(runner.model, BaseTTAModel):
-        _leave_out_masks(model)
-
     pruning = None
     if deploy:
-        pruning = prune(runner, model)
+        model, pruning = load_pruned_model(cfg, checkpoint, source, runner=runner)
         _say(str(pruning or _nothing_pruned(checkpoint)))
+        if pruning and pruning.was_on:
+            _say(
+                "warning: the masks of this checkpoint have not decayed, so pruning "
+                "changes the output; --no-deploy evaluates with the branch on"
+            )
+    else:
+        model = core_model(runner.model)
+        load_model(cfg, checkpoint, source, model=model)
+    if isinstance(runner.model, BaseTTAModel):
+        _leave_out_masks(model)
     set_precision(model, precision)
     if precision != "fp32":
         _say(f"layers compute in {precision}")

@@ -11,11 +11,10 @@ from typing import Any
 import cv2
 import mmcv
 import numpy as np
-import torch
 from matplotlib.backends.registry import BackendFilter, backend_registry
 from mmengine.config import Config
-from mmengine.dataset import Compose, pseudo_collate
-from torch import Tensor, nn
+from mmengine.dataset import Compose
+from torch import Tensor
 
 from mmcastling.analysis.attention_maps import (
     AttentionRows,
@@ -28,7 +27,7 @@ from mmcastling.checkpoint import load_checkpoint
 from mmcastling.registry import type_name
 from mmcastling.run.config import datasets_of
 from mmcastling.run.errors import ConfigError
-from mmcastling.run.runner import build_model, load_trained
+from mmcastling.run.load import load_model, preprocess
 from mmcastling.show.figures import HeatMap, plot_attention
 
 Point = tuple[float, float]
@@ -141,10 +140,10 @@ def view_attention(
     seen = transform(image)
     point = _follow(point, image.shape[:2], transform, seen["img"].shape[:2])
 
-    model = build_model(cfg)
-    load_trained(model, checkpoint, source)
-    model.eval()
-    rgb, inputs = _preprocess(model, pack(seen))
+    model = load_model(cfg, checkpoint, source)
+    packed = pack(seen)
+    rgb = packed["inputs"].permute(1, 2, 0).flip(2).byte().numpy()
+    inputs = preprocess(model, packed)
     call = record_attention(model, inputs, layer)
     covered = (inputs.shape[-2], inputs.shape[-1])
     query = call.token_at(point[0] / covered[1], point[1] / covered[0])
@@ -251,15 +250,6 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
         return 0.0, 0.0
     slope, offset = np.polyfit(x, y, 1)
     return float(slope), float(offset)
-
-
-def _preprocess(model: nn.Module, packed: dict[str, Any]) -> tuple[np.ndarray, Tensor]:
-    """What the network sees: in RGB for people, and as its input ``(1, 3, H, W)``."""
-    rgb = packed["inputs"].permute(1, 2, 0).flip(2).byte().numpy()
-    batch = model.data_preprocessor(pseudo_collate([packed]), False)
-    inputs = batch["inputs"]
-    inputs = torch.stack(list(inputs)) if isinstance(inputs, list) else inputs
-    return rgb, inputs
 
 
 def draw_attention(view: AttentionView, path: str | os.PathLike[str]) -> None:

@@ -23,9 +23,8 @@ from mmcastling.registry import type_name
 from mmcastling.run.config import datasets_of, load_config, require
 from mmcastling.run.errors import ConfigError
 from mmcastling.run.exported import add_prediction
-from mmcastling.run.runner import build_model, load_trained
+from mmcastling.run.load import load_pruned_model
 from mmcastling.runtime import ExportedInferencer, is_exported
-from mmcastling.verbs import switch_to_deploy
 
 TOOLBOXES = {"detector": "mmdet", "classifier": "mmpretrain", "segmentor": "mmseg"}
 """Whose data samples and visualizer each kind of model has."""
@@ -137,10 +136,8 @@ class TorchPredictor:
         dataset = next(datasets_of(cfg, "test"))
         self.dataset_meta = _dataset_meta(dataset, loaded)
         self.pipeline = Compose(_without_loading(dataset.pipeline))
-        self.model = build_model(cfg)
-        load_trained(self.model, loaded, checkpoint)
-        switch_to_deploy(self.model, inplace=True)
-        self.model.to(self.device).eval()
+        self.model, _ = load_pruned_model(cfg, loaded, checkpoint, verify=False)
+        self.model.to(self.device)
         set_precision(self.model, precision)
         self.name = f"torch in {precision} on {self.device}"
         if not is_deployed(loaded):

@@ -16,7 +16,7 @@ from mmcastling.checkpoint import (
     load_checkpoint,
 )
 from mmcastling.deploy import is_deployed
-from mmcastling.run.runner import build_model
+from mmcastling.run.load import build_model
 
 LAST_CHECKPOINT = "last_checkpoint"
 """The file in a work directory that names its newest checkpoint."""

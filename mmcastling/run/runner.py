@@ -5,19 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from typing import Any
 
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
-from mmengine.registry import MODELS, RUNNERS
+from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
-from mmcastling.checkpoint import load_weights
-from mmcastling.deploy import is_deployed
-from mmcastling.registry import model_spec
 from mmcastling.run.distributed import setup_distributed
-from mmcastling.verbs import restore_mask, switch_to_deploy
 
 _count = itertools.count()
 
@@ -39,33 +34,6 @@ def build_runner(cfg: Config) -> Runner:
     if "runner_type" in cfg:
         return RUNNERS.build(cfg)
     return Runner.from_cfg(cfg)
-
-
-def build_model(cfg: Config) -> nn.Module:
-    """Build a config's model as a runner does, without a runner."""
-    return MODELS.build(model_spec(cfg))
-
-
-def load_trained(
-    model: nn.Module, checkpoint: dict[str, Any], source: str | os.PathLike[str]
-) -> None:
-    """Give a model the weights and the masks of a checkpoint.
-
-    A deployed checkpoint's model is pruned first, whatever the config says: deployment
-    folds layers into others, and names and shapes are those after it.
-
-    Args:
-        model: As the config builds it.
-        checkpoint: A loaded checkpoint, of training or deployed.
-        source: Its path, for messages.
-
-    Raises:
-        CheckpointError: If the weights do not fit.
-    """
-    if is_deployed(checkpoint):
-        switch_to_deploy(model, inplace=True)
-    load_weights(model, checkpoint, str(source))
-    restore_mask(model, checkpoint)
 
 
 def _set_classification_loaders(cfg: Config) -> None:

@@ -242,7 +242,7 @@ def test_the_converter_writes_it_into_the_config(any_machine, trained, tmp_path)
     cfg = load_config(trained.config)
     report = convert(cfg, trained.masks_off, out, precision="bf16")
     assert report.precision == "bf16" and 1e-6 < report.rounding < 0.05
-    assert report.max_abs_diff < 1e-4  # of pruning, in float32
+    assert report.pruning.difference < 1e-4  # of pruning, in float32
     deployed_cfg = load_config(out.with_suffix(".py"), work_dir=str(tmp_path))
     assert evaluate(deployed_cfg, out).precision == "bf16"
     assert evaluate(deployed_cfg, out, precision="fp32").precision == "fp32"

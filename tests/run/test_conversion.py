@@ -48,8 +48,8 @@ def trained_model(run, checkpoint):
 
 def test_the_deployed_model_computes_what_the_trained_one_does(cfg, trained, tmp_path):
     report = convert(cfg, trained.masks_off, tmp_path / "out.pth")
-    assert (report.pruned, report.images) == (4, 4)
-    assert report.max_abs_diff <= 1e-5
+    assert (report.pruning.attentions, report.pruning.images) == (4, 4)
+    assert report.pruning.difference <= 1e-5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.pth", "out.py"]
 
     written = torch.load(report.checkpoint, weights_only=True)  # and no allow-list
@@ -74,7 +74,7 @@ def test_the_classifier_is_converted_the_same_way(
     classifier, trained_classifier, tmp_path
 ):
     report = convert(classifier, trained_classifier.masks_off, tmp_path / "out.pth")
-    assert report.pruned == report.images == 4
+    assert report.pruning.attentions == report.pruning.images == 4
     deployed = built(report.config, report.checkpoint)
     images = torch.randn(2, 3, 64, 64)
     reference = trained_model(trained_classifier, trained_classifier.masks_off)
@@ -113,8 +113,8 @@ def test_masks_that_are_on_are_refused_with_the_measured_difference(
     assert list(tmp_path.iterdir()) == []
 
     report = convert(cfg, trained.masks_on, tmp_path / "out.pth", force=True)
-    assert report.max_abs_diff == pytest.approx(measured, rel=1e-2)
-    assert report.max_abs_diff > 1e-3
+    assert report.pruning.difference == pytest.approx(measured, rel=1e-2)
+    assert report.pruning.difference > 1e-3
     assert report.checkpoint.is_file() and report.config.is_file()
 
 
@@ -123,7 +123,7 @@ def test_without_data_the_state_of_the_masks_decides(cfg, trained, tmp_path):
     with pytest.raises(CheckpointError, match="its state says that the branch is on"):
         convert(cfg, trained.masks_on, tmp_path / "on.pth")
     report = convert(cfg, trained.masks_off, tmp_path / "off.pth")
-    assert (report.max_abs_diff, report.images) == (None, 0)
+    assert (report.pruning.difference, report.pruning.images) == (None, 0)
     convert(cfg, trained.masks_on, tmp_path / "on.pth", force=True)
     assert (tmp_path / "on.pth").is_file()
 

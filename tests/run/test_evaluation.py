@@ -15,7 +15,7 @@ from mmcastling.models import CastlingViT
 from mmcastling.run import ConfigError, convert, evaluate, load_config
 from mmcastling.run.config import datasets_of
 from mmcastling.run.evaluation import enable_drawing, enable_output, enable_tta
-from mmcastling.run.pruning import branch_on_macs
+from mmcastling.run.load import branch_on_macs
 from mmcastling.run.runner import build_runner
 from mmcastling.verbs import (
     castling_modules,
@@ -83,7 +83,7 @@ def test_at_masks_zero_the_train_graph_and_the_deployed_one_agree(trained, predi
     assert graph.pruning is None
     assert pruned.pruning.attentions == 4 and not pruned.pruning.was_on
     assert pruned.pruning.difference < 1e-5 < pruned.pruning.magnitude
-    assert pruned.pruning.images == 1
+    assert pruned.pruning.images == 4
     assert pruned.seconds_per_image > 0
     assert tuple(pruned.parts) == PARTS and min(pruned.parts.values()) > 0
     assert sum(pruned.parts.values()) == pytest.approx(
@@ -91,12 +91,14 @@ def test_at_masks_zero_the_train_graph_and_the_deployed_one_agree(trained, predi
     )
 
 
-def test_with_masks_on_pruning_changes_predictions_and_says_so(trained, predict):
+def test_with_masks_on_pruning_changes_predictions_and_says_so(trained, predict, capfd):
     _, expected = predict(trained.config, trained.masks_on, deploy=False)
     pruned, predictions = predict(trained.config, trained.masks_on)
     assert pruned.pruning.was_on
     assert pruned.pruning.difference > 1e-3
-    assert "masks of this checkpoint have not decayed" in str(pruned.pruning)
+    said = capfd.readouterr().out
+    assert str(pruned.pruning) in said
+    assert "masks of this checkpoint have not decayed" in said
     with pytest.raises(AssertionError):
         assert_close(boxes(predictions), boxes(expected), rtol=1e-4, atol=1e-3)
 
@@ -120,7 +122,7 @@ def test_the_classifier_is_pruned_the_same_way(trained_classifier, predict):
     assert pruned.metrics == graph.metrics
     assert pruned.metrics["accuracy/top1"] >= 50.0
     assert_close(scores(predictions), scores(expected))
-    assert pruned.pruning.images == 4  # a batch, as it is evaluated
+    assert pruned.pruning.images == 4
     assert pruned.parts["backbone"] > pruned.parts["heads"] > 0
     assert pruned.parts["neck"] == 0 < pruned.parts["post-processing"]
     _, with_branch = predict(config, trained_classifier.masks_on, deploy=False)
@@ -138,7 +140,7 @@ def test_a_network_without_castling_has_nothing_to_prune(
     assert "pruned nothing: nothing is castled" in capfd.readouterr().out
 
 
-def test_the_difference_is_that_of_the_first_batch(trained_classifier, tmp_path):
+def test_the_difference_is_that_of_the_first_images(trained_classifier, tmp_path):
     config, checkpoint = trained_classifier.config, trained_classifier.masks_on
     cfg = load_config(config, work_dir=str(tmp_path))
     said = evaluate(cfg, checkpoint).pruning

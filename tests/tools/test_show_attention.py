@@ -7,8 +7,8 @@ import torch
 from matplotlib import pyplot
 
 from mmcastling.run import load_config
+from mmcastling.run.load import build_model
 from mmcastling.run.point_attention import click_point, read_image, view_attention
-from mmcastling.run.runner import build_model
 from mmcastling.verbs import MASK_META_KEY, set_mask, switch_to_deploy
 
 TOOL = "analysis/show_attention.py"
