@@ -15,6 +15,7 @@ A finished training in the work directory is used again.
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -39,8 +40,8 @@ from mmcastling.checkpoint import (
     write_text_atomically,
 )
 from mmcastling.run import evaluate, load_config, run_cli
-from mmcastling.run.cpu_environment import cpu_environment
 from mmcastling.run.load import load_pruned_model
+from mmcastling.run.training import CPU_ENVIRONMENT
 from mmcastling.show.figures import SegmentationLegend, plot_segmentation
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,7 +99,7 @@ def train(config: Path, data_root: str, work_dir: Path) -> tuple[Path, dict[str,
             command,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=cpu_environment(),
+            env={**CPU_ENVIRONMENT, **os.environ},
             check=False,
         )
     if done.returncode:

@@ -3,7 +3,7 @@
 import argparse
 
 from mmcastling.run import convert, run_cli
-from mmcastling.run.cli import (
+from mmcastling.run.config import (
     add_config_arguments,
     add_precision_argument,
     config_from_arguments,

@@ -6,6 +6,7 @@ checkpoint, and the deployed checkpoint with its config.
 
 import argparse
 import contextlib
+import os
 import re
 import subprocess
 import sys
@@ -41,8 +42,8 @@ from mmcastling.checkpoint import (
 )
 from mmcastling.data import prepare_nuclei
 from mmcastling.run import ConfigError, convert, evaluate, load_config, run_cli
-from mmcastling.run.cpu_environment import cpu_environment
 from mmcastling.run.load import build_model
+from mmcastling.run.training import CPU_ENVIRONMENT
 from mmcastling.show.figures import (
     Instances,
     plot_mask_density,
@@ -142,7 +143,7 @@ def train(work_dir: Path, options: dict[str, Any], max_iters: int) -> Path:
             command,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=cpu_environment(),
+            env={**CPU_ENVIRONMENT, **os.environ},
         ) as process,
     ):
         task = bar.add_task("training", total=max_iters, state="")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
+from mmengine.registry import MODELS
 
 from mmcastling.checkpoint import CheckpointError, load_checkpoint, save_atomically
 from mmcastling.deploy import (
@@ -18,9 +21,10 @@ from mmcastling.deploy import (
     largest_difference,
     set_precision,
 )
-from mmcastling.run.deployed_config import deploy_config
+from mmcastling.run.config import check_writable
 from mmcastling.run.errors import ConfigError
 from mmcastling.run.load import PruningReport, first_test_images, load_pruned_model
+from mmcastling.run.runner import drop_training_hooks
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,11 @@ def convert(
         ValueError, RuntimeError: If the precision is not known or not supported.
     """
     check_precision(precision)
-    source, out = Path(source), Path(out)
+    source, out = Path(source), check_writable(out, ".pth", option="OUT.pth")
+    config_path = check_writable(out.with_suffix(".py"), option="the config of OUT.pth")
     checkpoint = load_checkpoint(source)
     if is_deployed(checkpoint):
         raise CheckpointError(f"checkpoint {source} has been deployed already")
-    if out.suffix != ".pth":
-        raise ConfigError(f"output {out} must end in .pth: its config goes beside it")
-    config_path = out.with_suffix(".py")
     if out.resolve() == source.resolve():
         raise CheckpointError(
             f"output {out} is the input: training state would be lost"
@@ -92,13 +94,6 @@ def convert(
             f"output {out} would put its config in place of the training config "
             f"{cfg.filename}: choose another name"
         )
-    if out.is_dir() or config_path.is_dir():
-        raise CheckpointError(f"cannot write {out} and {config_path}: one is a folder")
-    if not out.parent.is_dir():
-        raise CheckpointError(
-            f"cannot write {out}: the folder {out.parent} does not exist: create it"
-        )
-
     deployed, pruning = load_pruned_model(
         cfg, checkpoint, source, ema=ema, verify=verify, images=num_images
     )
@@ -137,3 +132,41 @@ def _write_both(cfg: Config, config_path: Path, checkpoint: dict, out: Path) -> 
             weights.replace(out)
     except (OSError, CheckpointError) as error:
         raise CheckpointError(f"cannot write {out}: {error}") from error
+
+
+def deploy_config(cfg: Config) -> Config:
+    """A copy of a config whose model is built pruned.
+
+    Sets ``deploy=True`` wherever a registered module takes it, puts what a class that
+    offers ``deployed_config(config)`` becomes in its place, and removes the training
+    hooks and what names a checkpoint to start from.
+
+    Args:
+        cfg: The config of training; its default scope must be initialised.
+    """
+    cfg = copy.deepcopy(cfg)
+    _set_deploy(cfg.model)
+    drop_training_hooks(cfg)
+    cfg.load_from = None
+    cfg.resume = False
+    return cfg
+
+
+def _set_deploy(node: Any) -> None:
+    if isinstance(node, dict):
+        kind = node.get("type")
+        if kind is not None:
+            kind = MODELS.get(kind) if isinstance(kind, str) else kind
+            if callable(deployed := getattr(kind, "deployed_config", None)):
+                kept = deployed(dict(node))
+                node.clear()
+                node.update(kept)
+                kind = MODELS.get(node["type"])
+            if callable(kind) and "deploy" in inspect.signature(kind).parameters:
+                node["deploy"] = True
+                node.pop("init_cfg", None)
+        for value in node.values():
+            _set_deploy(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            _set_deploy(value)

@@ -246,5 +246,5 @@ def test_the_converter_writes_it_into_the_config(any_machine, trained, tmp_path)
     deployed_cfg = load_config(out.with_suffix(".py"), work_dir=str(tmp_path))
     assert evaluate(deployed_cfg, out).precision == "bf16"
     assert evaluate(deployed_cfg, out, precision="fp32").precision == "fp32"
-    with pytest.raises(ConfigError, match=r"must end in \.pth"):
+    with pytest.raises(ConfigError, match=r"end the name in \.pth"):
         convert(cfg, trained.masks_off, tmp_path / "x.bin", precision="bf16")

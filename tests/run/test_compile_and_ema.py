@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from mmcastling.checkpoint import CheckpointError, load_checkpoint
 from mmcastling.deploy import is_deployed
 from mmcastling.run import convert, evaluate, load_config, train
-from mmcastling.run.evaluation import enable_output
+from mmcastling.run.testing import enable_output
 
 pytestmark = pytest.mark.slow
 

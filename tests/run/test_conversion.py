@@ -227,10 +227,10 @@ def test_a_model_is_deployed_once(cfg, trained, tmp_path):
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("out", ConfigError, r"must end in \.pth"),
-        ("out.onnx", ConfigError, r"must end in \.pth"),
-        ("no/out.pth", CheckpointError, "the folder .*no does not exist"),
-        ("folder.pth", CheckpointError, "one is a folder"),
+        ("out", ConfigError, r"end the name in \.pth"),
+        ("out.onnx", ConfigError, r"end the name in \.pth"),
+        ("no/out.pth", ConfigError, "the folder .*no does not exist"),
+        ("folder.pth", ConfigError, "it is a folder"),
     ],
 )
 def test_an_output_that_cannot_be_is_named(

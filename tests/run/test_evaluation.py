@@ -14,9 +14,9 @@ from mmcastling.deploy import largest_difference
 from mmcastling.models import CastlingViT
 from mmcastling.run import ConfigError, convert, evaluate, load_config
 from mmcastling.run.config import datasets_of
-from mmcastling.run.evaluation import enable_drawing, enable_output, enable_tta
 from mmcastling.run.load import branch_on_macs
 from mmcastling.run.runner import build_runner
+from mmcastling.run.testing import enable_drawing, enable_output, enable_tta
 from mmcastling.verbs import (
     castling_modules,
     restore_mask,
@@ -270,7 +270,10 @@ def test_drawing_needs_a_hook(detector_config):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("out.json", r"--out .*out\.json: .* end it in \.pkl"), ("no/out.pkl", "folder")],
+    [
+        ("out.json", r"--out .*out\.json: end the name in \.pkl"),
+        ("no/out.pkl", "folder"),
+    ],
 )
 def test_predictions_go_to_a_pickle_in_a_folder_that_exists(
     name, message, detector_config, tmp_path

@@ -222,7 +222,7 @@ def test_detectors_on_real_images(trained, tiny_coco, run_main, tmp_path):
         (dict(image="none.png"), ["none.png does not exist"]),
         (dict(image="damaged.png"), ["damaged.png (4 bytes) cannot be decoded"]),
         (dict(checkpoint="none.pth"), ["none.pth does not exist"]),
-        (dict(out="none/a.png"), ["its folder does not exist, create it first"]),
+        (dict(out="none/a.png"), ["none does not exist, create it first"]),
         (dict(out="a.jpg"), ["end the name in .png"]),
         (dict(softmax=True), ["has no castling attention in its backbone"]),
         (dict(pipeline=False), ["has no test_dataloader with a pipeline"]),

@@ -17,9 +17,9 @@ import argparse
 from pathlib import Path
 
 from mmcastling.run import run_cli
-from mmcastling.run.cli import (
+from mmcastling.run.config import (
     add_config_arguments,
-    check_picture,
+    check_writable,
     config_from_arguments,
 )
 from mmcastling.run.point_attention import (
@@ -79,7 +79,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    check_picture(args.out)
+    check_writable(args.out, ".png")
     image = read_image(args.image)
     cfg = config_from_arguments(args)
     point = click_point(image) if args.click else tuple(args.point)
