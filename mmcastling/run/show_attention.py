@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import cv2
-import mmcv
 import numpy as np
 from matplotlib.backends.registry import BackendFilter, backend_registry
 from mmengine.config import Config
@@ -18,6 +15,7 @@ from torch import Tensor
 
 from mmcastling.analysis.attention_maps import (
     AttentionRows,
+    MixerCall,
     attention_rows,
     mask_of,
     record_attention,
@@ -25,7 +23,7 @@ from mmcastling.analysis.attention_maps import (
 from mmcastling.attention import MaskThreshold
 from mmcastling.checkpoint import load_checkpoint
 from mmcastling.registry import type_name
-from mmcastling.run.config import datasets_of
+from mmcastling.run.config import pipeline_without_loading
 from mmcastling.run.errors import ConfigError
 from mmcastling.run.load import load_model, preprocess
 from mmcastling.show.figures import HeatMap, plot_attention
@@ -43,55 +41,28 @@ class AttentionView:
         covered: ``(H, W)`` in pixels of the input that the grid of tokens covers,
             padding included.
         point: Where the query is, ``(x, y)`` in pixels of ``image``.
-        grid: ``(H, W)`` of the tokens.
-        extra_tokens: Tokens before those of the grid.
+        call: The attention, and what it was given.
         query: Index of the query among all tokens.
         rows: Weights of the query on all tokens ``(N,)``, of one head or averaged.
+        heads: Which heads ``rows`` are of, in words.
         survivors: Fraction of pairs of the query, over the heads shown, that survive
             the mask.
         threshold: The mask's threshold.
         weight: The branch's factor.
-        layer: The attention's path in the model.
-        deployed: Whether the checkpoint's branch had been pruned.
         own_threshold: Whether ``threshold`` is the checkpoint's, or else was given.
-        heads: Which heads ``rows`` are of, in words.
     """
 
     image: np.ndarray
     covered: tuple[int, int]
     point: Point
-    grid: tuple[int, int]
-    extra_tokens: int
+    call: MixerCall
     query: int
     rows: AttentionRows
+    heads: str
     survivors: float
     threshold: MaskThreshold
     weight: float
-    layer: str
-    deployed: bool
     own_threshold: bool
-    heads: str
-
-
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read an image in BGR, ``(H, W, 3)``.
-
-    Raises:
-        ConfigError: If it is missing or cannot be decoded.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"image {path} does not exist: check the path")
-    try:
-        image = mmcv.imread(path)
-    except (OSError, cv2.error):
-        image = None
-    if image is None:
-        raise ConfigError(
-            f"image {path} ({path.stat().st_size} bytes) cannot be decoded: give a "
-            "whole PNG or JPEG file"
-        )
-    return image
 
 
 def view_attention(
@@ -113,7 +84,7 @@ def view_attention(
     Args:
         cfg: A config from :func:`mmcastling.run.load_config`.
         source: A training or deployed checkpoint of that config.
-        image: From :func:`read_image`.
+        image: BGR, ``(H, W, 3)``.
         point: ``(x, y)`` in pixels of ``image``, from its upper left corner.
         layer: Which attention of the backbone, by depth. Defaults to -1 (the last).
         head: Which head, or None for their mean. Defaults to None.
@@ -136,13 +107,21 @@ def view_attention(
         )
     given = None if threshold is None else MaskThreshold.parse(threshold)
     checkpoint = load_checkpoint(source)
-    transform, pack = _test_transforms(cfg)
+    steps = pipeline_without_loading(cfg)
+    packing = [step for step in steps if type_name(step["type"]).startswith("Pack")]
+    change = Compose([step for step in steps if step not in packing])
+
+    def transform(image: np.ndarray) -> dict[str, Any]:
+        shape = image.shape[:2]
+        results = change(dict(img=image, img_shape=shape, ori_shape=shape))
+        if results is None:
+            raise ConfigError("the config's test pipeline drops the image")
+        return results
+
     seen = transform(image)
     point = _follow(point, image.shape[:2], transform, seen["img"].shape[:2])
-
     model = load_model(cfg, checkpoint, source)
-    packed = pack(seen)
-    rgb = packed["inputs"].permute(1, 2, 0).flip(2).byte().numpy()
+    packed = Compose(packing)(seen)
     inputs = preprocess(model, packed)
     call = record_attention(model, inputs, layer)
     covered = (inputs.shape[-2], inputs.shape[-1])
@@ -161,46 +140,18 @@ def view_attention(
     shown = rows.reduce_heads(head)
     masked = rows.masked if head is None else rows.masked[head]
     return AttentionView(
-        image=rgb,
+        image=packed["inputs"].permute(1, 2, 0).flip(2).byte().numpy(),
         covered=covered,
         point=point,
-        grid=call.grid,
-        extra_tokens=call.extra_tokens,
+        call=call,
         query=query,
         rows=shown,
+        heads=f"mean of {len(rows.softmax)} heads" if head is None else f"head {head}",
         survivors=(masked > 0).float().mean().item(),
         threshold=own,
         weight=weight,
-        layer=call.name,
-        deployed=call.mixer.deploy,
         own_threshold=given is None,
-        heads=f"mean of {len(rows.softmax)} heads" if head is None else f"head {head}",
     )
-
-
-def _test_transforms(
-    cfg: Config,
-) -> tuple[Callable[[np.ndarray], dict[str, Any]], Callable[[dict[str, Any]], Any]]:
-    """What the test pipeline does to an image, and how it packs it."""
-    dataset = next(datasets_of(cfg, "test"), None)
-    if dataset is None or not dataset.get("pipeline"):
-        raise ConfigError(
-            f"config {cfg.filename} has no test_dataloader with a pipeline, which says "
-            "how an image reaches the network: start from a config that has"
-        )
-    kinds = [(type_name(step["type"]), step) for step in dataset.pipeline]
-    steps = [step for kind, step in kinds if not kind.startswith(("Load", "Pack"))]
-    packing = [step for kind, step in kinds if kind.startswith("Pack")]
-    change, pack = Compose(steps), Compose(packing)
-
-    def transform(image: np.ndarray) -> dict[str, Any]:
-        shape = image.shape[:2]
-        results = change(dict(img=image, img_shape=shape, ori_shape=shape))
-        if results is None:
-            raise ConfigError("the config's test pipeline drops the image")
-        return results
-
-    return transform, pack
 
 
 def _follow(
@@ -219,22 +170,20 @@ def _follow(
     ramps[..., 0] = np.linspace(0, 255, width).round()
     ramps[..., 1] = np.linspace(0, 255, height).round()[:, None]
     moved = transform(ramps)["img"].astype(np.float64)
-    inside = moved[..., 2] > 250  # padding has another colour
+    y, x = np.nonzero(moved[..., 2] > 250)  # padding has another colour
     result = []
-    for axis, length in ((0, width), (1, height)):
-        target = np.broadcast_to(
-            np.arange(seen[1]) if axis == 0 else np.arange(seen[0])[:, None], seen
-        )
-        source = moved[..., axis] * (length - 1) / 255
-        with np.errstate(all="ignore"):
-            slope, offset = _line(target[inside], source[inside])
-        error = np.abs(slope * target + offset - source)[inside]
-        if not slope or not error.size or not error.mean() < 0.01 * length + 2:
+    for axis, (target, length) in enumerate(((x, width), (y, height))):
+        source = moved[y, x, axis] * (length - 1) / 255
+        slope = offset = 0.0
+        if np.unique(target).size > 1:
+            slope, offset = np.polyfit(target, source, 1)
+        error = np.abs(slope * target + offset - source)
+        if not slope or not error.mean() < 0.01 * length + 2:
             raise ConfigError(
                 "the config's test pipeline moves pixels in a way that cannot be "
                 "followed: leave all but resizing, cropping, padding and flipping out"
             )
-        result.append((point[axis] - offset) / slope)
+        result.append(float((point[axis] - offset) / slope))
     # Rounding may put what lies on the border a fraction of a pixel beyond it.
     clipped = (min(max(result[0], 0), seen[1] - 1), min(max(result[1], 0), seen[0] - 1))
     if max(abs(result[0] - clipped[0]), abs(result[1] - clipped[1])) > 1.5:
@@ -245,35 +194,30 @@ def _follow(
     return clipped
 
 
-def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    if x.size < 2 or np.ptp(x) == 0:
-        return 0.0, 0.0
-    slope, offset = np.polyfit(x, y, 1)
-    return float(slope), float(offset)
-
-
 def draw_attention(view: AttentionView, path: str | os.PathLike[str]) -> None:
     """Draw the four maps of a view over its image, as a PNG file.
 
     Raises:
         CheckpointError: If the file cannot be written.
     """
-    tokens, (_, columns) = len(view.rows.softmax), view.grid
-    own = divmod(view.query - view.extra_tokens, columns)
+    tokens, (_, columns) = len(view.rows.softmax), view.call.grid
+    own = divmod(view.query - view.call.extra_tokens, columns)
     bar = f"{view.threshold.resolve(tokens) * tokens:.3g}/N"
     if view.survivors:
         mask = f"{100 * view.survivors:.2g}% of the pairs exceed {bar}"
     elif view.own_threshold and (view.weight == 0 or view.threshold.rejects_all):
-        mask = "empty: " + ("pruned" if view.deployed else "masks have decayed")
+        mask = "empty: " + (
+            "pruned" if view.call.mixer.deploy else "masks have decayed"
+        )
     else:
         mask = f"empty: nothing exceeds {bar}"
 
     def heat_map(title: str, row: Tensor, note: str, signed: bool) -> HeatMap:
         row = row.cpu() if signed else row.cpu() * tokens
         caption = f"{note}\non itself {row[view.query]:.3g}"
-        if view.extra_tokens:
-            caption += f", on the class token {row[: view.extra_tokens].sum():.3g}"
-        on_grid = row[view.extra_tokens :].reshape(view.grid).numpy()
+        if view.call.extra_tokens:
+            caption += f", on the class token {row[: view.call.extra_tokens].sum():.3g}"
+        on_grid = row[view.call.extra_tokens :].reshape(view.call.grid).numpy()
         return HeatMap(title, caption, on_grid, signed)
 
     rows, unit = view.rows, "in units of 1/N, uniform attention"
@@ -283,7 +227,7 @@ def draw_attention(view: AttentionView, path: str | os.PathLike[str]) -> None:
         heat_map("masked softmax", rows.masked, f"in 1/N; {mask}", False),
         heat_map("combined", rows.combined, "masked + angular, signed weights", True),
     ]
-    title = f"{view.layer}, {view.grid[0]}x{columns} tokens, {view.heads}"
+    title = f"{view.call.name}, {view.call.grid[0]}x{columns} tokens, {view.heads}"
     plot_attention(view.image, maps, view.point, view.covered, own, title, path)
 
 
@@ -291,7 +235,7 @@ def click_point(image: np.ndarray) -> Point:
     """Show an image in a window and wait for a click.
 
     Args:
-        image: From :func:`read_image`.
+        image: BGR, ``(H, W, 3)``.
 
     Returns:
         ``(x, y)`` in pixels.
