@@ -31,6 +31,7 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS
 from PIL import Image
+from segmentation_figure import SegmentationLegend, plot_segmentation
 from torch import Tensor, nn
 
 from mmcastling.analysis import count_model_macs, environment
@@ -42,7 +43,6 @@ from mmcastling.checkpoint import (
 from mmcastling.run import evaluate, load_config, run_cli
 from mmcastling.run.load import load_pruned_model
 from mmcastling.run.training import CPU_ENVIRONMENT
-from mmcastling.show.figures import SegmentationLegend, plot_segmentation
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "upernet_castling_nano_camvid.py"

@@ -45,9 +45,10 @@ from mmcastling.run import ConfigError, convert, evaluate, load_config, run_cli
 from mmcastling.run.load import build_model
 from mmcastling.run.training import CPU_ENVIRONMENT
 from mmcastling.show.figures import (
-    Instances,
+    draw_rows,
+    paint_masks,
     plot_mask_density,
-    plot_predictions,
+    save_figure,
 )
 from mmcastling.show.run_log import read_mask_history
 from mmcastling.verbs import set_mask, switch_to_deploy
@@ -116,6 +117,7 @@ def demo_options(args: argparse.Namespace) -> dict[str, Any]:
             "param_scheduler.1.end",
         ):
             options[key] = args.iters
+        options["default_hooks.logger.interval"] = max(1, min(20, args.iters // 10))
         options["param_scheduler.0.end"] = min(50, args.iters // 2)
         options["param_scheduler.1.begin"] = min(50, args.iters // 2)
         options["param_scheduler.1.T_max"] = args.iters - min(50, args.iters // 2)
@@ -255,22 +257,22 @@ def draw_predictions(
         dataset = DATASETS.build(cfg.test_dataloader.dataset)
         coco = COCO(cfg.test_evaluator.ann_file)
     picked = np.linspace(0, len(dataset) - 1, count + 2).round().astype(int)[1:-1]
-    images, truths, predictions = [], [], []
+    rows, counts = [], []
     for index in picked:
         item = dataset[int(index)]
         with torch.no_grad():
             result = model.test_step(pseudo_collate([item]))[0].pred_instances
-        kept = result.scores > 0.5
+        found = result.masks[result.scores > 0.5].cpu().numpy().astype(bool)
         sample = item["data_samples"]
-        images.append(cv2.imread(sample.img_path)[..., ::-1])
+        image = cv2.imread(sample.img_path)[..., ::-1]
         annotations = coco.loadAnns(coco.getAnnIds(sample.img_id, iscrowd=False))
-        masks = np.array([coco.annToMask(a) for a in annotations], bool)
-        boxes = np.array([a["bbox"] for a in annotations])
-        boxes[:, 2:] += boxes[:, :2]
-        truths.append(Instances(boxes, masks))
-        found = result.masks[kept].cpu().numpy().astype(bool)
-        predictions.append(Instances(result.bboxes[kept].cpu().numpy(), found))
-    plot_predictions(images, truths, predictions, path)
+        truth = [coco.annToMask(annotation).astype(bool) for annotation in annotations]
+        rows.append((image, paint_masks(image, truth), paint_masks(image, found)))
+        counts += ["", f"{len(truth)} objects", f"{len(found)} objects"]
+    figure = draw_rows(rows, ("image", "ground truth", "prediction"))
+    for axes, text in zip(figure.axes, counts, strict=True):
+        axes.set_xlabel(text)
+    save_figure(figure, path, dpi=110)
 
 
 def print_table(summary: dict[str, Any]) -> None:

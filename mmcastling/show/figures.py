@@ -11,7 +11,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from mmcastling.checkpoint import write_atomically
@@ -88,57 +87,32 @@ def _draw_threshold(axes: Axes, history: MaskHistory) -> None:
     axes.set_ylabel("state of the mask")
 
 
-@dataclass(frozen=True)
-class Instances:
-    """Objects in one image.
-
-    Attributes:
-        boxes: ``(n, 4)`` corners ``x1, y1, x2, y2`` in pixels.
-        masks: ``(n, H, W)`` booleans.
-    """
-
-    boxes: np.ndarray
-    masks: np.ndarray
-
-
-def plot_predictions(
-    images: Sequence[np.ndarray],
-    truths: Sequence[Instances],
-    predictions: Sequence[Instances],
-    path: str | Path,
-) -> None:
-    """Draw each image beside its ground truth and its predictions.
+def draw_rows(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str]) -> Figure:
+    """Draw rows of pictures, such as each image beside its truth and its prediction.
 
     Args:
-        images: RGB images ``(H, W, 3)``.
-        truths: Ground truth, one per image.
-        predictions: Predictions, one per image.
-        path: PNG file to write.
+        rows: RGB pictures ``(H, W, 3)``, as many in each row as there are titles.
+        titles: What the columns are.
     """
-    figure = Figure(figsize=(9, 3.1 * len(images)), layout="constrained")
-    grid = figure.subplots(len(images), 3, squeeze=False)
-    for row, image, truth, prediction in zip(
-        grid, images, truths, predictions, strict=True
-    ):
-        row[0].imshow(image)
-        row[1].imshow(_painted(image, truth))
-        row[2].imshow(_painted(image, prediction))
-        row[1].set_xlabel(f"{len(truth.masks)} objects")
-        row[2].set_xlabel(f"{len(prediction.masks)} objects")
-        for axes in row:
+    height, width = rows[0][0].shape[:2]
+    size = (3 * len(titles), 3.1 * height / width * len(rows))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(rows), len(titles), squeeze=False)
+    for line, pictures in zip(grid, rows, strict=True):
+        for axes, picture in zip(line, pictures, strict=True):
+            axes.imshow(picture)
             axes.set_xticks([])
             axes.set_yticks([])
-    for axes, title in zip(
-        grid[0], ("image", "ground truth", "prediction"), strict=True
-    ):
+    for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title)
-    save_figure(figure, path, dpi=110)
+    return figure
 
 
-def _painted(image: np.ndarray, instances: Instances) -> np.ndarray:
+def paint_masks(image: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """An RGB image ``(H, W, 3)`` with objects ``(n, H, W)`` tinted and outlined."""
     painted = image.astype(np.float64)
     colours = 255 * matplotlib.colormaps["hsv"](np.linspace(0, 1, 9))[:8, :3]
-    for index, mask in enumerate(instances.masks):
+    for index, mask in enumerate(masks):
         colour = colours[index % len(colours)]
         inner = mask.copy()
         inner[1:-1, 1:-1] &= (
@@ -240,66 +214,3 @@ def _draw_heat_map(
         alpha=0.75,
         interpolation="nearest",
     )
-
-
-@dataclass(frozen=True)
-class SegmentationLegend:
-    """Names and colours of classes, by id.
-
-    Attributes:
-        classes: Names.
-        palette: ``(R, G, B)`` in 0 to 255 of each.
-    """
-
-    classes: Sequence[str]
-    palette: Sequence[Sequence[int]]
-
-    def paint(self, labels: np.ndarray) -> np.ndarray:
-        """Colours ``(H, W, 3)`` of class ids ``(H, W)``; no class is black."""
-        colours = np.zeros((256, 3), np.uint8)
-        colours[: len(self.palette)] = self.palette
-        return colours[labels]
-
-
-def plot_segmentation(
-    images: Sequence[np.ndarray],
-    truths: Sequence[np.ndarray],
-    predictions: Sequence[np.ndarray],
-    legend: SegmentationLegend,
-    path: str | Path,
-) -> None:
-    """Draw each image beside its true and its predicted classes.
-
-    Args:
-        images: RGB images ``(H, W, 3)``.
-        truths: Class ids ``(H, W)`` in 0 to 255, one map per image; ids without a
-            class are void.
-        predictions: Class ids ``(H, W)``, one map per image.
-        legend: Names and colours of the classes.
-        path: PNG file to write.
-    """
-    height, width = images[0].shape[:2]
-    tall = 3.1 * height / width * len(images) + 0.9
-    figure = Figure(figsize=(9.3, tall), layout="constrained")
-    grid = figure.subplots(len(images), 3, squeeze=False)
-    for row, image, truth, prediction in zip(
-        grid, images, truths, predictions, strict=True
-    ):
-        row[0].imshow(image)
-        row[1].imshow(legend.paint(truth))
-        row[2].imshow(legend.paint(prediction))
-        for axes in row:
-            axes.set_xticks([])
-            axes.set_yticks([])
-    titles = ("image", "ground truth, void black", "prediction")
-    for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title)
-    handles = [
-        Patch(facecolor=np.divide(colour, 255), label=name)
-        for name, colour in zip(legend.classes, legend.palette, strict=True)
-    ]
-    columns = -(-len(handles) // 2)
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=columns, frameon=False
-    )
-    save_figure(figure, path, dpi=110)
