@@ -20,10 +20,9 @@ from mmcastling.checkpoint import (
 from mmcastling.deploy import is_deployed
 from mmcastling.registry import type_name
 from mmcastling.run.config import check_data, check_work_dir, require
-from mmcastling.run.distributed import is_sharded
 from mmcastling.run.errors import ConfigError
 from mmcastling.run.load import build_model
-from mmcastling.run.runner import build_runner
+from mmcastling.run.runner import build_runner, is_sharded
 from mmcastling.train.amp import DTYPES
 
 CPU_ENVIRONMENT = {
