@@ -37,7 +37,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    report = convert(
+    convert(
         config_from_arguments(args),
         args.checkpoint,
         args.out,
@@ -46,13 +46,6 @@ def main() -> None:
         ema=args.ema,
         precision=args.precision or "fp32",
     )
-    print(report.pruning)
-    if report.rounding is not None:
-        print(
-            f"{report.precision} changes them by up to {report.rounding:.2%} of the "
-            "largest feature"
-        )
-    print(f"wrote {report.checkpoint} and {report.config}")
 
 
 if __name__ == "__main__":

@@ -84,18 +84,19 @@ def main() -> None:
     cfg = load_config(CONFIG, options, work_dir=str(work_dir))
     checkpoint = train(work_dir, options, cfg.train_cfg.max_iters)
     console.rule("3. prune the softmax branch")
+    deployed = work_dir / "deployed.pth"
     with quiet(work_dir / "convert.log"):
-        report = convert(
-            cfg, checkpoint, work_dir / "deployed.pth", verify=True, num_images=24
-        )
-    console.print(str(report.pruning), highlight=False)
+        report = convert(cfg, checkpoint, deployed, verify=True, num_images=24)
+    console.print(str(report), highlight=False)
     console.rule("4. evaluate both graphs")
-    summary = compare(cfg, checkpoint, report.checkpoint, report.config)
-    summary["max_abs_diff"] = report.pruning.difference
+    summary = compare(cfg, checkpoint, deployed, deployed.with_suffix(".py"))
+    summary["max_abs_diff"] = report.difference
     history = read_mask_history(work_dir)
     summary["mask_density"] = history.density
     plot_mask_density(history, work_dir / "mask_density.png")
-    draw_predictions(report.config, report.checkpoint, work_dir / "predictions.png")
+    draw_predictions(
+        deployed.with_suffix(".py"), deployed, work_dir / "predictions.png"
+    )
     summary["seconds"] = round(time.perf_counter() - started, 1)
     write_json_atomically(work_dir / "summary.json", summary)
     console.rule("result")

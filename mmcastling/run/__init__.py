@@ -1,7 +1,7 @@
 """What the commands in ``tools/`` do, as functions: train, test, convert."""
 
 from mmcastling.run.config import DATA_VARIABLE, check_data, load_config
-from mmcastling.run.conversion import ConversionReport, convert
+from mmcastling.run.conversion import convert
 from mmcastling.run.errors import ConfigError, run_cli
 from mmcastling.run.exported import ExportedEvaluation, evaluate_exported
 from mmcastling.run.load import PruningReport, load_pruned_model
@@ -11,7 +11,6 @@ from mmcastling.run.training import train
 __all__ = [
     "DATA_VARIABLE",
     "ConfigError",
-    "ConversionReport",
     "Evaluation",
     "ExportedEvaluation",
     "PruningReport",

@@ -6,7 +6,6 @@ import copy
 import inspect
 import os
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +26,6 @@ from mmcastling.run.load import PruningReport, first_test_images, load_pruned_mo
 from mmcastling.run.runner import drop_training_hooks
 
 
-@dataclass(frozen=True)
-class ConversionReport:
-    """What a conversion did.
-
-    Attributes:
-        checkpoint: The file that was written.
-        config: The config written beside it.
-        pruning: What pruning removed and changed.
-        precision: What the layers of the deployed model compute in.
-        rounding: Largest difference of features that the lower precision makes,
-            relative to the largest feature, or None where not measured.
-    """
-
-    checkpoint: Path
-    config: Path
-    pruning: PruningReport
-    precision: str = "fp32"
-    rounding: float | None = None
-
-
 def convert(
     cfg: Config,
     source: str | os.PathLike[str],
@@ -57,8 +36,11 @@ def convert(
     ema: bool | None = None,
     num_images: int = 4,
     precision: str = "fp32",
-) -> ConversionReport:
+) -> PruningReport:
     """Prune a trained model and write it with a config that builds it pruned.
+
+    Prints what pruning removed and changed, what a lower precision changes, and the
+    names of the files.
 
     Args:
         cfg: The config that the checkpoint was trained with.
@@ -72,6 +54,9 @@ def convert(
         precision: What the deployed model's layers compute in, see
             :func:`mmcastling.deploy.set_precision`. The config names it and the weights
             stay float32, rounded when they are used. Defaults to ``'fp32'``.
+
+    Returns:
+        What pruning removed and changed.
 
     Raises:
         CheckpointError: If the source cannot be read or does not fit, the masks have
@@ -107,7 +92,8 @@ def convert(
 
     facts = dict(source=source.name, max_abs_diff=pruning.difference)
     result = deploy_checkpoint(deployed, checkpoint.get("meta") or {}, **facts)
-    deployed_cfg, rounding = deploy_config(cfg), None
+    print(pruning)
+    deployed_cfg = deploy_config(cfg)
     if precision != "fp32":
         deployed_cfg.precision = precision
         lowered = copy.deepcopy(deployed)
@@ -115,9 +101,11 @@ def convert(
         if pruning.images:
             images = first_test_images(cfg, deployed, num_images)
             change, magnitude = largest_difference(deployed, lowered, images)
-            rounding = change / magnitude
+            share = f"{change / magnitude:.2%}"
+            print(f"{precision} changes them by up to {share} of the largest feature")
     _write_both(deployed_cfg, config_path, result, out)
-    return ConversionReport(out, config_path, pruning, precision, rounding)
+    print(f"wrote {out} and {config_path}")
+    return pruning
 
 
 def _write_both(cfg: Config, config_path: Path, checkpoint: dict, out: Path) -> None:

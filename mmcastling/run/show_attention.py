@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.registry import BackendFilter, backend_registry
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from torch import Tensor
@@ -26,7 +31,7 @@ from mmcastling.registry import type_name
 from mmcastling.run.config import pipeline_without_loading
 from mmcastling.run.errors import ConfigError
 from mmcastling.run.load import load_model, preprocess
-from mmcastling.show.figures import HeatMap, plot_attention
+from mmcastling.show.figures import save_figure
 
 Point = tuple[float, float]
 
@@ -197,45 +202,92 @@ def _follow(
 def draw_attention(view: AttentionView, path: str | os.PathLike[str]) -> None:
     """Draw the four maps of a view over its image, as a PNG file.
 
+    Colours span the weights on other tokens; the query's own may lie beyond. Signed
+    maps have white at zero.
+
     Raises:
         CheckpointError: If the file cannot be written.
     """
-    tokens, (_, columns) = len(view.rows.softmax), view.call.grid
-    own = divmod(view.query - view.call.extra_tokens, columns)
+    height, width = view.image.shape[:2]
+    aspect = min(max(height / width, 0.4), 2.0)
+    figure = Figure(figsize=(15.0, 3.0 * aspect + 1.25), layout="constrained")
+    rows, columns = view.call.grid
+    figure.suptitle(
+        f"{view.call.name}, {rows}x{columns} tokens, {view.heads}", fontsize=10
+    )
+    # Bars have a row of their own, so that all images are of one size.
+    panels, bars = figure.subplots(2, 5, height_ratios=(3.0 * aspect, 0.1))
+    panels[0].imshow(view.image)
+    panels[0].set_title("image and query")
+    bars[0].set_axis_off()
+    unit = "in units of 1/N, uniform attention"
+    for axes, bar, (title, note, signed) in zip(
+        panels[1:],
+        bars[1:],
+        (
+            ("softmax", unit, False),
+            ("angular", "signed weights, what is deployed", True),
+            ("masked softmax", f"in 1/N; {_about_mask(view)}", False),
+            ("combined", "masked + angular, signed weights", True),
+        ),
+        strict=True,
+    ):
+        weights = getattr(view.rows, title.partition(" ")[0]).cpu()
+        axes.set_title(title)
+        figure.colorbar(
+            _lay_over(axes, view, weights, signed), cax=bar, orientation="horizontal"
+        )
+        weights = weights if signed else weights * len(weights)
+        note += f"\non itself {weights[view.query]:.3g}"
+        if before := view.call.extra_tokens:
+            note += f", on the class token {weights[:before].sum():.3g}"
+        bar.xaxis.set_major_locator(MaxNLocator(4))
+        bar.tick_params(labelsize=7)
+        bar.set_xlabel(note, fontsize=8)
+    for axes in panels:
+        for colour, line in (("white", 3.5), ("limegreen", 1.8)):
+            axes.plot(*view.point, "o", mfc="none", mec=colour, ms=10, mew=line)
+        axes.set_xlim(-0.5, width - 0.5)
+        axes.set_ylim(height - 0.5, -0.5)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    save_figure(figure, path, dpi=110)
+
+
+def _about_mask(view: AttentionView) -> str:
+    tokens = len(view.rows.softmax)
     bar = f"{view.threshold.resolve(tokens) * tokens:.3g}/N"
     if view.survivors:
-        mask = f"{100 * view.survivors:.2g}% of the pairs exceed {bar}"
-    elif view.own_threshold and (view.weight == 0 or view.threshold.rejects_all):
-        mask = "empty: " + (
-            "pruned" if view.call.mixer.deploy else "masks have decayed"
-        )
-    else:
-        mask = f"empty: nothing exceeds {bar}"
+        return f"{100 * view.survivors:.2g}% of the pairs exceed {bar}"
+    if view.own_threshold and (view.weight == 0 or view.threshold.rejects_all):
+        pruned = view.call.mixer.deploy
+        return "empty: " + ("pruned" if pruned else "masks have decayed")
+    return f"empty: nothing exceeds {bar}"
 
-    def heat_map(title: str, row: Tensor, note: str, signed: bool) -> HeatMap:
-        row = row.cpu() if signed else row.cpu() * tokens
-        caption = f"{note}\non itself {row[view.query]:.3g}"
-        if view.call.extra_tokens:
-            caption += f", on the class token {row[: view.call.extra_tokens].sum():.3g}"
-        on_grid = row[view.call.extra_tokens :].reshape(view.call.grid).numpy()
-        return HeatMap(title, caption, on_grid, signed)
 
-    rows, unit = view.rows, "in units of 1/N, uniform attention"
-    maps = [
-        heat_map("softmax", rows.softmax, unit, False),
-        heat_map("angular", rows.angular, "signed weights, what is deployed", True),
-        heat_map("masked softmax", rows.masked, f"in 1/N; {mask}", False),
-        heat_map("combined", rows.combined, "masked + angular, signed weights", True),
-    ]
-    title = f"{view.call.name}, {view.call.grid[0]}x{columns} tokens, {view.heads}"
-    plot_attention(view.image, maps, view.point, view.covered, own, title, path)
+def _lay_over(
+    axes: Axes, view: AttentionView, weights: Tensor, signed: bool
+) -> AxesImage:
+    """Draw weights ``(N,)`` on the grid of tokens over the image in grey."""
+    axes.imshow(view.image.astype(float).mean(axis=2), cmap="gray", vmin=0, vmax=255)
+    scale = 1 if signed else len(weights)
+    on_grid = scale * weights[view.call.extra_tokens :]
+    elsewhere = on_grid.abs()
+    elsewhere[view.query - view.call.extra_tokens] = 0.0
+    limit = float(elsewhere.max()) or 1.0
+    return axes.imshow(
+        on_grid.reshape(view.call.grid).numpy(),
+        cmap="RdBu_r" if signed else "inferno",
+        vmin=-limit if signed else 0.0,
+        vmax=limit,
+        extent=(-0.5, view.covered[1] - 0.5, view.covered[0] - 0.5, -0.5),
+        alpha=0.75,
+        interpolation="nearest",
+    )
 
 
 def click_point(image: np.ndarray) -> Point:
-    """Show an image in a window and wait for a click.
-
-    Args:
-        image: BGR, ``(H, W, 3)``.
+    """Show an image ``(H, W, 3)`` in BGR in a window and wait for a click.
 
     Returns:
         ``(x, y)`` in pixels.
@@ -245,17 +297,15 @@ def click_point(image: np.ndarray) -> Point:
     """
     from matplotlib import pyplot  # picks a toolkit for windows when it is imported
 
-    figure = None
     interactive = backend_registry.list_builtin(BackendFilter.INTERACTIVE)
-    try:
-        if pyplot.get_backend().lower() in {name.lower() for name in interactive}:
+    figure, backend = None, pyplot.get_backend()
+    with contextlib.suppress(ImportError, RuntimeError):  # a toolkit does not start
+        if backend.lower() in {name.lower() for name in interactive}:
             figure = pyplot.figure()
-    except (ImportError, RuntimeError):
-        pass  # the toolkit that was asked for does not start
     if figure is None:
         raise ConfigError(
             f"--click needs a display and a toolkit for windows (tkinter or PyQt), and "
-            f"matplotlib found none (backend {pyplot.get_backend()}): give --point X Y"
+            f"matplotlib found none (backend {backend}): give --point X Y"
         )
     axes = figure.add_subplot()
     axes.imshow(image[..., ::-1])

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
-from matplotlib.ticker import MaxNLocator
 
 from mmcastling.checkpoint import write_atomically
 from mmcastling.show.run_log import MaskHistory
@@ -121,96 +118,3 @@ def paint_masks(image: np.ndarray, masks: np.ndarray) -> np.ndarray:
         painted[mask] = 0.65 * painted[mask] + 0.35 * colour
         painted[mask & ~inner] = colour
     return painted.clip(0, 255).astype(np.uint8)
-
-
-@dataclass(frozen=True)
-class HeatMap:
-    """One panel of :func:`plot_attention`.
-
-    Attributes:
-        title: What it shows.
-        caption: What the colours do not tell; may have several lines.
-        weights: ``(H, W)`` weights of a query on the grid of tokens.
-        signed: Whether weights may be negative.
-    """
-
-    title: str
-    caption: str
-    weights: np.ndarray
-    signed: bool = False
-
-
-def plot_attention(
-    image: np.ndarray,
-    maps: Sequence[HeatMap],
-    point: tuple[float, float],
-    covered: tuple[int, int],
-    own: tuple[int, int],
-    title: str,
-    path: str | Path,
-) -> None:
-    """Draw an image with a marked point, and weights of that point's token over it.
-
-    Colours span the weights on other tokens; the query's own may lie beyond. Signed
-    maps have white at zero.
-
-    Args:
-        image: RGB image ``(H, W, 3)``.
-        maps: The panels.
-        point: ``(x, y)`` in pixels of the image.
-        covered: ``(H, W)`` in pixels that a map covers, from the image's upper left
-            corner: the image and its padding.
-        own: ``(row, column)`` of the query's token.
-        title: Headline.
-        path: PNG file to write.
-
-    Raises:
-        CheckpointError: If the file cannot be written.
-    """
-    height, width = image.shape[:2]
-    aspect = min(max(height / width, 0.4), 2.0)
-    figure = Figure(
-        figsize=(3.0 * (len(maps) + 1), 3.0 * aspect + 1.25), layout="constrained"
-    )
-    figure.suptitle(title, fontsize=10)
-    # Bars have a row of their own, so that all images are of one size.
-    panels, bars = figure.subplots(
-        2, len(maps) + 1, height_ratios=(3.0 * aspect, 0.1), squeeze=False
-    )
-    panels[0].imshow(image)
-    panels[0].set_title("image and query")
-    bars[0].set_axis_off()
-    grey = image.astype(np.float64).mean(axis=2)
-    for axes, bar, each in zip(panels[1:], bars[1:], maps, strict=True):
-        axes.imshow(grey, cmap="gray", vmin=0, vmax=255)
-        axes.set_title(each.title)
-        drawn = _draw_heat_map(axes, each, covered, own)
-        figure.colorbar(drawn, cax=bar, orientation="horizontal")
-        bar.xaxis.set_major_locator(MaxNLocator(4))
-        bar.tick_params(labelsize=7)
-        bar.set_xlabel(each.caption, fontsize=8)
-    for axes in panels:
-        for colour, line in (("white", 3.5), ("limegreen", 1.8)):
-            axes.plot(*point, "o", mfc="none", mec=colour, ms=10, mew=line)
-        axes.set_xlim(-0.5, width - 0.5)
-        axes.set_ylim(height - 0.5, -0.5)
-        axes.set_xticks([])
-        axes.set_yticks([])
-    save_figure(figure, path, dpi=110)
-
-
-def _draw_heat_map(
-    axes: Axes, heat_map: HeatMap, covered: tuple[int, int], own: tuple[int, int]
-) -> AxesImage:
-    elsewhere = np.abs(heat_map.weights)
-    elsewhere[own] = 0.0
-    limit = float(elsewhere.max()) or 1.0
-    return axes.imshow(
-        heat_map.weights,
-        cmap="RdBu_r" if heat_map.signed else "inferno",
-        vmin=-limit if heat_map.signed else 0.0,
-        vmax=limit,
-        extent=(-0.5, covered[1] - 0.5, covered[0] - 0.5, -0.5),
-        alpha=0.75,
-        interpolation="nearest",
-    )

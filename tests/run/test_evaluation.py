@@ -54,7 +54,8 @@ def predict(tmp_path_factory):
 def deployed(trained, tmp_path_factory):
     """The converted detector: its checkpoint and the config beside it."""
     out = tmp_path_factory.mktemp("deployed") / "detector.pth"
-    return convert(load_config(trained.config), trained.masks_off, out)
+    convert(load_config(trained.config), trained.masks_off, out)
+    return out.with_suffix(".py"), out
 
 
 def boxes(predictions):
@@ -107,9 +108,9 @@ def test_a_deployed_checkpoint_gives_the_same_with_either_config(
     trained, deployed, predict
 ):
     expected, predictions = predict(trained.config, trained.masks_off)
-    for config in (deployed.config, trained.config):
+    for config in (deployed[0], trained.config):
         for deploy in (True, False):
-            result, again = predict(config, deployed.checkpoint, deploy=deploy)
+            result, again = predict(config, deployed[1], deploy=deploy)
             assert result.pruning is None
             assert result.metrics == pytest.approx(expected.metrics, abs=1e-3)
             assert_close(boxes(again), boxes(predictions), rtol=1e-4, atol=1e-3)

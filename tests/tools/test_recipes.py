@@ -206,8 +206,8 @@ def test_a_distilled_recipe_is_converted_without_its_teacher(
         report = convert(cfg, Path(cfg.work_dir) / "iter_2.pth", out)
     finally:
         hidden.rename(timm_teacher)
-    assert report.pruning.images
-    assert report.pruning.difference < TOLERANCE  # batch norms were folded
+    assert report.images
+    assert report.difference < TOLERANCE  # batch norms were folded
     text = out.with_suffix(".py").read_text()
     assert "teacher" not in text and "ImageClassifier" in text
     deployed = load_config(out.with_suffix(".py"))
