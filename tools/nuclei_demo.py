@@ -236,7 +236,7 @@ def compare(
                     "train_graph": lambda: model(**batch, mode="predict"),
                     "deploy": lambda: lean(**batch, mode="predict"),
                 },
-                repeats=15,
+                repeats=7,
             )
     summary: dict[str, Any] = {"params": costs["deploy"].params, "data_root": root}
     for name, metrics in (("train_graph", trained), ("deploy", pruned)):

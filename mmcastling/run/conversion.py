@@ -65,15 +65,16 @@ def convert(
         ValueError, RuntimeError: If the precision is not known or not supported.
     """
     check_precision(precision)
-    source, out = Path(source), check_writable(out, ".pth", option="OUT.pth")
-    config_path = check_writable(out.with_suffix(".py"), option="the config of OUT.pth")
-    checkpoint = load_checkpoint(source)
-    if is_deployed(checkpoint):
-        raise CheckpointError(f"checkpoint {source} has been deployed already")
+    source, out = Path(source), Path(out)
     if out.resolve() == source.resolve():
         raise CheckpointError(
             f"output {out} is the input: training state would be lost"
         )
+    check_writable(out, ".pth", option="OUT.pth")
+    config_path = check_writable(out.with_suffix(".py"), option="the config of OUT.pth")
+    checkpoint = load_checkpoint(source)
+    if is_deployed(checkpoint):
+        raise CheckpointError(f"checkpoint {source} has been deployed already")
     if cfg.filename and config_path.resolve() == Path(cfg.filename).resolve():
         raise ConfigError(
             f"output {out} would put its config in place of the training config "
