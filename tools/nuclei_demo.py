@@ -32,17 +32,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from torch import nn
 
 from mmcastling.analysis import ComplexityReport, count_model_macs, paired_medians
 from mmcastling.checkpoint import (
     load_checkpoint,
-    load_weights,
     write_json_atomically,
 )
 from mmcastling.data import prepare_nuclei
 from mmcastling.run import ConfigError, convert, evaluate, load_config, run_cli
-from mmcastling.run.load import build_model
+from mmcastling.run.load import load_model
 from mmcastling.run.training import CPU_ENVIRONMENT
 from mmcastling.show.figures import (
     draw_rows,
@@ -196,12 +194,6 @@ def quiet(log: Path) -> Iterator[None]:
         yield
 
 
-def build(cfg: Config, checkpoint: Path) -> nn.Module:
-    model = build_model(cfg)
-    load_weights(model, load_checkpoint(checkpoint), str(checkpoint))
-    return model.eval()
-
-
 def compare(
     cfg: Config, checkpoint: Path, deployed: Path, deployed_config: Path
 ) -> dict[str, Any]:
@@ -220,7 +212,7 @@ def compare(
     with console.status("evaluating the deployed graph"), quiet(log):
         pruned = evaluate(deploy_cfg, deployed).metrics
     with console.status("counting and timing"), quiet(log):
-        model = build(cfg, checkpoint)
+        model = load_model(cfg, load_checkpoint(checkpoint), checkpoint)
         set_mask(model, "1/N")
         lean = switch_to_deploy(model)
         dataset = DATASETS.build(cfg.test_dataloader.dataset)
@@ -254,7 +246,7 @@ def draw_predictions(
     """Draw the tiles with the median, and around it, number of nuclei."""
     with quiet(path.parent / "evaluate.log"):
         cfg = load_config(config, {})
-        model = build(cfg, checkpoint)
+        model = load_model(cfg, load_checkpoint(checkpoint), checkpoint)
         dataset = DATASETS.build(cfg.test_dataloader.dataset)
         coco = COCO(cfg.test_evaluator.ann_file)
     picked = np.linspace(0, len(dataset) - 1, count + 2).round().astype(int)[1:-1]

@@ -197,7 +197,7 @@ def load_pruned_model(
         return model, PruningReport(len(modules), was_on)
     backbone = getattr(model, "backbone", model)
     shape = (int(inputs[0].shape[-2]), int(inputs[0].shape[-1]))
-    macs_training = branch_on_macs(backbone, shape)
+    macs_training = backbone_macs(backbone, shape, branch_on=True)
     before = [feature for x in inputs for feature in features(model, x)]
     switch_to_deploy(model, inplace=True)
     after = [feature for x in inputs for feature in features(model, x)]
@@ -208,7 +208,7 @@ def load_pruned_model(
         images=len(inputs),
         shape=shape,
         macs_training=macs_training,
-        macs_deployed=_macs(backbone, shape),
+        macs_deployed=backbone_macs(backbone, shape),
     )
     return model, report
 
@@ -241,17 +241,21 @@ def preprocess(model: nn.Module, item: dict[str, Any]) -> Tensor:
     return torch.stack(list(inputs)) if isinstance(inputs, list) else inputs
 
 
-def branch_on_macs(backbone: nn.Module, shape: tuple[int, int]) -> int:
-    """MACs of a backbone for one image with its auxiliary branch on, as in training."""
+def backbone_macs(
+    backbone: nn.Module, shape: tuple[int, int], branch_on: bool = False
+) -> int:
+    """MACs of a backbone for one image ``(H, W)``, as it is or as training starts.
+
+    Args:
+        backbone: Left as it is.
+        shape: The image's.
+        branch_on: Count with the auxiliary branch on. Defaults to False.
+    """
     copied = copy.deepcopy(backbone)
-    set_mask(copied, 0.0)
-    return _macs(copied, shape)
-
-
-def _macs(backbone: nn.Module, shape: tuple[int, int]) -> int:
+    if branch_on:
+        set_mask(copied, 0.0)
     # With fake tensors nothing is computed, so any resolution is counted at once. They
     # keep their device, unlike the meta device's, for which torch has no autocast.
-    copied = copy.deepcopy(backbone)
     device = next(copied.parameters()).device
     with FakeTensorMode(allow_non_fake_inputs=True):
         return count_macs(copied, torch.empty(1, 3, *shape, device=device)).macs

@@ -96,12 +96,7 @@ def train(
 
 
 def enable_amp(cfg: Config, dtype: str | None = None) -> None:
-    """Switch the optimizer wrapper to automatic mixed precision.
-
-    Args:
-        cfg: The config; its optimizer wrapper is changed in place.
-        dtype: ``'float16'``, ``'bfloat16'``, or None for the config's own or else the
-            device's usual one. Defaults to None.
+    """Switch a config's optimizer wrapper to automatic mixed precision, in place.
 
     Raises:
         ConfigError: If the config has no optimizer wrapper, one of another kind, or the
@@ -130,14 +125,11 @@ def enable_amp(cfg: Config, dtype: str | None = None) -> None:
 
 
 def enable_auto_scale_lr(cfg: Config) -> None:
-    """Let the learning rate follow the batch size by the linear rule.
+    """Let the learning rate follow the batch size by the linear rule, in place.
 
     A batch is what one step of the optimizer sees: images per process, times processes,
     times ``accumulative_counts``. MMEngine counts the first two, so the reference is
     divided by the third.
-
-    Args:
-        cfg: The config; its ``auto_scale_lr`` is changed in place.
 
     Raises:
         ConfigError: If the config does not say for which batch size it was written, or
@@ -261,11 +253,7 @@ def newest_usable(work_dir: str) -> Start | None:
 
 
 def check_resumable(checkpoint: dict[str, Any], source: str) -> None:
-    """Raise unless a checkpoint holds the state of a training.
-
-    Args:
-        checkpoint: A loaded checkpoint.
-        source: Its path, for the message.
+    """Raise unless a checkpoint, loaded from a source, holds the state of a training.
 
     Raises:
         CheckpointError: If it has been deployed, or holds no training state.

@@ -14,7 +14,7 @@ from mmcastling.deploy import largest_difference
 from mmcastling.models import CastlingViT
 from mmcastling.run import ConfigError, convert, evaluate, load_config
 from mmcastling.run.config import datasets_of
-from mmcastling.run.load import branch_on_macs
+from mmcastling.run.load import backbone_macs
 from mmcastling.run.runner import build_runner
 from mmcastling.run.testing import enable_drawing, enable_output, enable_tta
 from mmcastling.verbs import (
@@ -164,7 +164,7 @@ def test_saved_macs_are_those_of_the_softmax_branch(height, width):
     image = torch.randn(1, 3, height, width)
     before = [parameter.clone() for parameter in backbone.parameters()]
 
-    on = branch_on_macs(backbone, (height, width))
+    on = backbone_macs(backbone, (height, width), branch_on=True)
     tokens = height * width // 64
     # q k^T and P v, of 128 channels in four layers.
     saved = 4 * 2 * tokens * tokens * 128
