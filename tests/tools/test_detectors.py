@@ -62,11 +62,11 @@ def test_trains_and_evaluates_on_coco(
     if kind == "castling":
         said = "pruned the auxiliary softmax branch of "
         assert f"{said}{ATTENTIONS[detector]} attentions" in done.stdout
-        # Masks of an untrained model are on: pruning changes features and saves work.
+        # Training has ended, so the masks are off: norms are folded, no more changes.
         saved = float(re.search(r"with the branch on \(-([\d.]+)%\)", done.stdout)[1])
         assert 0 < saved < 60
-        assert printed_difference(done.stdout) > 1e-4
-        assert "masks of this checkpoint have not decayed" in done.stdout
+        assert printed_difference(done.stdout) < 1e-3
+        assert "masks of this checkpoint have not decayed" not in done.stdout
     else:
         assert "pruned nothing: nothing is castled" in done.stdout
     # Two iterations learn nothing, but all that the metric has is there.
