@@ -15,6 +15,7 @@ A finished training in the work directory is used again.
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS
 from PIL import Image
+from segmentation_figure import SegmentationLegend, plot_segmentation
 from torch import Tensor, nn
 
 from mmcastling.analysis import count_model_macs, environment
@@ -39,10 +41,8 @@ from mmcastling.checkpoint import (
     write_text_atomically,
 )
 from mmcastling.run import evaluate, load_config, run_cli
-from mmcastling.run.cpu_environment import cpu_environment
-from mmcastling.run.runner import build_model, load_trained
-from mmcastling.show.figures import SegmentationLegend, plot_segmentation
-from mmcastling.verbs import switch_to_deploy
+from mmcastling.run.load import load_pruned_model
+from mmcastling.run.training import CPU_ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "upernet_castling_nano_camvid.py"
@@ -99,7 +99,7 @@ def train(config: Path, data_root: str, work_dir: Path) -> tuple[Path, dict[str,
             command,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=cpu_environment(),
+            env={**CPU_ENVIRONMENT, **os.environ},
             check=False,
         )
     if done.returncode:
@@ -121,10 +121,8 @@ def _children_seconds() -> float:
 
 def deployed_model(cfg: Config, checkpoint: Path) -> nn.Module:
     """The pruned segmentor, in evaluation mode."""
-    model = build_model(cfg)
     loaded = load_checkpoint(checkpoint)
-    load_trained(model, loaded, checkpoint)
-    return switch_to_deploy(model.eval())
+    return load_pruned_model(cfg, loaded, checkpoint, verify=False)[0]
 
 
 @torch.no_grad()

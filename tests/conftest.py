@@ -423,7 +423,9 @@ def printed_difference():
     """Reads the largest difference of features that converting printed, on 4 images."""
 
     def read(text: str) -> float:
-        return float(re.search(r"difference of features on 4 images: (\S+)", text)[1])
+        return float(
+            re.search(r"difference of features on 4 images: ([^\s,]+)", text)[1]
+        )
 
     return read
 

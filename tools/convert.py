@@ -3,7 +3,7 @@
 import argparse
 
 from mmcastling.run import convert, run_cli
-from mmcastling.run.cli import (
+from mmcastling.run.config import (
     add_config_arguments,
     add_precision_argument,
     config_from_arguments,
@@ -37,7 +37,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    report = convert(
+    convert(
         config_from_arguments(args),
         args.checkpoint,
         args.out,
@@ -46,20 +46,6 @@ def main() -> None:
         ema=args.ema,
         precision=args.precision or "fp32",
     )
-    print(f"pruned the auxiliary softmax branch of {report.pruned} attentions")
-    if report.max_abs_diff is None:
-        print("not verified on images: the test data is missing, or --no-verify")
-    else:
-        print(
-            f"largest difference of features on {report.images} images: "
-            f"{report.max_abs_diff:.3g}"
-        )
-    if report.rounding is not None:
-        print(
-            f"{report.precision} changes them by up to {report.rounding:.2%} of the "
-            "largest feature"
-        )
-    print(f"wrote {report.checkpoint} and {report.config}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ checkpoint, and the deployed checkpoint with its config.
 
 import argparse
 import contextlib
+import os
 import re
 import subprocess
 import sys
@@ -31,22 +32,21 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from torch import nn
 
 from mmcastling.analysis import ComplexityReport, count_model_macs, paired_medians
 from mmcastling.checkpoint import (
     load_checkpoint,
-    load_weights,
     write_json_atomically,
 )
 from mmcastling.data import prepare_nuclei
 from mmcastling.run import ConfigError, convert, evaluate, load_config, run_cli
-from mmcastling.run.cpu_environment import cpu_environment
-from mmcastling.run.runner import build_model
+from mmcastling.run.load import load_model
+from mmcastling.run.training import CPU_ENVIRONMENT
 from mmcastling.show.figures import (
-    Instances,
+    draw_rows,
+    paint_masks,
     plot_mask_density,
-    plot_predictions,
+    save_figure,
 )
 from mmcastling.show.run_log import read_mask_history
 from mmcastling.verbs import set_mask, switch_to_deploy
@@ -82,21 +82,19 @@ def main() -> None:
     cfg = load_config(CONFIG, options, work_dir=str(work_dir))
     checkpoint = train(work_dir, options, cfg.train_cfg.max_iters)
     console.rule("3. prune the softmax branch")
+    deployed = work_dir / "deployed.pth"
     with quiet(work_dir / "convert.log"):
-        report = convert(
-            cfg, checkpoint, work_dir / "deployed.pth", verify=True, num_images=24
-        )
-    console.print(
-        f"pruned {report.pruned} attentions; largest difference of features on "
-        f"{report.images} images {report.max_abs_diff:.2g}"
-    )
+        report = convert(cfg, checkpoint, deployed, verify=True, num_images=24)
+    console.print(str(report), highlight=False)
     console.rule("4. evaluate both graphs")
-    summary = compare(cfg, checkpoint, report.checkpoint, report.config)
-    summary["max_abs_diff"] = report.max_abs_diff
+    summary = compare(cfg, checkpoint, deployed, deployed.with_suffix(".py"))
+    summary["max_abs_diff"] = report.difference
     history = read_mask_history(work_dir)
     summary["mask_density"] = history.density
     plot_mask_density(history, work_dir / "mask_density.png")
-    draw_predictions(report.config, report.checkpoint, work_dir / "predictions.png")
+    draw_predictions(
+        deployed.with_suffix(".py"), deployed, work_dir / "predictions.png"
+    )
     summary["seconds"] = round(time.perf_counter() - started, 1)
     write_json_atomically(work_dir / "summary.json", summary)
     console.rule("result")
@@ -118,6 +116,7 @@ def demo_options(args: argparse.Namespace) -> dict[str, Any]:
             "param_scheduler.1.end",
         ):
             options[key] = args.iters
+        options["default_hooks.logger.interval"] = max(1, min(20, args.iters // 10))
         options["param_scheduler.0.end"] = min(50, args.iters // 2)
         options["param_scheduler.1.begin"] = min(50, args.iters // 2)
         options["param_scheduler.1.T_max"] = args.iters - min(50, args.iters // 2)
@@ -145,7 +144,7 @@ def train(work_dir: Path, options: dict[str, Any], max_iters: int) -> Path:
             command,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=cpu_environment(),
+            env={**CPU_ENVIRONMENT, **os.environ},
         ) as process,
     ):
         task = bar.add_task("training", total=max_iters, state="")
@@ -195,12 +194,6 @@ def quiet(log: Path) -> Iterator[None]:
         yield
 
 
-def build(cfg: Config, checkpoint: Path) -> nn.Module:
-    model = build_model(cfg)
-    load_weights(model, load_checkpoint(checkpoint), str(checkpoint))
-    return model.eval()
-
-
 def compare(
     cfg: Config, checkpoint: Path, deployed: Path, deployed_config: Path
 ) -> dict[str, Any]:
@@ -219,7 +212,7 @@ def compare(
     with console.status("evaluating the deployed graph"), quiet(log):
         pruned = evaluate(deploy_cfg, deployed).metrics
     with console.status("counting and timing"), quiet(log):
-        model = build(cfg, checkpoint)
+        model = load_model(cfg, load_checkpoint(checkpoint), checkpoint)
         set_mask(model, "1/N")
         lean = switch_to_deploy(model)
         dataset = DATASETS.build(cfg.test_dataloader.dataset)
@@ -235,7 +228,7 @@ def compare(
                     "train_graph": lambda: model(**batch, mode="predict"),
                     "deploy": lambda: lean(**batch, mode="predict"),
                 },
-                repeats=15,
+                repeats=7,
             )
     summary: dict[str, Any] = {"params": costs["deploy"].params, "data_root": root}
     for name, metrics in (("train_graph", trained), ("deploy", pruned)):
@@ -253,26 +246,26 @@ def draw_predictions(
     """Draw the tiles with the median, and around it, number of nuclei."""
     with quiet(path.parent / "evaluate.log"):
         cfg = load_config(config, {})
-        model = build(cfg, checkpoint)
+        model = load_model(cfg, load_checkpoint(checkpoint), checkpoint)
         dataset = DATASETS.build(cfg.test_dataloader.dataset)
         coco = COCO(cfg.test_evaluator.ann_file)
     picked = np.linspace(0, len(dataset) - 1, count + 2).round().astype(int)[1:-1]
-    images, truths, predictions = [], [], []
+    rows, counts = [], []
     for index in picked:
         item = dataset[int(index)]
         with torch.no_grad():
             result = model.test_step(pseudo_collate([item]))[0].pred_instances
-        kept = result.scores > 0.5
+        found = result.masks[result.scores > 0.5].cpu().numpy().astype(bool)
         sample = item["data_samples"]
-        images.append(cv2.imread(sample.img_path)[..., ::-1])
+        image = cv2.imread(sample.img_path)[..., ::-1]
         annotations = coco.loadAnns(coco.getAnnIds(sample.img_id, iscrowd=False))
-        masks = np.array([coco.annToMask(a) for a in annotations], bool)
-        boxes = np.array([a["bbox"] for a in annotations])
-        boxes[:, 2:] += boxes[:, :2]
-        truths.append(Instances(boxes, masks))
-        found = result.masks[kept].cpu().numpy().astype(bool)
-        predictions.append(Instances(result.bboxes[kept].cpu().numpy(), found))
-    plot_predictions(images, truths, predictions, path)
+        truth = [coco.annToMask(annotation).astype(bool) for annotation in annotations]
+        rows.append((image, paint_masks(image, truth), paint_masks(image, found)))
+        counts += ["", f"{len(truth)} objects", f"{len(found)} objects"]
+    figure = draw_rows(rows, ("image", "ground truth", "prediction"))
+    for axes, text in zip(figure.axes, counts, strict=True):
+        axes.set_xlabel(text)
+    save_figure(figure, path, dpi=110)
 
 
 def print_table(summary: dict[str, Any]) -> None:

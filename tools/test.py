@@ -4,14 +4,14 @@ import argparse
 
 from mmengine.dist import is_main_process
 
-from mmcastling.run import evaluate_file, run_cli
-from mmcastling.run.cli import (
+from mmcastling.run import evaluate, run_cli
+from mmcastling.run.config import (
     add_config_arguments,
     add_precision_argument,
     add_run_arguments,
     config_from_arguments,
 )
-from mmcastling.run.evaluation import enable_drawing, enable_output, enable_tta
+from mmcastling.run.testing import enable_drawing, enable_output, enable_tta
 
 
 def parse_args() -> argparse.Namespace:
@@ -52,13 +52,12 @@ def main() -> None:
         enable_tta(cfg)
     if args.out is not None:
         enable_output(cfg, args.out)
-    result = evaluate_file(
+    result = evaluate(
         cfg,
         args.checkpoint,
         deploy=args.deploy,
         precision=args.precision,
         runtime=args.runtime,
-        tta=args.tta,
     )
     if is_main_process():
         print(result)

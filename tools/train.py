@@ -3,13 +3,11 @@
 import argparse
 
 from mmcastling.run import run_cli, train
-from mmcastling.run.cli import (
+from mmcastling.run.config import (
     add_config_arguments,
     add_run_arguments,
     config_from_arguments,
 )
-from mmcastling.run.hardware import enable_amp, enable_auto_scale_lr
-from mmcastling.run.resume import set_resume
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,12 +41,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cfg = config_from_arguments(args)
-    set_resume(cfg, args.resume)
-    if args.amp is not None:
-        enable_amp(cfg, None if args.amp is True else args.amp)
-    if args.auto_scale_lr:
-        enable_auto_scale_lr(cfg)
-    train(cfg)
+    train(cfg, resume=args.resume, amp=args.amp, auto_scale_lr=args.auto_scale_lr)
 
 
 if __name__ == "__main__":

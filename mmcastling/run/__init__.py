@@ -1,27 +1,25 @@
-"""What the commands in ``tools/`` do, as functions: load, train, evaluate, convert."""
+"""What the commands in ``tools/`` do, as functions: train, test, convert."""
 
 from mmcastling.run.config import DATA_VARIABLE, check_data, load_config
-from mmcastling.run.conversion import ConversionReport, convert
+from mmcastling.run.conversion import convert
 from mmcastling.run.errors import ConfigError, run_cli
-from mmcastling.run.evaluation import Evaluation, evaluate
 from mmcastling.run.exported import ExportedEvaluation, evaluate_exported
-from mmcastling.run.pruning import Pruning
-from mmcastling.run.testing import evaluate_file
+from mmcastling.run.load import PruningReport, load_pruned_model
+from mmcastling.run.testing import Evaluation, evaluate
 from mmcastling.run.training import train
 
 __all__ = [
     "DATA_VARIABLE",
     "ConfigError",
-    "ConversionReport",
     "Evaluation",
     "ExportedEvaluation",
-    "Pruning",
+    "PruningReport",
     "check_data",
     "convert",
     "evaluate",
     "evaluate_exported",
-    "evaluate_file",
     "load_config",
+    "load_pruned_model",
     "run_cli",
     "train",
 ]

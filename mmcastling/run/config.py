@@ -6,6 +6,8 @@ is touched or a model is built.
 
 from __future__ import annotations
 
+import argparse
+import copy
 import importlib
 import os
 import tempfile
@@ -13,12 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import DATASETS, init_default_scope
 
 from mmcastling.data import DatasetError, check_coco
+from mmcastling.deploy import PRECISIONS
+from mmcastling.registry import type_name
 from mmcastling.run.errors import ConfigError
-from mmcastling.run.label_maps import check_label_maps, is_segmentation
+from mmcastling.run.label_maps import check_label_maps
 
 DATA_VARIABLE = "MMCASTLING_DATA"
 """Environment variable that names the folder standing for ``data/`` in all configs."""
@@ -153,6 +157,57 @@ def datasets_of(cfg: Config, split: str) -> Iterator[ConfigDict]:
             stack.extend(inner if isinstance(inner, list) else [inner])
 
 
+def dataset_class(dataset: dict[str, Any]) -> type | None:
+    """The class of a dataset's config, looked up in the toolbox that is in use."""
+    kind = dataset["type"]
+    if not isinstance(kind, str):
+        return kind
+    with DATASETS.switch_scope_and_registry(None) as registry:
+        return registry.get(kind)
+
+
+def dataset_meta(
+    dataset: dict[str, Any], checkpoint: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """``classes`` and ``palette``, tuples or None: what a config's dataset is of.
+
+    Args:
+        dataset: Config of a dataset.
+        checkpoint: A loaded checkpoint, whose ``meta`` wins over the config as the
+            config wins over the dataset's class. Defaults to None.
+    """
+    sources = (
+        getattr(dataset_class(dataset), "METAINFO", None),
+        dataset.get("metainfo"),
+        ((checkpoint or {}).get("meta") or {}).get("dataset_meta"),
+    )
+    classes = palette = None
+    for source in sources:
+        found = {key.lower(): value for key, value in (source or {}).items()}
+        names, colours = found.get("classes"), found.get("palette")
+        if isinstance(names, (list, tuple)) and tuple(names) != classes:
+            classes, palette = tuple(names), None
+        if isinstance(colours, (list, tuple)):
+            palette = tuple(map(tuple, colours))
+    return dict(classes=classes, palette=palette)
+
+
+def pipeline_without_loading(cfg: Config) -> list[ConfigDict]:
+    """The steps that a test image takes once it is in memory.
+
+    Raises:
+        ConfigError: If the config has no test pipeline.
+    """
+    dataset = next(datasets_of(cfg, "test"), None)
+    if dataset is None or not dataset.get("pipeline"):
+        raise ConfigError(
+            f"config {cfg.filename} has no test_dataloader with a pipeline, which says "
+            "how an image reaches the network: start from a config that has"
+        )
+    steps = copy.deepcopy(dataset.pipeline)
+    return [step for step in steps if not type_name(step["type"]).startswith("Load")]
+
+
 def has_data(cfg: Config, split: str) -> bool:
     """Whether every data folder that a split reads exists."""
     datasets = list(datasets_of(cfg, split))
@@ -177,26 +232,23 @@ def check_data(cfg: Config, *splits: str) -> None:
         ConfigError: If the heads have another number of classes than the data.
     """
     seen: set[str] = set()
-    for split in splits:
-        for dataset in datasets_of(cfg, split):
-            root = dataset.get("data_root") or ""
-            if root and not Path(root).is_dir():
-                raise DatasetError(_missing_root(root))
-            if is_segmentation(dataset):
-                check_label_maps(cfg, dataset)
-                continue
-            ann_file = dataset.get("ann_file") or ""
-            if Path(ann_file).suffix != ".json":
-                continue
-            ann_file = os.path.join(root, ann_file)
-            if ann_file not in seen:
-                seen.add(ann_file)
-                images = (dataset.get("data_prefix") or {}).get("img", "")
-                check_coco(
-                    ann_file,
-                    image_dir=os.path.join(root, images),
-                    classes=_classes_of(dataset),
-                )
+    for dataset in (dataset for split in splits for dataset in datasets_of(cfg, split)):
+        root = dataset.get("data_root") or ""
+        if root and not Path(root).is_dir():
+            raise DatasetError(_missing_root(root))
+        prefix = dataset.get("data_prefix") or {}
+        ann_file = os.path.join(root, dataset.get("ann_file") or "")
+        if "seg_map_path" in prefix:
+            if (kind := dataset_class(dataset)) is not None:  # else building says so
+                classes = dataset_meta(dataset)["classes"]
+                check_label_maps(cfg.model, dataset, kind, classes)
+        elif ann_file.endswith(".json") and ann_file not in seen:
+            seen.add(ann_file)
+            check_coco(
+                ann_file,
+                image_dir=os.path.join(root, prefix.get("img", "")),
+                classes=dataset_meta(dataset)["classes"],
+            )
 
 
 def _missing_root(root: str) -> str:
@@ -209,14 +261,6 @@ def _missing_root(root: str) -> str:
         f"--cfg-options data_root=FOLDER, or with {DATA_VARIABLE}=FOLDER where FOLDER/"
         f"{name} is it"
     )
-
-
-def _classes_of(dataset: ConfigDict) -> tuple[str, ...] | None:
-    classes = (dataset.get("metainfo") or {}).get("classes")
-    if classes is None:
-        kind = DATASETS.get(dataset["type"])
-        classes = getattr(kind, "METAINFO", {}).get("classes")
-    return tuple(classes) if classes is not None else None
 
 
 def check_work_dir(work_dir: str | os.PathLike[str]) -> None:
@@ -235,3 +279,94 @@ def check_work_dir(work_dir: str | os.PathLike[str]) -> None:
             f"the work directory {work_dir} cannot be written: {error}; choose another "
             "with --work-dir"
         ) from error
+
+
+def check_writable(
+    path: str | os.PathLike[str], *suffixes: str, option: str = "--out"
+) -> Path:
+    """Raise unless a file may be written, before any work is done for it.
+
+    Args:
+        path: The file.
+        *suffixes: Endings that it may have. Any where none is given.
+        option: What names it, for messages. Defaults to ``'--out'``.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: If it ends otherwise, is a folder, or its folder is missing or
+            read-only.
+    """
+    path = Path(path)
+    if suffixes and path.suffix.lower() not in suffixes:
+        problem = f"end the name in {' or '.join(suffixes)}"
+    elif path.is_dir():
+        problem = "it is a folder, name a file"
+    elif not path.absolute().parent.is_dir():
+        problem = f"the folder {path.parent} does not exist, create it first"
+    elif not os.access(path.absolute().parent, os.W_OK):
+        problem = f"the folder {path.parent} is read-only, choose another"
+    else:
+        return path
+    raise ConfigError(f"cannot write {option} {path}: {problem}")
+
+
+# -- options that the commands in tools/ share -----------------------------------------
+
+
+class KeyValueAction(DictAction):
+    """MMEngine's reading of ``KEY=VALUE``, with a usage error for what is not."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__call__(*args, **kwargs)
+        except (ValueError, AssertionError) as error:
+            message = f"expected KEY=VALUE with balanced brackets ({error})"
+            raise argparse.ArgumentError(self, message) from error
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the config file and ``--cfg-options``."""
+    parser.add_argument("config", help="config file, of any OpenMMLab toolbox")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=KeyValueAction,
+        metavar="KEY=VALUE",
+        help="override settings of the config; data_root=FOLDER moves its data. The "
+        f"environment variable {DATA_VARIABLE} stands for the folder data/",
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the work directory and the launcher."""
+    parser.add_argument(
+        "--work-dir", help="folder for logs and checkpoints (work_dirs/CONFIG)"
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm", "mpi"],
+        default="none",
+        help="job launcher (none)",
+    )
+    # torch.distributed.launch passes it; torchrun sets the variable instead.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0)
+
+
+def add_precision_argument(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add ``--precision``; ``default`` says what happens without it."""
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help=f"what the layers of the deployed model compute in ({default})",
+    )
+
+
+def config_from_arguments(args: argparse.Namespace) -> Config:
+    """Load the config that the arguments name, with their options."""
+    cfg = load_config(args.config, args.cfg_options, getattr(args, "work_dir", None))
+    if hasattr(args, "launcher"):
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+        cfg.launcher = args.launcher
+    return cfg

@@ -6,7 +6,7 @@ import contextlib
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from mmcastling.checkpoint import write_atomically
 from mmcastling.run.config import check_work_dir
 from mmcastling.run.errors import ConfigError
 from mmcastling.run.predictors import Predictor
+from mmcastling.runtime.preprocess import read_image
 from mmcastling.show.painting import Painter
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
@@ -83,7 +84,11 @@ def find_sources(source: str | os.PathLike[str]) -> list[Path]:
         )
     for path in found:
         if not _is_video(path) and not cv2.haveImageReader(str(path)):
-            raise ConfigError(_unreadable(path))
+            raise ConfigError(
+                f"picture {path} ({path.stat().st_size} bytes) cannot be read: it is "
+                "damaged, or no picture of the kind that its name says; take it out, "
+                "or copy it again"
+            )
     return found
 
 
@@ -107,6 +112,7 @@ def run_demo(
 
     Raises:
         ConfigError: If the source cannot be read, or the folder not be written.
+        ExportedModelError: If a picture is cut off.
         CheckpointError: If a picture cannot be written.
     """
     sources = find_sources(source)
@@ -114,23 +120,27 @@ def run_demo(
     check_work_dir(out_dir)
     console = console or Console()
     painter = Painter(predictor.scope, predictor.dataset_meta, score_thr)
-    if _is_video(sources[0]):
-        seconds = _video(sources[0], targets[0], predictor, painter, console)
-        return DemoReport(seconds, targets)
-    seconds = []
-    with _progress(console) as progress:
+    seconds: list[float] = []
+
+    def paint(image: np.ndarray, path: Path | None = None) -> np.ndarray:
+        sample, taken = predictor(image)
+        seconds.append(taken)
+        if path is not None:
+            text = f"{path.name}: {painter.shown(sample)}, {taken:.4f} s"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+        return painter(image, sample)
+
+    columns = [*Progress.get_default_columns()[:2], MofNCompleteColumn()]
+    with Progress(
+        SpinnerColumn(), *columns, TimeRemainingColumn(), console=console
+    ) as progress:
+        if _is_video(sources[0]):
+            _paint_video(sources[0], targets[0], paint, progress)
+            return DemoReport(seconds, targets)
         pairs = list(zip(sources, targets, strict=True))
         for path, target in progress.track(pairs, description="predicting"):
-            image = _read(path)
-            sample, taken = predictor(image)
-            _write(target, painter(image, sample))
-            seconds.append(taken)
-            console.print(
-                f"{path.name}: {painter.shown(sample)}, {taken:.4f} s",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
+            png = cv2.imencode(".png", paint(read_image(path), path))[1].tobytes()
+            write_atomically(target, lambda file, png=png: file.write(png))
     return DemoReport(seconds, targets)
 
 
@@ -155,39 +165,12 @@ def _targets(sources: list[Path], out_dir: Path) -> list[Path]:
     return targets
 
 
-def _unreadable(path: Path) -> str:
-    return (
-        f"picture {path} ({path.stat().st_size} bytes) cannot be read: it is damaged, "
-        "or no picture of the kind that its name says; take it out, or copy it again"
-    )
-
-
-def _read(path: Path) -> np.ndarray:
-    image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
-    if image is None:
-        raise ConfigError(_unreadable(path))
-    return image
-
-
-def _write(path: Path, image: np.ndarray) -> None:
-    data = cv2.imencode(".png", image)[1]
-    write_atomically(path, lambda file: file.write(data.tobytes()))
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        *Progress.get_default_columns()[:2],
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
-def _video(
-    path: Path, target: Path, predictor: Predictor, painter: Painter, console: Console
-) -> list[float]:
-    seconds: list[float] = []
+def _paint_video(
+    path: Path,
+    target: Path,
+    paint: Callable[[np.ndarray], np.ndarray],
+    progress: Progress,
+) -> None:
     with contextlib.ExitStack() as stack:
         capture = cv2.VideoCapture(str(path))
         stack.callback(capture.release)
@@ -200,31 +183,18 @@ def _video(
         rate = capture.get(cv2.CAP_PROP_FPS) or 25.0
         folder = tempfile.TemporaryDirectory(dir=target.parent, prefix=".demo-")
         unfinished = Path(stack.enter_context(folder)) / target.name
-        progress = stack.enter_context(_progress(console))
+        frames = (frame for _, frame in iter(capture.read, (False, None)))
         writer = None
-        for frame in progress.track(
-            _frames(capture), total=count, description="predicting"
-        ):
-            sample, taken = predictor(frame)
-            painted = painter(frame, sample)
+        for frame in progress.track(frames, total=count, description="predicting"):
+            painted = paint(frame)
             if writer is None:
                 writer = _writer(unfinished, painted.shape[:2], rate)
                 stack.callback(writer.release)
             writer.write(painted)
-            seconds.append(taken)
         if writer is None:
             raise ConfigError(f"video {path} has no frame that could be read")
         writer.release()
         unfinished.replace(target)
-    return seconds
-
-
-def _frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
-    while True:
-        read, frame = capture.read()
-        if not read:
-            return
-        yield frame
 
 
 def _writer(path: Path, shape: tuple[int, int], rate: float) -> cv2.VideoWriter:

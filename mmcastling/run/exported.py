@@ -17,8 +17,7 @@ from torch import Tensor
 from mmcastling.registry import MODELS, model_spec
 from mmcastling.run.config import check_data, check_work_dir, require
 from mmcastling.run.errors import ConfigError
-from mmcastling.run.evaluation import run_test, testing_config
-from mmcastling.run.runner import build_runner
+from mmcastling.run.runner import build_runner, run_test, testing_config
 from mmcastling.runtime import (
     Classification,
     Detections,

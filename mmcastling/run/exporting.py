@@ -35,9 +35,9 @@ from mmcastling.export import (
 )
 from mmcastling.export.agreement import Agreement, compare
 from mmcastling.run.config import check_data, has_data
-from mmcastling.run.conversion import build_pruned
 from mmcastling.run.errors import ConfigError
 from mmcastling.run.export_metadata import describe
+from mmcastling.run.load import load_pruned_model
 from mmcastling.run.reference import reference_outputs
 from mmcastling.runtime import ExportedInferencer, ExportMetadata
 from mmcastling.runtime.preprocess import Prepared, prepare, read_image
@@ -143,8 +143,9 @@ def export(
     out = _destination(source, out, format)
     picture = read_image(_image(cfg, image))
     checkpoint = load_checkpoint(source)
-    result = build_pruned(cfg, checkpoint, Path(source), force=force, ema=ema)
-    model = result.model
+    model, pruning = load_pruned_model(cfg, checkpoint, source, ema=ema)
+    if pruning and not force:
+        pruning.refuse_if_changed(source)
     graph = export_graph(model, part)
     meta = describe(cfg, checkpoint, model, graph, part)
     meta = dataclasses.replace(meta, versions=_versions(format))
@@ -179,8 +180,8 @@ def export(
         out,
         meta,
         runtime,
-        result.attentions,
-        result.difference,
+        pruning.attentions if pruning else 0,
+        pruning.difference if pruning else None,
         tuple(agreements),
         tuple(latencies),
         tuple(rounded),

@@ -8,9 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
-from mmengine.registry import DATASETS
-
 from mmcastling.data import SegmentationFormatError, check_segmentation
 from mmcastling.run.errors import ConfigError
 
@@ -19,37 +16,32 @@ IGNORED = 255
 otherwise."""
 
 
-def is_segmentation(dataset: dict[str, Any]) -> bool:
-    """Whether a dataset's config is one of mmseg's with images and label maps."""
-    return "seg_map_path" in (dataset.get("data_prefix") or {})
-
-
-def check_label_maps(cfg: Config, dataset: dict[str, Any]) -> None:
+def check_label_maps(
+    model: dict[str, Any],
+    dataset: dict[str, Any],
+    kind: type,
+    classes: tuple[str, ...] | None,
+) -> None:
     """Check the split of one dataset: every image's size and every label map.
 
     Args:
-        cfg: The config, whose model's heads must have as many classes as the data.
+        model: Config of the model, whose heads must have as many classes as the data.
         dataset: Config of the dataset, of mmseg's ``BaseSegDataset`` or a subclass.
+        kind: Its class.
+        classes: Its classes.
 
     Raises:
         SegmentationFormatError: If the split is missing or malformed.
         ConfigError: If the numbers of classes differ, or none is given.
     """
-    kind = dataset["type"]
-    if isinstance(kind, str):
-        with DATASETS.switch_scope_and_registry(None) as registry:  # of the toolbox
-            kind = registry.get(kind)
-    if kind is None:  # building it will say so
-        return
-    known = (getattr(kind, "METAINFO", None) or {}).get("classes")
-    classes = (dataset.get("metainfo") or {}).get("classes") or known
     if not classes:
         raise ConfigError(
             f"the dataset {dataset['type']} has no classes: give their names with "
             "metainfo=dict(classes=(...))"
         )
-    ignored = _check_heads(cfg, len(classes))
+    ignored = _check_heads(model, len(classes))
     # A subset of a dataset's classes is picked from maps that hold all of them.
+    known = (getattr(kind, "METAINFO", None) or {}).get("classes")
     ids = len(known or classes)
     zero_is_ignored = bool(_option(kind, dataset, "reduce_zero_label", False))
     first = 1 if zero_is_ignored else 0
@@ -73,10 +65,9 @@ def check_label_maps(cfg: Config, dataset: dict[str, Any]) -> None:
     )
 
 
-def _check_heads(cfg: Config, count: int) -> set[int]:
+def _check_heads(model: dict[str, Any], count: int) -> set[int]:
     """Compare the heads' number of classes; the labels that they pass over."""
     ignored = set()
-    model = cfg.model
     if "module" in model:  # inside what averages augmented views
         model = model["module"]
     for key in ("decode_head", "auxiliary_head"):

@@ -1,23 +1,38 @@
-"""Build MMEngine's Runner the way the toolboxes' own scripts do, for all of them."""
+"""Build MMEngine's Runner for all toolboxes, in one process or in several.
+
+MMEngine's launchers choose a GPU for each process and its models are wrapped for one.
+Where no accelerator is found, the group of processes is started over gloo here instead,
+before the Runner would.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
 import os
 import time
-from typing import Any
+from collections.abc import Iterator
 
+import torch
 from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.dist import init_dist, is_distributed, is_main_process
 from mmengine.model import is_model_wrapper
-from mmengine.registry import MODELS, RUNNERS
+from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
-from mmcastling.checkpoint import load_weights
-from mmcastling.deploy import is_deployed
-from mmcastling.registry import model_spec
-from mmcastling.run.distributed import setup_distributed
-from mmcastling.verbs import restore_mask, switch_to_deploy
+from mmcastling.compat import fast_coco_eval
+from mmcastling.compat.atomic_checkpoint_hook import whole_local_files
+from mmcastling.registry import type_name
+from mmcastling.run.errors import ConfigError
+
+TRAINING_HOOKS = ("MaskDecayHook", "EMAHook")
+TRAINING_SETTINGS = (
+    *("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"),
+    *("val_dataloader", "val_cfg", "val_evaluator", "auto_scale_lr"),
+)
 
 _count = itertools.count()
 
@@ -27,7 +42,7 @@ def build_runner(cfg: Config) -> Runner:
 
     Raises:
         ConfigError: If the config's launcher cannot work here; see
-            :func:`mmcastling.run.distributed.setup_distributed`.
+            :func:`setup_distributed`.
     """
     setup_distributed(cfg)
     if cfg.get("default_scope") == "mmpretrain":
@@ -39,33 +54,6 @@ def build_runner(cfg: Config) -> Runner:
     if "runner_type" in cfg:
         return RUNNERS.build(cfg)
     return Runner.from_cfg(cfg)
-
-
-def build_model(cfg: Config) -> nn.Module:
-    """Build a config's model as a runner does, without a runner."""
-    return MODELS.build(model_spec(cfg))
-
-
-def load_trained(
-    model: nn.Module, checkpoint: dict[str, Any], source: str | os.PathLike[str]
-) -> None:
-    """Give a model the weights and the masks of a checkpoint.
-
-    A deployed checkpoint's model is pruned first, whatever the config says: deployment
-    folds layers into others, and names and shapes are those after it.
-
-    Args:
-        model: As the config builds it.
-        checkpoint: A loaded checkpoint, of training or deployed.
-        source: Its path, for messages.
-
-    Raises:
-        CheckpointError: If the weights do not fit.
-    """
-    if is_deployed(checkpoint):
-        switch_to_deploy(model, inplace=True)
-    load_weights(model, checkpoint, str(source))
-    restore_mask(model, checkpoint)
 
 
 def _set_classification_loaders(cfg: Config) -> None:
@@ -85,3 +73,205 @@ def core_model(model: nn.Module) -> nn.Module:
     ):
         model = model.module
     return model
+
+
+def drop_training_hooks(cfg: Config) -> None:
+    """Remove the hooks that act on weights or masks while training, in place."""
+    hooks = cfg.get("custom_hooks") or []
+    cfg.custom_hooks = [
+        hook for hook in hooks if type_name(hook["type"]) not in TRAINING_HOOKS
+    ]
+
+
+def testing_config(cfg: Config) -> Config:
+    """A copy of a config that only tests: nothing of training is built."""
+    cfg = copy.deepcopy(cfg)
+    cfg.load_from, cfg.resume = None, False
+    drop_training_hooks(cfg)  # the weights in state_dict are averaged already
+    cfg.update(dict.fromkeys(TRAINING_SETTINGS))
+    for key in ("runner_type", "strategy"):  # of training; every rank holds all here
+        cfg.pop(key, None)
+    return cfg
+
+
+def run_test(runner: Runner) -> dict[str, float]:
+    """Run the test loop of a runner, and say what counts where the metric is COCO's.
+
+    Returns:
+        What the evaluator returned.
+    """
+    with fast_coco_eval(runner.test_evaluator.metrics) as library:
+        if library:
+            say(f"COCO evaluation by {library}")
+        with whole_local_files():  # every process writes the metrics, to one file
+            return runner.test()
+
+
+def say(text: str) -> None:
+    """Print, once where several processes run."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+# -- several processes -----------------------------------------------------------------
+
+LAUNCHERS = {
+    "none": (),
+    "pytorch": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NODELIST", "SLURM_LOCALID"),
+    "mpi": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "MASTER_ADDR",
+    ),
+}
+"""Launchers, and the environment variables by which each tells a process its place."""
+
+HOW_TO_START = {
+    "pytorch": "start it with tools/dist_train.sh, tools/dist_test.sh or torchrun",
+    "slurm": "start it with tools/slurm_train.sh, tools/slurm_test.sh or srun",
+    "mpi": "start it with mpirun, MASTER_ADDR set to the address of the first machine",
+}
+
+_SHARDED_WRAPPERS = {
+    "OptimWrapper": "ShardedOptimWrapper",
+    "AmpOptimWrapper": "DeviceAmpOptimWrapper",
+    "ShardedOptimWrapper": "ShardedOptimWrapper",
+    "DeviceAmpOptimWrapper": "DeviceAmpOptimWrapper",
+}
+
+_LOCAL_RANK = {"slurm": "SLURM_LOCALID", "mpi": "OMPI_COMM_WORLD_LOCAL_RANK"}
+
+
+def setup_distributed(cfg: Config) -> None:
+    """Check what the config's launcher needs; without a GPU, start its process group.
+
+    With an accelerator, MMEngine's Runner does it all. Without one, the group is
+    started here with gloo, and the model's wrapper is told to leave it on the CPU.
+
+    Args:
+        cfg: A config with ``launcher``; its wrapper's settings are changed in place.
+
+    Raises:
+        ConfigError: If the launcher is not known or did not start this process, or a
+            machine has more processes than GPUs.
+    """
+    launcher = cfg.get("launcher") or "none"
+    _check_launcher(launcher)
+    if is_sharded(cfg):
+        _prepare_sharded(cfg, launcher)
+    if launcher == "none":
+        return
+    if get_device() != "cpu":
+        _check_gpu(launcher)
+        return
+    if not is_distributed():
+        options = dict(cfg.get("env_cfg", {}).get("dist_cfg", {}))
+        if options.get("backend", "nccl") == "nccl":
+            options["backend"] = "gloo"
+        with _without_choosing_a_gpu():
+            init_dist(launcher, **options)
+    _wrap_on_cpu(cfg)
+
+
+def is_sharded(cfg: Config) -> bool:
+    """Whether a config trains with MMEngine's ``FSDPStrategy`` or ours."""
+    sharding = ("FSDPStrategy", "ResumableFSDPStrategy")
+    return (
+        cfg.get("runner_type") == "FlexibleRunner"
+        and type_name((cfg.get("strategy") or {}).get("type", "")) in sharding
+    )
+
+
+def _prepare_sharded(cfg: Config, launcher: str) -> None:
+    if launcher == "none":
+        raise ConfigError(
+            "FSDPStrategy shards a model over several processes: start it with "
+            "tools/dist_train.sh or tools/slurm_train.sh"
+        )
+    for hook in cfg.get("custom_hooks") or []:
+        if "EMAHook" in str(hook["type"]):
+            raise ConfigError(
+                "EMAHook cannot average a model that FSDPStrategy shards: remove one "
+                "of the two"
+            )
+    cfg.strategy["type"] = "mmcastling.ResumableFSDPStrategy"
+    wrapper = cfg.get("optim_wrapper")
+    if wrapper is None:
+        return
+    name = type_name(wrapper.get("type", "OptimWrapper"))
+    if name not in _SHARDED_WRAPPERS:
+        raise ConfigError(
+            f"{name} cannot clip the gradients that FSDPStrategy shards: use an "
+            f"optim_wrapper of type {list(_SHARDED_WRAPPERS)}"
+        )
+    wrapper["type"] = f"mmcastling.{_SHARDED_WRAPPERS[name]}"
+    if "Amp" in name:
+        wrapper.setdefault("use_fsdp", True)
+
+
+def _check_launcher(launcher: str) -> None:
+    if launcher not in LAUNCHERS:
+        raise ConfigError(
+            f"launcher {launcher!r} is not known: choose one of {list(LAUNCHERS)}"
+        )
+    if launcher == "none":
+        size = os.environ.get("WORLD_SIZE", "1")
+        if "TORCHELASTIC_RUN_ID" in os.environ and size != "1":
+            raise ConfigError(
+                f"torchrun started {size} processes, but --launcher is none, so each "
+                "would do the whole work: add --launcher pytorch"
+            )
+        return
+    if missing := [name for name in LAUNCHERS[launcher] if name not in os.environ]:
+        raise ConfigError(
+            f"--launcher {launcher}: the environment lacks {', '.join(missing)}, so "
+            f"this process was not started by it: {HOW_TO_START[launcher]}, or leave "
+            "--launcher out for a single process"
+        )
+
+
+def _check_gpu(launcher: str) -> None:
+    local_rank = int(os.environ[_LOCAL_RANK.get(launcher, "LOCAL_RANK")])
+    found = torch.cuda.device_count()
+    if get_device() == "cuda" and local_rank >= found:
+        raise ConfigError(
+            f"process {local_rank + 1} of this machine has no GPU: {found} were found "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')})."
+            f" Start at most {found} processes per machine"
+        )
+
+
+@contextlib.contextmanager
+def _without_choosing_a_gpu() -> Iterator[None]:
+    choose = torch.cuda.set_device
+    torch.cuda.set_device = lambda device: None
+    try:
+        yield
+    finally:
+        torch.cuda.set_device = choose
+
+
+def _wrap_on_cpu(cfg: Config) -> None:
+    """Keep MMEngine from binding the wrapped model to a GPU's number."""
+    if cfg.get("runner_type") == "FlexibleRunner":
+        if cfg.get("strategy") is None:
+            cfg.strategy = dict(type="DDPStrategy")
+        wrapper = cfg.strategy.get("model_wrapper") or {}
+        if is_sharded(cfg):
+            wrapper.setdefault("type", "MMFullyShardedDataParallel")
+            wrapper["device_id"] = "cpu"
+        else:
+            wrapper.setdefault("type", "MMDistributedDataParallel")
+            wrapper.setdefault("broadcast_buffers", False)
+            wrapper["device_ids"] = None
+        cfg.strategy.model_wrapper = wrapper
+        return
+    wrapper = cfg.get("model_wrapper_cfg") or dict(
+        type="MMDistributedDataParallel",
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get("find_unused_parameters", False),
+    )
+    wrapper["device_ids"] = None
+    cfg.model_wrapper_cfg = wrapper

@@ -1,56 +1,112 @@
-"""Evaluate whatever file holds a model: what ``tools/test.py`` does."""
+"""Evaluate a checkpoint, pruned by default, or an exported file: ``tools/test.py``."""
 
 from __future__ import annotations
 
+import copy
 import os
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from mmengine.config import Config
-from mmengine.dist import is_main_process
+from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
+from mmengine.model import BaseTTAModel
 
+from mmcastling.analysis import PartTimer
+from mmcastling.checkpoint import load_checkpoint
+from mmcastling.deploy import check_precision, is_deployed, set_precision
+from mmcastling.registry import model_spec, type_name
+from mmcastling.run.config import (
+    check_data,
+    check_work_dir,
+    check_writable,
+    datasets_of,
+    require,
+)
 from mmcastling.run.errors import ConfigError
-from mmcastling.run.evaluation import Evaluation, evaluate
 from mmcastling.run.exported import ExportedEvaluation, evaluate_exported
+from mmcastling.run.load import PruningReport, load_model, load_pruned_model
+from mmcastling.run.runner import (
+    build_runner,
+    core_model,
+    run_test,
+    say,
+    testing_config,
+)
 from mmcastling.runtime import SUFFIXES, is_exported
 
 
-def evaluate_file(
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of an evaluation.
+
+    Attributes:
+        metrics: What the config's evaluator returned.
+        seconds_per_image: Median forward time over batches, divided by their size;
+            of one view with test-time augmentation.
+        pruning: What deploying removed, or None where nothing was.
+        precision: What the layers computed in.
+        parts: The same time, by the parts of :class:`mmcastling.analysis.PartTimer`;
+            empty where a model cannot be split.
+    """
+
+    metrics: dict[str, float]
+    seconds_per_image: float
+    pruning: PruningReport | None
+    precision: str = "fp32"
+    parts: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.seconds_per_image:.4f} s per image in {self.precision}, median "
+            "forward pass"
+        )
+        if not self.parts:
+            return text
+        split = ", ".join(f"{part} {time:.4f}" for part, time in self.parts.items())
+        return f"{text}: {split}"
+
+
+def evaluate(
     cfg: Config,
     path: str | os.PathLike[str],
     *,
     deploy: bool = True,
     precision: str | None = None,
     runtime: str | None = None,
-    tta: bool = False,
 ) -> Evaluation | ExportedEvaluation:
     """Evaluate a checkpoint in torch, or an exported file in its runtime.
 
     Args:
         cfg: A config from :func:`mmcastling.run.load_config`.
-        path: A checkpoint, or a file that ``tools/export.py`` wrote.
-        deploy: See :func:`mmcastling.run.evaluate`. Defaults to True.
-        precision: As there; an exported file has its own. Defaults to None.
-        runtime: See :func:`mmcastling.run.evaluate_exported`. Defaults to None
-            (torch for a checkpoint, the format's own for an exported file).
-        tta: Whether the config was set up for test-time augmentation. Defaults to
-            False.
+        path: A training or deployed checkpoint of that config, or a file that
+            ``tools/export.py`` wrote.
+        deploy: Prune before evaluating, and say what that saved. Defaults to True.
+        precision: What layers compute in, see :func:`mmcastling.deploy.set_precision`.
+            Defaults to None (the config's ``precision``, which the converter writes,
+            or ``'fp32'``; an exported file has its own).
+        runtime: See :func:`mmcastling.run.evaluate_exported`. Defaults to None (torch
+            for a checkpoint, the format's own for an exported file).
 
     Raises:
-        ConfigError: If an option does not go with the kind of file.
-        Exception: What the two functions raise.
+        CheckpointError, ExportedModelError: If the file cannot be read or does not fit.
+        DatasetError, CocoFormatError: If the data is missing or malformed.
+        ConfigError: If the work directory cannot be written, or an option does not go
+            with the kind of file.
+        ValueError, RuntimeError: If the precision is not known or not supported, or the
+            model has not been pruned for it.
     """
     if is_exported(path):
         for given, option, why in (
             (not deploy, "--no-deploy", "holds the pruned graph only"),
             (precision is not None, f"--precision {precision}", "keeps its own"),
-            (tta, "--tta", "takes one view of an image"),
+            ("module" in cfg.model, "--tta", "takes one view of an image"),
         ):
             if given:
                 raise ConfigError(
                     f"{option}: the exported file {path} {why}; leave the option out, "
                     "or evaluate the checkpoint"
                 )
-        if is_main_process():
-            print("pruned nothing: an exported file holds the pruned graph", flush=True)
+        say("pruned nothing: an exported file holds the pruned graph")
         return evaluate_exported(cfg, path, runtime)
     if runtime not in (None, "torch"):
         endings = [suffix for suffix, runs in SUFFIXES.items() if runtime in runs]
@@ -59,4 +115,135 @@ def evaluate_file(
             f"{path} is none: export the checkpoint with tools/export.py first, or "
             "leave the option out"
         )
-    return evaluate(cfg, path, deploy=deploy, precision=precision)
+    require(cfg, "test_dataloader", "test_cfg", "test_evaluator")
+    precision = precision or cfg.get("precision", "fp32")
+    check_precision(precision, get_device())
+    check_data(cfg, "test")
+    checkpoint = load_checkpoint(path)
+    check_work_dir(cfg.work_dir)
+    cfg = testing_config(cfg)
+    runner = build_runner(cfg)
+    model, pruning = core_model(runner.model), None
+    if deploy:
+        _, pruning = load_pruned_model(cfg, checkpoint, path, runner=runner)
+        before = "it was deployed before" if is_deployed(checkpoint) else None
+        say(str(pruning or f"pruned nothing: {before or 'nothing is castled'}"))
+        if pruning and pruning.was_on:
+            say(
+                "warning: the masks of this checkpoint have not decayed, so pruning "
+                "changes the output; --no-deploy evaluates with the branch on"
+            )
+    else:
+        load_model(cfg, checkpoint, path, model=model)
+    roi_head = getattr(model, "roi_head", None)
+    if isinstance(runner.model, BaseTTAModel) and getattr(roi_head, "with_mask", False):
+        roi_head.mask_head = None  # mmdet merges boxes and refuses masks
+    set_precision(model, precision)
+    if precision != "fp32":
+        say(f"layers compute in {precision}")
+    with PartTimer(model) as timer:  # wrappers pass their own forward by
+        metrics = run_test(runner)
+    size = cfg.test_dataloader.get("batch_size", 1)
+    parts = {part: seconds / size for part, seconds in timer.parts.items()}
+    return Evaluation(metrics, timer.median / size, pruning, precision, parts)
+
+
+# -- options of the command line -------------------------------------------------------
+
+_FLIP = [dict(type="RandomFlip", prob=1.0), dict(type="RandomFlip", prob=0.0)]
+_TTA_MODELS = {
+    "mmdet": dict(
+        type="DetTTAModel",
+        tta_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100),
+    ),
+    "mmpretrain": dict(type="mmpretrain.AverageClsScoreTTA"),
+    "mmseg": dict(type="SegTTAModel"),
+}
+
+
+def enable_tta(cfg: Config) -> None:
+    """Evaluate with test-time augmentation: the config's, or horizontal flips.
+
+    mmdet merges boxes only, so masks are left out of its metric.
+
+    Raises:
+        ConfigError: If the toolbox has no default and the config none of its own, or
+            cannot draw augmented images.
+    """
+    scope = cfg.get("default_scope")
+    hook = cfg.get("default_hooks", {}).get("visualization") or {}
+    if scope == "mmpretrain" and hook.get("enable"):
+        raise ConfigError(
+            "--tta: mmpretrain cannot draw augmented images; leave --show and "
+            "--show-dir out, or evaluate without --tta"
+        )
+    if "tta_model" not in cfg:
+        if scope not in _TTA_MODELS:
+            raise ConfigError(
+                f"--tta: no default for scope {scope!r}; put tta_model and "
+                "tta_pipeline into the config"
+            )
+        cfg.tta_model = _TTA_MODELS[scope]
+    dataset = next(datasets_of(cfg, "test"))
+    if "tta_pipeline" not in cfg:
+        pack = copy.deepcopy(dataset.pipeline[-1])
+        keys = pack.get("meta_keys")
+        if keys is not None:
+            pack.meta_keys = (*keys, "flip", "flip_direction")
+        steps = copy.deepcopy(dataset.pipeline[:-1])
+        # mmseg flips predictions back, not the truth, which must not be flipped.
+        truth = ["LoadAnnotations"] if scope == "mmseg" else []
+        late = [step for step in steps if type_name(step["type"]) in truth]
+        transforms = [_FLIP, *([step] for step in late), [pack]]
+        cfg.tta_pipeline = [
+            *(step for step in steps if step not in late),
+            dict(type="TestTimeAug", transforms=transforms),
+        ]
+    dataset.pipeline = cfg.tta_pipeline
+    module = model_spec(cfg)
+    # The runner gives the config's own to the wrapper, which puts it into the model.
+    cfg.data_preprocessor = module.get("data_preprocessor")
+    cfg.model = ConfigDict(**cfg.tta_model, module=module)
+    evaluators = cfg.test_evaluator
+    for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+        if scope == "mmdet" and "segm" in (evaluator.get("metric") or []):
+            print("--tta: mmdet merges boxes only; evaluating bbox without segm")
+            evaluator.metric = ["bbox"]
+
+
+def enable_drawing(
+    cfg: Config, show: bool, show_dir: str | None, wait_time: float
+) -> None:
+    """Show each prediction in a window, or write it to a folder.
+
+    Raises:
+        ConfigError: If the config has no visualization hook.
+    """
+    hook = cfg.get("default_hooks", {}).get("visualization")
+    if hook is None:
+        raise ConfigError(
+            "--show and --show-dir need a hook under default_hooks.visualization"
+        )
+    hook.update(show=show, wait_time=wait_time)
+    if cfg.get("default_scope") == "mmpretrain":
+        hook.update(enable=True, out_dir=show_dir, interval=1)
+    else:
+        hook.draw = True
+    if show_dir is not None:
+        if cfg.get("default_scope") == "mmdet":
+            hook.test_out_dir = str(Path(show_dir).resolve())
+        elif cfg.get("default_scope") == "mmseg":
+            cfg.visualizer.save_dir = show_dir
+
+
+def enable_output(cfg: Config, out: str) -> None:
+    """Write all predictions to a pickle file, as the toolboxes do.
+
+    Raises:
+        ConfigError: If the name does not end in ``.pkl``, or it cannot be written.
+    """
+    check_writable(out, ".pkl", ".pickle")
+    kind = "DumpDetResults" if cfg.get("default_scope") == "mmdet" else "DumpResults"
+    evaluators = cfg.test_evaluator
+    evaluators = evaluators if isinstance(evaluators, list) else [evaluators]
+    cfg.test_evaluator = [*evaluators, dict(type=kind, out_file_path=out)]

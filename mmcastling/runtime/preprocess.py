@@ -59,9 +59,13 @@ def read_image(source: str | os.PathLike[str] | np.ndarray) -> np.ndarray:
     path = Path(source)
     if not path.is_file():
         raise ExportedModelError(f"image {path} does not exist: check the path")
-    image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+    data = np.fromfile(path, np.uint8)
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
     if image is None:
-        raise ExportedModelError(f"image {path} cannot be read: is it an image?")
+        raise ExportedModelError(
+            f"image {path} ({path.stat().st_size} bytes) cannot be read: it is "
+            "damaged, or no image of the kind that its name says"
+        )
     return image
 
 

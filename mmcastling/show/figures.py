@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 from mmcastling.checkpoint import write_atomically
 from mmcastling.show.run_log import MaskHistory
@@ -43,7 +39,10 @@ def plot_mask_density(
         CheckpointError: If the file cannot be written.
     """
     names = history.headlines() if metrics is None else list(metrics)
-    history.check_metrics(names)
+    for name in names:
+        if name not in history.metrics:
+            found = ", ".join(history.metrics) or "none: the run never validated"
+            raise ValueError(f"metric {name!r} is not in the log; there are: {found}")
     heights = (3, 2, 2) if names else (3, 2)
     # Figure instead of pyplot: no display, and no global backend to disturb.
     figure = Figure(figsize=(7, 1 + 0.85 * sum(heights)), layout="constrained")
@@ -88,57 +87,32 @@ def _draw_threshold(axes: Axes, history: MaskHistory) -> None:
     axes.set_ylabel("state of the mask")
 
 
-@dataclass(frozen=True)
-class Instances:
-    """Objects in one image.
-
-    Attributes:
-        boxes: ``(n, 4)`` corners ``x1, y1, x2, y2`` in pixels.
-        masks: ``(n, H, W)`` booleans.
-    """
-
-    boxes: np.ndarray
-    masks: np.ndarray
-
-
-def plot_predictions(
-    images: Sequence[np.ndarray],
-    truths: Sequence[Instances],
-    predictions: Sequence[Instances],
-    path: str | Path,
-) -> None:
-    """Draw each image beside its ground truth and its predictions.
+def draw_rows(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str]) -> Figure:
+    """Draw rows of pictures, such as each image beside its truth and its prediction.
 
     Args:
-        images: RGB images ``(H, W, 3)``.
-        truths: Ground truth, one per image.
-        predictions: Predictions, one per image.
-        path: PNG file to write.
+        rows: RGB pictures ``(H, W, 3)``, as many in each row as there are titles.
+        titles: What the columns are.
     """
-    figure = Figure(figsize=(9, 3.1 * len(images)), layout="constrained")
-    grid = figure.subplots(len(images), 3, squeeze=False)
-    for row, image, truth, prediction in zip(
-        grid, images, truths, predictions, strict=True
-    ):
-        row[0].imshow(image)
-        row[1].imshow(_painted(image, truth))
-        row[2].imshow(_painted(image, prediction))
-        row[1].set_xlabel(f"{len(truth.masks)} objects")
-        row[2].set_xlabel(f"{len(prediction.masks)} objects")
-        for axes in row:
+    height, width = rows[0][0].shape[:2]
+    size = (3 * len(titles), 3.1 * height / width * len(rows))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(rows), len(titles), squeeze=False)
+    for line, pictures in zip(grid, rows, strict=True):
+        for axes, picture in zip(line, pictures, strict=True):
+            axes.imshow(picture)
             axes.set_xticks([])
             axes.set_yticks([])
-    for axes, title in zip(
-        grid[0], ("image", "ground truth", "prediction"), strict=True
-    ):
+    for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title)
-    save_figure(figure, path, dpi=110)
+    return figure
 
 
-def _painted(image: np.ndarray, instances: Instances) -> np.ndarray:
+def paint_masks(image: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """An RGB image ``(H, W, 3)`` with objects ``(n, H, W)`` tinted and outlined."""
     painted = image.astype(np.float64)
     colours = 255 * matplotlib.colormaps["hsv"](np.linspace(0, 1, 9))[:8, :3]
-    for index, mask in enumerate(instances.masks):
+    for index, mask in enumerate(masks):
         colour = colours[index % len(colours)]
         inner = mask.copy()
         inner[1:-1, 1:-1] &= (
@@ -147,159 +121,3 @@ def _painted(image: np.ndarray, instances: Instances) -> np.ndarray:
         painted[mask] = 0.65 * painted[mask] + 0.35 * colour
         painted[mask & ~inner] = colour
     return painted.clip(0, 255).astype(np.uint8)
-
-
-@dataclass(frozen=True)
-class HeatMap:
-    """One panel of :func:`plot_attention`.
-
-    Attributes:
-        title: What it shows.
-        caption: What the colours do not tell; may have several lines.
-        weights: ``(H, W)`` weights of a query on the grid of tokens.
-        signed: Whether weights may be negative.
-    """
-
-    title: str
-    caption: str
-    weights: np.ndarray
-    signed: bool = False
-
-
-def plot_attention(
-    image: np.ndarray,
-    maps: Sequence[HeatMap],
-    point: tuple[float, float],
-    covered: tuple[int, int],
-    own: tuple[int, int],
-    title: str,
-    path: str | Path,
-) -> None:
-    """Draw an image with a marked point, and weights of that point's token over it.
-
-    Colours span the weights on other tokens; the query's own may lie beyond. Signed
-    maps have white at zero.
-
-    Args:
-        image: RGB image ``(H, W, 3)``.
-        maps: The panels.
-        point: ``(x, y)`` in pixels of the image.
-        covered: ``(H, W)`` in pixels that a map covers, from the image's upper left
-            corner: the image and its padding.
-        own: ``(row, column)`` of the query's token.
-        title: Headline.
-        path: PNG file to write.
-
-    Raises:
-        CheckpointError: If the file cannot be written.
-    """
-    height, width = image.shape[:2]
-    aspect = min(max(height / width, 0.4), 2.0)
-    figure = Figure(
-        figsize=(3.0 * (len(maps) + 1), 3.0 * aspect + 1.25), layout="constrained"
-    )
-    figure.suptitle(title, fontsize=10)
-    # Bars have a row of their own, so that all images are of one size.
-    panels, bars = figure.subplots(
-        2, len(maps) + 1, height_ratios=(3.0 * aspect, 0.1), squeeze=False
-    )
-    panels[0].imshow(image)
-    panels[0].set_title("image and query")
-    bars[0].set_axis_off()
-    grey = image.astype(np.float64).mean(axis=2)
-    for axes, bar, each in zip(panels[1:], bars[1:], maps, strict=True):
-        axes.imshow(grey, cmap="gray", vmin=0, vmax=255)
-        axes.set_title(each.title)
-        drawn = _draw_heat_map(axes, each, covered, own)
-        figure.colorbar(drawn, cax=bar, orientation="horizontal")
-        bar.xaxis.set_major_locator(MaxNLocator(4))
-        bar.tick_params(labelsize=7)
-        bar.set_xlabel(each.caption, fontsize=8)
-    for axes in panels:
-        for colour, line in (("white", 3.5), ("limegreen", 1.8)):
-            axes.plot(*point, "o", mfc="none", mec=colour, ms=10, mew=line)
-        axes.set_xlim(-0.5, width - 0.5)
-        axes.set_ylim(height - 0.5, -0.5)
-        axes.set_xticks([])
-        axes.set_yticks([])
-    save_figure(figure, path, dpi=110)
-
-
-def _draw_heat_map(
-    axes: Axes, heat_map: HeatMap, covered: tuple[int, int], own: tuple[int, int]
-) -> AxesImage:
-    elsewhere = np.abs(heat_map.weights)
-    elsewhere[own] = 0.0
-    limit = float(elsewhere.max()) or 1.0
-    return axes.imshow(
-        heat_map.weights,
-        cmap="RdBu_r" if heat_map.signed else "inferno",
-        vmin=-limit if heat_map.signed else 0.0,
-        vmax=limit,
-        extent=(-0.5, covered[1] - 0.5, covered[0] - 0.5, -0.5),
-        alpha=0.75,
-        interpolation="nearest",
-    )
-
-
-@dataclass(frozen=True)
-class SegmentationLegend:
-    """Names and colours of classes, by id.
-
-    Attributes:
-        classes: Names.
-        palette: ``(R, G, B)`` in 0 to 255 of each.
-    """
-
-    classes: Sequence[str]
-    palette: Sequence[Sequence[int]]
-
-    def paint(self, labels: np.ndarray) -> np.ndarray:
-        """Colours ``(H, W, 3)`` of class ids ``(H, W)``; no class is black."""
-        colours = np.zeros((256, 3), np.uint8)
-        colours[: len(self.palette)] = self.palette
-        return colours[labels]
-
-
-def plot_segmentation(
-    images: Sequence[np.ndarray],
-    truths: Sequence[np.ndarray],
-    predictions: Sequence[np.ndarray],
-    legend: SegmentationLegend,
-    path: str | Path,
-) -> None:
-    """Draw each image beside its true and its predicted classes.
-
-    Args:
-        images: RGB images ``(H, W, 3)``.
-        truths: Class ids ``(H, W)`` in 0 to 255, one map per image; ids without a
-            class are void.
-        predictions: Class ids ``(H, W)``, one map per image.
-        legend: Names and colours of the classes.
-        path: PNG file to write.
-    """
-    height, width = images[0].shape[:2]
-    tall = 3.1 * height / width * len(images) + 0.9
-    figure = Figure(figsize=(9.3, tall), layout="constrained")
-    grid = figure.subplots(len(images), 3, squeeze=False)
-    for row, image, truth, prediction in zip(
-        grid, images, truths, predictions, strict=True
-    ):
-        row[0].imshow(image)
-        row[1].imshow(legend.paint(truth))
-        row[2].imshow(legend.paint(prediction))
-        for axes in row:
-            axes.set_xticks([])
-            axes.set_yticks([])
-    titles = ("image", "ground truth, void black", "prediction")
-    for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title)
-    handles = [
-        Patch(facecolor=np.divide(colour, 255), label=name)
-        for name, colour in zip(legend.classes, legend.palette, strict=True)
-    ]
-    columns = -(-len(handles) // 2)
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=columns, frameon=False
-    )
-    save_figure(figure, path, dpi=110)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,7 +26,7 @@ class Painter:
 
     Args:
         scope: The toolbox, one of ``'mmdet'``, ``'mmseg'`` and ``'mmpretrain'``.
-        dataset_meta: ``classes`` and ``palette``, a list of tuples; either may be None.
+        dataset_meta: ``classes`` and ``palette``, each a sequence or None.
         score_thr: Detections with lower scores are not drawn. Defaults to 0.3.
     """
 
@@ -40,9 +38,15 @@ class Painter:
         with DefaultScope.overwrite_default_scope(scope):
             spec = dict(type=_KINDS[scope], name=f"painter_{next(_count)}")
             self.visualizer = VISUALIZERS.build(spec)
+        classes, palette = dataset_meta["classes"], dataset_meta["palette"]
         if scope == "mmseg":  # which draws nothing without names and colours
-            dataset_meta = _complete(dataset_meta)
-        self.visualizer.dataset_meta = dict(dataset_meta)
+            classes = classes or [f"class {index}" for index in range(256)]
+            if not palette or len(palette) < len(classes):
+                noise = np.random.default_rng(0)
+                palette = noise.integers(0, 256, (len(classes), 3)).tolist()
+        if palette is not None:
+            palette = [tuple(colour) for colour in palette]
+        self.visualizer.dataset_meta = dict(classes=classes, palette=palette)
 
     def __call__(self, image: np.ndarray, sample: BaseDataElement) -> np.ndarray:
         """Draw on a copy of a picture.
@@ -61,10 +65,13 @@ class Painter:
         elif self.scope == "mmseg":
             self.visualizer.add_datasample("", rgb, sample, draw_gt=False)
         else:
-            with _same_noise():
-                self.visualizer.add_datasample(
-                    "", rgb, sample, draw_gt=False, pred_score_thr=self.score_thr
-                )
+            # mmdet varies the colour of each mask at random: a video would flicker.
+            state = np.random.get_state()
+            np.random.seed(0)
+            self.visualizer.add_datasample(
+                "", rgb, sample, draw_gt=False, pred_score_thr=self.score_thr
+            )
+            np.random.set_state(state)
         painted = self.visualizer.get_image()
         return np.ascontiguousarray(painted[..., ::-1], dtype=np.uint8)
 
@@ -79,24 +86,3 @@ class Painter:
         label = int(sample.pred_label[0])
         name = meta["classes"][label] if meta.get("classes") else f"class {label}"
         return f"{name} {float(sample.pred_score[label]):.2f}"
-
-
-@contextlib.contextmanager
-def _same_noise() -> Iterator[None]:
-    # mmdet varies the colour of each mask at random, so that a video would flicker.
-    state = np.random.get_state()
-    np.random.seed(0)
-    try:
-        yield
-    finally:
-        np.random.set_state(state)
-
-
-def _complete(meta: dict[str, Any]) -> dict[str, Any]:
-    classes = meta.get("classes") or [f"class {index}" for index in range(256)]
-    palette = meta.get("palette")
-    if not palette or len(palette) < len(classes):
-        noise = np.random.default_rng(0)
-        colours = noise.integers(0, 256, (len(classes), 3)).tolist()
-        palette = [tuple(colour) for colour in colours]
-    return dict(classes=classes, palette=palette)

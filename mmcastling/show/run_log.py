@@ -59,19 +59,6 @@ class MaskHistory:
         usual = [name for name in HEADLINES if name in self.metrics]
         return usual or list(self.metrics)[:1]
 
-    def check_metrics(self, names: list[str]) -> None:
-        """Raise unless each of these metrics was logged.
-
-        Raises:
-            ValueError: If one was not; lists those that were.
-        """
-        unknown = [name for name in names if name not in self.metrics]
-        if unknown:
-            found = ", ".join(self.metrics) or "none: the run never validated"
-            raise ValueError(
-                f"metric {unknown[0]!r} is not in the log; there are: {found}"
-            )
-
 
 def read_mask_history(work_dir: str | Path) -> MaskHistory:
     """Read the records of masks and metrics from a work directory of any toolbox.

@@ -19,7 +19,8 @@ from mmcastling.deploy import (
     select_weights,
 )
 from mmcastling.run import load_config
-from mmcastling.run.deployed_config import deploy_config, drop_training_hooks
+from mmcastling.run.conversion import deploy_config
+from mmcastling.run.runner import drop_training_hooks
 from mmcastling.train import MaskDecayHook
 from mmcastling.verbs import set_mask, switch_to_deploy
 

@@ -12,7 +12,7 @@ from mmpretrain.structures import DataSample
 
 import mmcastling
 from mmcastling.run import load_config
-from mmcastling.run.deployed_config import deploy_config
+from mmcastling.run.conversion import deploy_config
 from mmcastling.train import MaskDecayHook
 
 

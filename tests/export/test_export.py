@@ -22,8 +22,8 @@ from mmcastling.export.graphs import AnySizeAdaptivePool
 from mmcastling.export.nncf_process import quantise_apart
 from mmcastling.run import load_config
 from mmcastling.run.export_metadata import describe
+from mmcastling.run.load import build_model
 from mmcastling.run.reference import reference_outputs
-from mmcastling.run.runner import build_model
 from mmcastling.runtime import (
     ExportedInferencer,
     ExportedModelError,

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from mmcastling.checkpoint import CheckpointError
 from mmcastling.models import DistilledClassifier, LeViTHead, Teacher
-from mmcastling.run.deployed_config import deploy_config
+from mmcastling.run.conversion import deploy_config
 from mmcastling.verbs import set_mask, switch_to_deploy
 
 BACKBONE = dict(type="mmcastling.CastlingViT", arch="nano", img_size=32, patch_size=8)

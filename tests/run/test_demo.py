@@ -11,6 +11,7 @@ from rich.console import Console
 
 from mmcastling.run import ConfigError
 from mmcastling.run.demo import find_sources, run_demo
+from mmcastling.runtime import ExportedModelError
 from mmcastling.show.painting import Painter
 
 GREY = np.full((120, 160, 3), 128, np.uint8)
@@ -212,7 +213,7 @@ def test_a_damaged_picture_is_named_before_anything_is_written(pictures, tmp_pat
 
 def test_a_picture_that_is_cut_off_is_named(pictures, tmp_path, said):
     (pictures / "b.png").write_bytes((pictures / "a.png").read_bytes()[:20])
-    with pytest.raises(ConfigError, match=r"b\.png \(20 bytes\) cannot be read"):
+    with pytest.raises(ExportedModelError, match=r"b\.png \(20 bytes\) cannot be read"):
         run_demo(pictures, Predictor(), tmp_path / "out", console=said)
 
 

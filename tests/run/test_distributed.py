@@ -5,8 +5,8 @@ import torch
 from mmengine.config import Config
 
 from mmcastling.run import ConfigError, run_cli
-from mmcastling.run import distributed as module
-from mmcastling.run.distributed import LAUNCHERS, is_sharded, setup_distributed
+from mmcastling.run import runner as module
+from mmcastling.run.runner import LAUNCHERS, is_sharded, setup_distributed
 
 
 @pytest.fixture(autouse=True)

@@ -14,9 +14,9 @@ from mmcastling.deploy import largest_difference
 from mmcastling.models import CastlingViT
 from mmcastling.run import ConfigError, convert, evaluate, load_config
 from mmcastling.run.config import datasets_of
-from mmcastling.run.evaluation import enable_drawing, enable_output, enable_tta
-from mmcastling.run.pruning import branch_on_macs
+from mmcastling.run.load import backbone_macs
 from mmcastling.run.runner import build_runner
+from mmcastling.run.testing import enable_drawing, enable_output, enable_tta
 from mmcastling.verbs import (
     castling_modules,
     restore_mask,
@@ -54,7 +54,8 @@ def predict(tmp_path_factory):
 def deployed(trained, tmp_path_factory):
     """The converted detector: its checkpoint and the config beside it."""
     out = tmp_path_factory.mktemp("deployed") / "detector.pth"
-    return convert(load_config(trained.config), trained.masks_off, out)
+    convert(load_config(trained.config), trained.masks_off, out)
+    return out.with_suffix(".py"), out
 
 
 def boxes(predictions):
@@ -83,7 +84,7 @@ def test_at_masks_zero_the_train_graph_and_the_deployed_one_agree(trained, predi
     assert graph.pruning is None
     assert pruned.pruning.attentions == 4 and not pruned.pruning.was_on
     assert pruned.pruning.difference < 1e-5 < pruned.pruning.magnitude
-    assert pruned.pruning.images == 1
+    assert pruned.pruning.images == 4
     assert pruned.seconds_per_image > 0
     assert tuple(pruned.parts) == PARTS and min(pruned.parts.values()) > 0
     assert sum(pruned.parts.values()) == pytest.approx(
@@ -91,12 +92,14 @@ def test_at_masks_zero_the_train_graph_and_the_deployed_one_agree(trained, predi
     )
 
 
-def test_with_masks_on_pruning_changes_predictions_and_says_so(trained, predict):
+def test_with_masks_on_pruning_changes_predictions_and_says_so(trained, predict, capfd):
     _, expected = predict(trained.config, trained.masks_on, deploy=False)
     pruned, predictions = predict(trained.config, trained.masks_on)
     assert pruned.pruning.was_on
     assert pruned.pruning.difference > 1e-3
-    assert "masks of this checkpoint have not decayed" in str(pruned.pruning)
+    said = capfd.readouterr().out
+    assert str(pruned.pruning) in said
+    assert "masks of this checkpoint have not decayed" in said
     with pytest.raises(AssertionError):
         assert_close(boxes(predictions), boxes(expected), rtol=1e-4, atol=1e-3)
 
@@ -105,9 +108,9 @@ def test_a_deployed_checkpoint_gives_the_same_with_either_config(
     trained, deployed, predict
 ):
     expected, predictions = predict(trained.config, trained.masks_off)
-    for config in (deployed.config, trained.config):
+    for config in (deployed[0], trained.config):
         for deploy in (True, False):
-            result, again = predict(config, deployed.checkpoint, deploy=deploy)
+            result, again = predict(config, deployed[1], deploy=deploy)
             assert result.pruning is None
             assert result.metrics == pytest.approx(expected.metrics, abs=1e-3)
             assert_close(boxes(again), boxes(predictions), rtol=1e-4, atol=1e-3)
@@ -120,7 +123,7 @@ def test_the_classifier_is_pruned_the_same_way(trained_classifier, predict):
     assert pruned.metrics == graph.metrics
     assert pruned.metrics["accuracy/top1"] >= 50.0
     assert_close(scores(predictions), scores(expected))
-    assert pruned.pruning.images == 4  # a batch, as it is evaluated
+    assert pruned.pruning.images == 4
     assert pruned.parts["backbone"] > pruned.parts["heads"] > 0
     assert pruned.parts["neck"] == 0 < pruned.parts["post-processing"]
     _, with_branch = predict(config, trained_classifier.masks_on, deploy=False)
@@ -138,7 +141,7 @@ def test_a_network_without_castling_has_nothing_to_prune(
     assert "pruned nothing: nothing is castled" in capfd.readouterr().out
 
 
-def test_the_difference_is_that_of_the_first_batch(trained_classifier, tmp_path):
+def test_the_difference_is_that_of_the_first_images(trained_classifier, tmp_path):
     config, checkpoint = trained_classifier.config, trained_classifier.masks_on
     cfg = load_config(config, work_dir=str(tmp_path))
     said = evaluate(cfg, checkpoint).pruning
@@ -161,7 +164,7 @@ def test_saved_macs_are_those_of_the_softmax_branch(height, width):
     image = torch.randn(1, 3, height, width)
     before = [parameter.clone() for parameter in backbone.parameters()]
 
-    on = branch_on_macs(backbone, (height, width))
+    on = backbone_macs(backbone, (height, width), branch_on=True)
     tokens = height * width // 64
     # q k^T and P v, of 128 channels in four layers.
     saved = 4 * 2 * tokens * tokens * 128
@@ -268,7 +271,10 @@ def test_drawing_needs_a_hook(detector_config):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("out.json", r"--out .*out\.json: .* end it in \.pkl"), ("no/out.pkl", "folder")],
+    [
+        ("out.json", r"--out .*out\.json: end the name in \.pkl"),
+        ("no/out.pkl", "folder"),
+    ],
 )
 def test_predictions_go_to_a_pickle_in_a_folder_that_exists(
     name, message, detector_config, tmp_path

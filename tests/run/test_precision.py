@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from mmcastling.checkpoint import load_checkpoint
 from mmcastling.run import ConfigError, load_config, train
-from mmcastling.run.hardware import enable_amp, enable_auto_scale_lr
+from mmcastling.run.training import enable_amp, enable_auto_scale_lr
 
 KIND = "mmcastling.DeviceAmpOptimWrapper"
 

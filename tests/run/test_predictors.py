@@ -14,7 +14,7 @@ import mmcastling
 from mmcastling.analysis import PartTimer
 from mmcastling.checkpoint import CheckpointError
 from mmcastling.run import ConfigError, load_config
-from mmcastling.run.predictors import ExportedPredictor, build_predictor
+from mmcastling.run.predictors import build_predictor
 from mmcastling.runtime import ExportedModelError
 from mmcastling.verbs import castling_modules
 
@@ -137,7 +137,7 @@ def test_classes_of_pixels_are_those_of_mmsegs_inferencer(segmentor, picture):
     predictor = build_predictor(list(segmentor))
     assert predictor.dataset_meta == dict(
         classes=("road", "sky", "tree"),
-        palette=[(255, 0, 0), (0, 255, 0), (0, 0, 255)],
+        palette=((255, 0, 0), (0, 255, 0), (0, 0, 255)),
     )
     with PartTimer(predictor.model) as timer:
         sample, _ = predictor(pixels)
@@ -176,7 +176,7 @@ def test_a_backbone_alone_predicts_nothing(brightness, tmp_path):
     model.metadata_props[0].value = json.dumps(metadata)
     onnx.save(model, tmp_path / "backbone.onnx")
     with pytest.raises(ConfigError, match="holds a backbone, which predicts nothing"):
-        ExportedPredictor(tmp_path / "backbone.onnx")
+        build_predictor([str(tmp_path / "backbone.onnx")])
 
 
 def test_a_missing_runtime_says_what_to_install(brightness, monkeypatch):

@@ -17,7 +17,7 @@ import torch
 
 from mmcastling.checkpoint import CheckpointError, load_checkpoint
 from mmcastling.run import load_config, train
-from mmcastling.run.resume import newest_usable, set_resume, settle_start
+from mmcastling.run.training import newest_usable, settle_start
 
 # Kills its own process, after an iteration or while the checkpoint of that is written.
 # Workers go first, as when a scheduler kills: orphans with large samples to hand over
@@ -182,10 +182,9 @@ def train_here(folder, name, resume=None, **options):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         cfg = load_config(folder / "config.py", options, work_dir=str(folder / name))
-    set_resume(cfg, resume)
     torch.set_num_threads(1)  # as the processes have
     try:
-        train(cfg)
+        train(cfg, resume=resume)
     finally:
         torch.set_num_threads(threads)
     return load_checkpoint(last_of(folder / name))

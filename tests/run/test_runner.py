@@ -8,7 +8,7 @@ from mmcastling.attention import MaskThreshold
 from mmcastling.deploy import deploy_checkpoint
 from mmcastling.models import CastlingLeViT
 from mmcastling.registry import type_name
-from mmcastling.run.runner import load_trained
+from mmcastling.run.load import load_model
 from mmcastling.verbs import MASK_META_KEY, castling_modules, switch_to_deploy
 
 ARCH = dict(embed_dims=[32], key_dims=[8], num_heads=[2], depths=[1])
@@ -23,7 +23,7 @@ def test_a_deployed_checkpoint_loads_into_the_model_of_its_training_config():
     """Its batch norms are folded away, so the model must be deployed before."""
     deployed = switch_to_deploy(built(0))
     model = built(1)
-    load_trained(model, deploy_checkpoint(deployed, {}), "deployed.pth")
+    load_model(None, deploy_checkpoint(deployed, {}), "deployed.pth", model=model)
     assert not list(castling_modules(model))
     x = torch.randn(1, 3, 64, 64)
     assert_close(model(x)[0], deployed(x)[0], rtol=0, atol=0)
@@ -33,12 +33,12 @@ def test_a_training_checkpoint_brings_its_masks():
     source, model = built(0), built(1)
     state = dict(threshold="4/N", weight=0.5)
     checkpoint = dict(meta={MASK_META_KEY: state}, state_dict=source.state_dict())
-    load_trained(model, checkpoint, "epoch_1.pth")
+    load_model(None, checkpoint, "epoch_1.pth", model=model)
     for _, module in castling_modules(model):
         assert module.branch.threshold == MaskThreshold.parse("4/N")
         assert module.branch.weight == 0.5
     x = torch.randn(1, 3, 64, 64)
-    load_trained(source, checkpoint, "epoch_1.pth")
+    load_model(None, checkpoint, "epoch_1.pth", model=source)
     assert_close(model(x)[0], source(x)[0], rtol=0, atol=0)
 
 

@@ -9,7 +9,6 @@ from torch.testing import assert_close
 
 from mmcastling.checkpoint import CheckpointError, load_checkpoint
 from mmcastling.run import ConfigError, load_config, train
-from mmcastling.run.resume import set_resume
 from mmcastling.verbs import castling_modules
 
 pytestmark = pytest.mark.slow
@@ -42,8 +41,7 @@ def test_resumed_training_goes_on_where_it_stopped(how, trained, interrupted, tm
     if how == "path":
         work_dir, resume = tmp_path / "other", str(trained.masks_on)
     cfg = load_config(trained.config, NO_VALIDATION, work_dir=str(work_dir))
-    set_resume(cfg, resume)
-    model = train(cfg)
+    model = train(cfg, resume=resume)
 
     whole, rest = log_of(trained.work_dir), log_of(work_dir)
     assert [record["step"] for record in whole] == [1, 2, 3, 4]
@@ -83,8 +81,7 @@ def test_a_training_checkpoint_records_its_masks(trained):
 
 def test_resuming_averaged_weights_keeps_both_kinds(trained_classifier, tmp_path):
     cfg = load_config(trained_classifier.config, work_dir=str(tmp_path))
-    set_resume(cfg, str(trained_classifier.masks_on))
-    train(cfg)
+    train(cfg, resume=str(trained_classifier.masks_on))
     last = load_checkpoint(tmp_path / "epoch_2.pth")
     assert (last["meta"]["epoch"], last["meta"]["iter"]) == (2, 4)
     # Two of the four averaging steps were made before.
@@ -94,8 +91,7 @@ def test_resuming_averaged_weights_keeps_both_kinds(trained_classifier, tmp_path
 def test_auto_resume_of_nothing_starts_anew(trained, tmp_path):
     options = {"train_cfg.max_iters": 1, **NO_VALIDATION}
     cfg = load_config(trained.config, options, work_dir=str(tmp_path / "new"))
-    set_resume(cfg, "auto")
-    train(cfg)
+    train(cfg, resume="auto")
     assert [record["step"] for record in log_of(tmp_path / "new")] == [1]
 
 
@@ -152,9 +148,8 @@ def test_what_cannot_be_started_from_is_refused_before_anything_is_written(
     path = make(trained, attack)
     options = {"load_from": str(path)} if key == "load_from" else None
     cfg = load_config(trained.config, options, work_dir=str(tmp_path / "run"))
-    set_resume(cfg, str(path) if key == "resume" else None)
     with pytest.raises(CheckpointError, match=message) as caught:
-        train(cfg)
+        train(cfg, resume=str(path) if key == "resume" else None)
     assert path.name in str(caught.value)
     assert not (tmp_path / "run").exists()
     assert not attack.trace.exists()
@@ -175,9 +170,8 @@ def test_a_checkpoint_of_another_model_is_not_resumed(
     trained, trained_classifier, tmp_path
 ):
     cfg = load_config(trained.config, work_dir=str(tmp_path))
-    set_resume(cfg, str(trained_classifier.masks_on))
     with pytest.raises(CheckpointError) as caught:
-        train(cfg)
+        train(cfg, resume=str(trained_classifier.masks_on))
     for part in ("of another architecture", "missing backbone.", "and"):
         assert part in str(caught.value)
 

@@ -243,7 +243,7 @@ def test_what_cannot_be_resumed(refused, trained, run_main, tmp_path):
 
 def test_bad_outputs(refused, trained, tmp_path):
     command = (trained.config, trained.masks_off)
-    parts = ["out.json: predictions are pickled, end it in .pkl"]
+    parts = ["out.json: end the name in .pkl or .pickle"]
     refused("test.py", *command, "--out", tmp_path / "out.json", parts=parts)
     parts = ["is the input"]
     refused("convert.py", *command, trained.masks_off, parts=parts)

@@ -11,7 +11,7 @@ import torch
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 
 from mmcastling.run import load_config
-from mmcastling.run.deployed_config import deploy_config
+from mmcastling.run.conversion import deploy_config
 from mmcastling.verbs import castling_modules, switch_to_deploy
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmcastling.run.cpu_environment import CPU_ENVIRONMENT
+from mmcastling.run.training import CPU_ENVIRONMENT
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 SOURCED = TOOLS / "cpu_environment.sh"

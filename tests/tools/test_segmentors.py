@@ -18,7 +18,7 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 
 from mmcastling.checkpoint import load_checkpoint
 from mmcastling.run import evaluate, load_config, train
-from mmcastling.run.evaluation import enable_output, enable_tta
+from mmcastling.run.testing import enable_output, enable_tta
 from mmcastling.verbs import castling_modules, set_mask, switch_to_deploy
 
 pytestmark = pytest.mark.slow

@@ -7,8 +7,9 @@ import torch
 from matplotlib import pyplot
 
 from mmcastling.run import load_config
-from mmcastling.run.point_attention import click_point, read_image, view_attention
-from mmcastling.run.runner import build_model
+from mmcastling.run.load import build_model
+from mmcastling.run.show_attention import click_point, view_attention
+from mmcastling.runtime.preprocess import read_image
 from mmcastling.verbs import MASK_META_KEY, set_mask, switch_to_deploy
 
 TOOL = "analysis/show_attention.py"
@@ -116,7 +117,7 @@ def test_a_point_is_followed_through_the_test_pipeline(text, point, make):
     view = view_attention(load_config(config), checkpoint, marked(point), point)
     y, x = np.nonzero(view.image.mean(axis=2) > 128)
     assert view.point == pytest.approx((x.mean(), y.mean()), abs=0.6)
-    row, column = divmod(view.query - view.extra_tokens, view.grid[1])
+    row, column = divmod(view.query - view.call.extra_tokens, view.call.grid[1])
     assert (row, column) == (view.point[1] // 8, view.point[0] // 8)
 
 
@@ -159,14 +160,14 @@ def test_masks_are_those_of_the_checkpoint_or_of_the_threshold(make, picture):
     assert (other.survivors, other.own_threshold) == (1.0, False)
     assert torch.equal(other.rows.masked, other.rows.softmax)
     head = view_attention(cfg, checkpoint, image, (36, 30), head=2, layer=0)
-    assert (head.heads, head.layer) == ("head 2", "backbone.layers.0.attn")
+    assert (head.heads, head.call.name) == ("head 2", "backbone.layers.0.attn")
 
 
 def test_deployed_checkpoints_show_what_a_mask_would_keep(make, picture):
     config, checkpoint = make(CLASSIFIER, deploy=True)
     cfg, image = load_config(config), read_image(picture)
     view = view_attention(cfg, checkpoint, image, (36, 30))
-    assert view.deployed and view.survivors == 0
+    assert view.call.mixer.deploy and view.survivors == 0
     assert torch.equal(view.rows.combined, view.rows.angular)
     view = view_attention(cfg, checkpoint, image, (36, 30), threshold="0.5/N")
     assert view.survivors > 0
@@ -220,9 +221,9 @@ def test_detectors_on_real_images(trained, tiny_coco, run_main, tmp_path):
         (dict(head=3), ["head 3 does not exist", "0 to 2"]),
         (dict(threshold="4/M"), ["'4/M' is not understood"]),
         (dict(image="none.png"), ["none.png does not exist"]),
-        (dict(image="damaged.png"), ["damaged.png (4 bytes) cannot be decoded"]),
+        (dict(image="damaged.png"), ["damaged.png (4 bytes) cannot be read"]),
         (dict(checkpoint="none.pth"), ["none.pth does not exist"]),
-        (dict(out="none/a.png"), ["its folder does not exist, create it first"]),
+        (dict(out="none/a.png"), ["none does not exist, create it first"]),
         (dict(out="a.jpg"), ["end the name in .png"]),
         (dict(softmax=True), ["has no castling attention in its backbone"]),
         (dict(pipeline=False), ["has no test_dataloader with a pipeline"]),

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from mmcastling.run import run_cli
-from mmcastling.run.cli import check_picture
+from mmcastling.run.config import check_writable
 from mmcastling.show.figures import plot_mask_density
 from mmcastling.show.run_log import read_mask_history
 
@@ -38,7 +38,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     out = args.out or args.work_dir / "mask_density.png"
-    check_picture(args.out)
+    if args.out:
+        check_writable(out, ".png")
     history = read_mask_history(args.work_dir)
     plot_mask_density(history, out, args.metric)
     print(

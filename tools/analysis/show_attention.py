@@ -17,17 +17,17 @@ import argparse
 from pathlib import Path
 
 from mmcastling.run import run_cli
-from mmcastling.run.cli import (
+from mmcastling.run.config import (
     add_config_arguments,
-    check_picture,
+    check_writable,
     config_from_arguments,
 )
-from mmcastling.run.point_attention import (
+from mmcastling.run.show_attention import (
     click_point,
     draw_attention,
-    read_image,
     view_attention,
 )
+from mmcastling.runtime.preprocess import read_image
 
 
 def head(text: str) -> int | None:
@@ -79,7 +79,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    check_picture(args.out)
+    check_writable(args.out, ".png")
     image = read_image(args.image)
     cfg = config_from_arguments(args)
     point = click_point(image) if args.click else tuple(args.point)
@@ -93,14 +93,19 @@ def main() -> None:
         threshold=args.threshold,
     )
     draw_attention(view, args.out)
+    grid = view.call.grid
     print(
-        f"{view.layer}: point {point[0]:g} {point[1]:g} is token {view.query} of "
-        f"{len(view.rows.softmax)}, on a grid of {view.grid[0]}x{view.grid[1]}"
+        f"{view.call.name}: point {point[0]:g} {point[1]:g} is token {view.query} of "
+        f"{len(view.rows.softmax)}, on a grid of {grid[0]}x{grid[1]}"
     )
     if not view.survivors:
         print(
             "the masked map is empty: "
-            + ("the branch was pruned" if view.deployed else "no pair survives")
+            + (
+                "the branch was pruned"
+                if view.call.mixer.deploy
+                else "no pair survives"
+            )
             + f" (threshold {view.threshold}, weight {view.weight:g}); q and k still "
             "tell what a mask would keep: --threshold 4/N"
         )

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import cv2
-import mmcv
 import numpy as np
-import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.registry import BackendFilter, backend_registry
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 from mmengine.config import Config
-from mmengine.dataset import Compose, pseudo_collate
-from torch import Tensor, nn
+from mmengine.dataset import Compose
+from torch import Tensor
 
 from mmcastling.analysis.attention_maps import (
     AttentionRows,
+    MixerCall,
     attention_rows,
     mask_of,
     record_attention,
@@ -26,10 +28,10 @@ from mmcastling.analysis.attention_maps import (
 from mmcastling.attention import MaskThreshold
 from mmcastling.checkpoint import load_checkpoint
 from mmcastling.registry import type_name
-from mmcastling.run.config import datasets_of
+from mmcastling.run.config import pipeline_without_loading
 from mmcastling.run.errors import ConfigError
-from mmcastling.run.runner import build_model, load_trained
-from mmcastling.show.figures import HeatMap, plot_attention
+from mmcastling.run.load import load_model, preprocess
+from mmcastling.show.figures import save_figure
 
 Point = tuple[float, float]
 
@@ -44,55 +46,28 @@ class AttentionView:
         covered: ``(H, W)`` in pixels of the input that the grid of tokens covers,
             padding included.
         point: Where the query is, ``(x, y)`` in pixels of ``image``.
-        grid: ``(H, W)`` of the tokens.
-        extra_tokens: Tokens before those of the grid.
+        call: The attention, and what it was given.
         query: Index of the query among all tokens.
         rows: Weights of the query on all tokens ``(N,)``, of one head or averaged.
+        heads: Which heads ``rows`` are of, in words.
         survivors: Fraction of pairs of the query, over the heads shown, that survive
             the mask.
         threshold: The mask's threshold.
         weight: The branch's factor.
-        layer: The attention's path in the model.
-        deployed: Whether the checkpoint's branch had been pruned.
         own_threshold: Whether ``threshold`` is the checkpoint's, or else was given.
-        heads: Which heads ``rows`` are of, in words.
     """
 
     image: np.ndarray
     covered: tuple[int, int]
     point: Point
-    grid: tuple[int, int]
-    extra_tokens: int
+    call: MixerCall
     query: int
     rows: AttentionRows
+    heads: str
     survivors: float
     threshold: MaskThreshold
     weight: float
-    layer: str
-    deployed: bool
     own_threshold: bool
-    heads: str
-
-
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read an image in BGR, ``(H, W, 3)``.
-
-    Raises:
-        ConfigError: If it is missing or cannot be decoded.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"image {path} does not exist: check the path")
-    try:
-        image = mmcv.imread(path)
-    except (OSError, cv2.error):
-        image = None
-    if image is None:
-        raise ConfigError(
-            f"image {path} ({path.stat().st_size} bytes) cannot be decoded: give a "
-            "whole PNG or JPEG file"
-        )
-    return image
 
 
 def view_attention(
@@ -114,7 +89,7 @@ def view_attention(
     Args:
         cfg: A config from :func:`mmcastling.run.load_config`.
         source: A training or deployed checkpoint of that config.
-        image: From :func:`read_image`.
+        image: BGR, ``(H, W, 3)``.
         point: ``(x, y)`` in pixels of ``image``, from its upper left corner.
         layer: Which attention of the backbone, by depth. Defaults to -1 (the last).
         head: Which head, or None for their mean. Defaults to None.
@@ -137,14 +112,22 @@ def view_attention(
         )
     given = None if threshold is None else MaskThreshold.parse(threshold)
     checkpoint = load_checkpoint(source)
-    transform, pack = _test_transforms(cfg)
+    steps = pipeline_without_loading(cfg)
+    packing = [step for step in steps if type_name(step["type"]).startswith("Pack")]
+    change = Compose([step for step in steps if step not in packing])
+
+    def transform(image: np.ndarray) -> dict[str, Any]:
+        shape = image.shape[:2]
+        results = change(dict(img=image, img_shape=shape, ori_shape=shape))
+        if results is None:
+            raise ConfigError("the config's test pipeline drops the image")
+        return results
+
     seen = transform(image)
     point = _follow(point, image.shape[:2], transform, seen["img"].shape[:2])
-
-    model = build_model(cfg)
-    load_trained(model, checkpoint, source)
-    model.eval()
-    rgb, inputs = _preprocess(model, pack(seen))
+    model = load_model(cfg, checkpoint, source)
+    packed = Compose(packing)(seen)
+    inputs = preprocess(model, packed)
     call = record_attention(model, inputs, layer)
     covered = (inputs.shape[-2], inputs.shape[-1])
     query = call.token_at(point[0] / covered[1], point[1] / covered[0])
@@ -162,46 +145,18 @@ def view_attention(
     shown = rows.reduce_heads(head)
     masked = rows.masked if head is None else rows.masked[head]
     return AttentionView(
-        image=rgb,
+        image=packed["inputs"].permute(1, 2, 0).flip(2).byte().numpy(),
         covered=covered,
         point=point,
-        grid=call.grid,
-        extra_tokens=call.extra_tokens,
+        call=call,
         query=query,
         rows=shown,
+        heads=f"mean of {len(rows.softmax)} heads" if head is None else f"head {head}",
         survivors=(masked > 0).float().mean().item(),
         threshold=own,
         weight=weight,
-        layer=call.name,
-        deployed=call.mixer.deploy,
         own_threshold=given is None,
-        heads=f"mean of {len(rows.softmax)} heads" if head is None else f"head {head}",
     )
-
-
-def _test_transforms(
-    cfg: Config,
-) -> tuple[Callable[[np.ndarray], dict[str, Any]], Callable[[dict[str, Any]], Any]]:
-    """What the test pipeline does to an image, and how it packs it."""
-    dataset = next(datasets_of(cfg, "test"), None)
-    if dataset is None or not dataset.get("pipeline"):
-        raise ConfigError(
-            f"config {cfg.filename} has no test_dataloader with a pipeline, which says "
-            "how an image reaches the network: start from a config that has"
-        )
-    kinds = [(type_name(step["type"]), step) for step in dataset.pipeline]
-    steps = [step for kind, step in kinds if not kind.startswith(("Load", "Pack"))]
-    packing = [step for kind, step in kinds if kind.startswith("Pack")]
-    change, pack = Compose(steps), Compose(packing)
-
-    def transform(image: np.ndarray) -> dict[str, Any]:
-        shape = image.shape[:2]
-        results = change(dict(img=image, img_shape=shape, ori_shape=shape))
-        if results is None:
-            raise ConfigError("the config's test pipeline drops the image")
-        return results
-
-    return transform, pack
 
 
 def _follow(
@@ -220,22 +175,20 @@ def _follow(
     ramps[..., 0] = np.linspace(0, 255, width).round()
     ramps[..., 1] = np.linspace(0, 255, height).round()[:, None]
     moved = transform(ramps)["img"].astype(np.float64)
-    inside = moved[..., 2] > 250  # padding has another colour
+    y, x = np.nonzero(moved[..., 2] > 250)  # padding has another colour
     result = []
-    for axis, length in ((0, width), (1, height)):
-        target = np.broadcast_to(
-            np.arange(seen[1]) if axis == 0 else np.arange(seen[0])[:, None], seen
-        )
-        source = moved[..., axis] * (length - 1) / 255
-        with np.errstate(all="ignore"):
-            slope, offset = _line(target[inside], source[inside])
-        error = np.abs(slope * target + offset - source)[inside]
-        if not slope or not error.size or not error.mean() < 0.01 * length + 2:
+    for axis, (target, length) in enumerate(((x, width), (y, height))):
+        source = moved[y, x, axis] * (length - 1) / 255
+        slope = offset = 0.0
+        if np.unique(target).size > 1:
+            slope, offset = np.polyfit(target, source, 1)
+        error = np.abs(slope * target + offset - source)
+        if not slope or not error.mean() < 0.01 * length + 2:
             raise ConfigError(
                 "the config's test pipeline moves pixels in a way that cannot be "
                 "followed: leave all but resizing, cropping, padding and flipping out"
             )
-        result.append((point[axis] - offset) / slope)
+        result.append(float((point[axis] - offset) / slope))
     # Rounding may put what lies on the border a fraction of a pixel beyond it.
     clipped = (min(max(result[0], 0), seen[1] - 1), min(max(result[1], 0), seen[0] - 1))
     if max(abs(result[0] - clipped[0]), abs(result[1] - clipped[1])) > 1.5:
@@ -246,62 +199,95 @@ def _follow(
     return clipped
 
 
-def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    if x.size < 2 or np.ptp(x) == 0:
-        return 0.0, 0.0
-    slope, offset = np.polyfit(x, y, 1)
-    return float(slope), float(offset)
-
-
-def _preprocess(model: nn.Module, packed: dict[str, Any]) -> tuple[np.ndarray, Tensor]:
-    """What the network sees: in RGB for people, and as its input ``(1, 3, H, W)``."""
-    rgb = packed["inputs"].permute(1, 2, 0).flip(2).byte().numpy()
-    batch = model.data_preprocessor(pseudo_collate([packed]), False)
-    inputs = batch["inputs"]
-    inputs = torch.stack(list(inputs)) if isinstance(inputs, list) else inputs
-    return rgb, inputs
-
-
 def draw_attention(view: AttentionView, path: str | os.PathLike[str]) -> None:
     """Draw the four maps of a view over its image, as a PNG file.
+
+    Colours span the weights on other tokens; the query's own may lie beyond. Signed
+    maps have white at zero.
 
     Raises:
         CheckpointError: If the file cannot be written.
     """
-    tokens, (_, columns) = len(view.rows.softmax), view.grid
-    own = divmod(view.query - view.extra_tokens, columns)
+    height, width = view.image.shape[:2]
+    aspect = min(max(height / width, 0.4), 2.0)
+    figure = Figure(figsize=(15.0, 3.0 * aspect + 1.25), layout="constrained")
+    rows, columns = view.call.grid
+    figure.suptitle(
+        f"{view.call.name}, {rows}x{columns} tokens, {view.heads}", fontsize=10
+    )
+    # Bars have a row of their own, so that all images are of one size.
+    panels, bars = figure.subplots(2, 5, height_ratios=(3.0 * aspect, 0.1))
+    panels[0].imshow(view.image)
+    panels[0].set_title("image and query")
+    bars[0].set_axis_off()
+    unit = "in units of 1/N, uniform attention"
+    for axes, bar, (title, note, signed) in zip(
+        panels[1:],
+        bars[1:],
+        (
+            ("softmax", unit, False),
+            ("angular", "signed weights, what is deployed", True),
+            ("masked softmax", f"in 1/N; {_about_mask(view)}", False),
+            ("combined", "masked + angular, signed weights", True),
+        ),
+        strict=True,
+    ):
+        weights = getattr(view.rows, title.partition(" ")[0]).cpu()
+        axes.set_title(title)
+        figure.colorbar(
+            _lay_over(axes, view, weights, signed), cax=bar, orientation="horizontal"
+        )
+        weights = weights if signed else weights * len(weights)
+        note += f"\non itself {weights[view.query]:.3g}"
+        if before := view.call.extra_tokens:
+            note += f", on the class token {weights[:before].sum():.3g}"
+        bar.xaxis.set_major_locator(MaxNLocator(4))
+        bar.tick_params(labelsize=7)
+        bar.set_xlabel(note, fontsize=8)
+    for axes in panels:
+        for colour, line in (("white", 3.5), ("limegreen", 1.8)):
+            axes.plot(*view.point, "o", mfc="none", mec=colour, ms=10, mew=line)
+        axes.set_xlim(-0.5, width - 0.5)
+        axes.set_ylim(height - 0.5, -0.5)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    save_figure(figure, path, dpi=110)
+
+
+def _about_mask(view: AttentionView) -> str:
+    tokens = len(view.rows.softmax)
     bar = f"{view.threshold.resolve(tokens) * tokens:.3g}/N"
     if view.survivors:
-        mask = f"{100 * view.survivors:.2g}% of the pairs exceed {bar}"
-    elif view.own_threshold and (view.weight == 0 or view.threshold.rejects_all):
-        mask = "empty: " + ("pruned" if view.deployed else "masks have decayed")
-    else:
-        mask = f"empty: nothing exceeds {bar}"
+        return f"{100 * view.survivors:.2g}% of the pairs exceed {bar}"
+    if view.own_threshold and (view.weight == 0 or view.threshold.rejects_all):
+        pruned = view.call.mixer.deploy
+        return "empty: " + ("pruned" if pruned else "masks have decayed")
+    return f"empty: nothing exceeds {bar}"
 
-    def heat_map(title: str, row: Tensor, note: str, signed: bool) -> HeatMap:
-        row = row.cpu() if signed else row.cpu() * tokens
-        caption = f"{note}\non itself {row[view.query]:.3g}"
-        if view.extra_tokens:
-            caption += f", on the class token {row[: view.extra_tokens].sum():.3g}"
-        on_grid = row[view.extra_tokens :].reshape(view.grid).numpy()
-        return HeatMap(title, caption, on_grid, signed)
 
-    rows, unit = view.rows, "in units of 1/N, uniform attention"
-    maps = [
-        heat_map("softmax", rows.softmax, unit, False),
-        heat_map("angular", rows.angular, "signed weights, what is deployed", True),
-        heat_map("masked softmax", rows.masked, f"in 1/N; {mask}", False),
-        heat_map("combined", rows.combined, "masked + angular, signed weights", True),
-    ]
-    title = f"{view.layer}, {view.grid[0]}x{columns} tokens, {view.heads}"
-    plot_attention(view.image, maps, view.point, view.covered, own, title, path)
+def _lay_over(
+    axes: Axes, view: AttentionView, weights: Tensor, signed: bool
+) -> AxesImage:
+    """Draw weights ``(N,)`` on the grid of tokens over the image in grey."""
+    axes.imshow(view.image.astype(float).mean(axis=2), cmap="gray", vmin=0, vmax=255)
+    scale = 1 if signed else len(weights)
+    on_grid = scale * weights[view.call.extra_tokens :]
+    elsewhere = on_grid.abs()
+    elsewhere[view.query - view.call.extra_tokens] = 0.0
+    limit = float(elsewhere.max()) or 1.0
+    return axes.imshow(
+        on_grid.reshape(view.call.grid).numpy(),
+        cmap="RdBu_r" if signed else "inferno",
+        vmin=-limit if signed else 0.0,
+        vmax=limit,
+        extent=(-0.5, view.covered[1] - 0.5, view.covered[0] - 0.5, -0.5),
+        alpha=0.75,
+        interpolation="nearest",
+    )
 
 
 def click_point(image: np.ndarray) -> Point:
-    """Show an image in a window and wait for a click.
-
-    Args:
-        image: From :func:`read_image`.
+    """Show an image ``(H, W, 3)`` in BGR in a window and wait for a click.
 
     Returns:
         ``(x, y)`` in pixels.
@@ -311,17 +297,15 @@ def click_point(image: np.ndarray) -> Point:
     """
     from matplotlib import pyplot  # picks a toolkit for windows when it is imported
 
-    figure = None
     interactive = backend_registry.list_builtin(BackendFilter.INTERACTIVE)
-    try:
-        if pyplot.get_backend().lower() in {name.lower() for name in interactive}:
+    figure, backend = None, pyplot.get_backend()
+    with contextlib.suppress(ImportError, RuntimeError):  # a toolkit does not start
+        if backend.lower() in {name.lower() for name in interactive}:
             figure = pyplot.figure()
-    except (ImportError, RuntimeError):
-        pass  # the toolkit that was asked for does not start
     if figure is None:
         raise ConfigError(
             f"--click needs a display and a toolkit for windows (tkinter or PyQt), and "
-            f"matplotlib found none (backend {pyplot.get_backend()}): give --point X Y"
+            f"matplotlib found none (backend {backend}): give --point X Y"
         )
     axes = figure.add_subplot()
     axes.imshow(image[..., ::-1])
