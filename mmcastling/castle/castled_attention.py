@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,8 +78,10 @@ class CastledAttention(nn.Module):
         key_dims: Those of queries and keys. Defaults to None (``head_dims``).
         scale: Factor of the logits, which only a softmax depends on. Defaults to None
             (``d ** -0.5``).
-        **layers: The layers to keep, under the names they shall have; ``qkv`` and
-            ``proj`` are those that this class itself uses.
+        keep: Names of layers, parameters and settings to take over from the old
+            attention; those that it does not have become None. Defaults to none.
+        **layers: Further ones, under the names they shall have; ``qkv`` and ``proj``
+            are those that this class itself uses.
     """
 
     def __init__(
@@ -88,7 +91,8 @@ class CastledAttention(nn.Module):
         head_dims: int,
         key_dims: int | None = None,
         scale: float | None = None,
-        **layers: nn.Module | nn.Parameter | None,
+        keep: Sequence[str] = (),
+        **layers: Any,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -97,7 +101,8 @@ class CastledAttention(nn.Module):
         # The mixer divides by sqrt(d) itself.
         factor = 1.0 if scale is None else scale * math.sqrt(self.key_dims)
         self.query_factor = None if math.isclose(factor, 1.0) else factor
-        for name, layer in layers.items():
+        kept = {name: getattr(build.attention, name, None) for name in keep}
+        for name, layer in {**kept, **layers}.items():
             setattr(self, name, layer)
         self.mixer = build(num_heads, head_dims, key_dims)
         self.grid, self.extra_tokens = build.grid, build.extra_tokens

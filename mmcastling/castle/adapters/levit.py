@@ -30,12 +30,7 @@ class CastledAttentionSubsample(CastledLeViTAttention):
 
     All tokens attend and the output is subsampled. The projection of the queries acts
     on each token alone, so it works on the full grid as it is.
-
-    Attributes:
-        stride: Every how many rows and columns of the output remain.
     """
-
-    stride: int
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, kv = self._heads(self.q(x)), self._heads(self.kv(x))
@@ -60,7 +55,7 @@ class CastledAttentionSubsample(CastledLeViTAttention):
 @register_adapter("mmpretrain.models.backbones.levit.Attention")
 def castle_levit_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
     """The attention of a LeViT stage; its attention bias is dropped."""
-    return _castle(CastledLeViTAttention, old, build, qkv=old.qkv)
+    return CastledLeViTAttention(build, *_sizes(old, build), keep=("qkv", "proj"))
 
 
 @register_adapter("mmpretrain.models.backbones.levit.AttentionSubsample")
@@ -68,17 +63,10 @@ def castle_attention_subsample(old: nn.Module, build: MixerBuilder) -> nn.Module
     """The attention between LeViT's stages; its attention bias is dropped."""
     # Named q.1 as before; what subsampled the queries is gone.
     q = nn.Sequential(nn.Identity(), old.q[1])
-    new = _castle(CastledAttentionSubsample, old, build, kv=old.kv, q=q)
-    new.stride = old.stride
-    return new
+    layers = dict(kv=old.kv, q=q, proj=old.proj, stride=old.stride)
+    return CastledAttentionSubsample(build, *_sizes(old, build), **layers)
 
 
-def _castle(
-    kind: type[CastledAttention],
-    old: nn.Module,
-    build: MixerBuilder,
-    **layers: nn.Module,
-) -> nn.Module:
+def _sizes(old: nn.Module, build: MixerBuilder) -> tuple[int, int, int, float]:
     build.grid, build.extra_tokens = None, 0
-    sizes = old.num_heads, old.d, old.key_dim, old.scale
-    return kind(build, *sizes, **layers, proj=old.proj)
+    return old.num_heads, old.d, old.key_dim, old.scale

@@ -17,15 +17,7 @@ from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
 
 
 class CastledMultiScaleAttention(CastledAttention):
-    """mmpretrain's ``MultiScaleAttention``, castled.
-
-    Attributes:
-        stride: Every how many rows and columns of the output remain.
-        residual_pooling: Whether the pooled queries are added to the output.
-    """
-
-    stride: Grid
-    residual_pooling: bool
+    """mmpretrain's ``MultiScaleAttention``, castled."""
 
     def forward(self, x: Tensor, in_size: Grid) -> tuple[Tensor, Grid]:
         """Attend.
@@ -45,7 +37,8 @@ class CastledMultiScaleAttention(CastledAttention):
         y = self.mix(q, k, v, grid)
         if self.residual_pooling:
             y = y + q
-        y = y.unflatten(2, grid)[:, :, :: self.stride[0], :: self.stride[1]]
+        rows, columns = self.pool_q.stride
+        y = y.unflatten(2, grid)[:, :, ::rows, ::columns]
         out_size = (y.shape[2], y.shape[3])
         return self.proj(merge_heads(y.flatten(2, 3))), out_size
 
@@ -66,20 +59,13 @@ def castle_multi_scale_attention(old: nn.Module, build: MixerBuilder) -> nn.Modu
     stride = old.pool_q.stride
     if old.pool_k.stride != stride or stride != (1, 1):
         build.note("keys and values are no longer subsampled, only the output is")
-    new = CastledMultiScaleAttention(
+    return CastledMultiScaleAttention(
         build,
         old.num_heads,
         old.out_dims // old.num_heads,
         scale=old.scale,
-        qkv=old.qkv,
-        pool_q=old.pool_q,
-        norm_q=old.norm_q,
-        pool_k=old.pool_k,
-        norm_k=old.norm_k,
-        pool_v=old.pool_v,
-        norm_v=old.norm_v,
-        proj=old.proj,
+        keep=(
+            *("qkv", "pool_q", "norm_q", "pool_k", "norm_k", "pool_v", "norm_v"),
+            *("proj", "residual_pooling"),
+        ),
     )
-    new.stride = stride
-    new.residual_pooling = old.residual_pooling
-    return new

@@ -29,18 +29,8 @@ def castle_multihead_attention(old: nn.Module, build: MixerBuilder) -> nn.Module
     if isinstance(old.scaled_dot_product_attention, functools.partial):
         raise CannotCastle("it has a qk_scale, which mmpretrain applies as a divisor")
     build.note_dropout(old.attn_drop)
-    new = CastledMultiheadAttention(
-        build,
-        old.num_heads,
-        old.head_dims,
-        qkv=old.qkv,
-        proj=old.proj,
-        proj_drop=old.proj_drop,
-        gamma1=old.gamma1,
-        out_drop=old.out_drop,
-    )
-    new.v_shortcut = old.v_shortcut
-    return new
+    names = ("qkv", "proj", "proj_drop", "gamma1", "out_drop", "v_shortcut")
+    return CastledMultiheadAttention(build, old.num_heads, old.head_dims, keep=names)
 
 
 class CastledBEiTAttention(CastledAttention):
@@ -70,11 +60,7 @@ def castle_beit_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
         old.num_heads,
         old.embed_dims // old.num_heads,
         scale=old.scale,
-        qkv=old.qkv,
-        q_bias=getattr(old, "q_bias", None),
-        v_bias=getattr(old, "v_bias", None),
-        proj=old.proj,
-        proj_drop=old.proj_drop,
+        keep=("qkv", "q_bias", "v_bias", "proj", "proj_drop"),
     )
 
 
@@ -95,7 +81,9 @@ class CastledTimmAttention(CastledAttention):
                 "attention sums over all tokens before it sees a query"
             )
         q, k, v = self.project(x)
-        y = self.norm(merge_heads(self.mix(self.q_norm(q), self.k_norm(k), v)))
+        y = merge_heads(self.mix(self.q_norm(q), self.k_norm(k), v))
+        if self.norm is not None:
+            y = self.norm(y)
         if self.gate is not None:
             y = y * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(y))
@@ -110,13 +98,7 @@ def castle_timm_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
         old.num_heads,
         old.head_dim,
         scale=old.scale,
-        qkv=old.qkv,
-        q_norm=old.q_norm,
-        k_norm=old.k_norm,
-        norm=getattr(old, "norm", nn.Identity()),
-        gate=getattr(old, "gate", None),
-        proj=old.proj,
-        proj_drop=old.proj_drop,
+        keep=("qkv", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop"),
     )
 
 
