@@ -64,9 +64,7 @@ def draw_coco(folder: Path, **splits: int) -> Path:
                 )
             name = f"{image_id:012}.jpg"
             assert cv2.imwrite(str(folder / f"{split}2017" / name), picture)
-            images.append(
-                dict(id=image_id, file_name=name, width=width, height=height)
-            )
+            images.append(dict(id=image_id, file_name=name, width=width, height=height))
         content = dict(
             images=images,
             annotations=annotations,
