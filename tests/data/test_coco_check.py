@@ -68,7 +68,10 @@ def test_files_in_the_layout_of_coco_pass(split, tiny_coco):
 
 
 def test_real_coco_passes(shared_data):
-    check_coco(shared_data / "coco_eval_reference" / "instances_val2014_100.json")
+    path = shared_data / "coco_eval_reference" / "instances_val2014_100.json"
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    check_coco(path)
 
 
 def test_zero_height_box_of_real_coco_train2017_passes(check, data):
