@@ -63,7 +63,7 @@ LICENSE = {
     "name": "BSD 3-Clause License, copyright (c) 2024-2025, HautaniemiLab",
     "url": "https://opensource.org/license/bsd-3-clause",
 }
-CATEGORY = {"id": 1, "name": "nucleus", "supercategory": "cell"}
+CATEGORIES = [{"id": 1, "name": "nucleus", "supercategory": "cell"}]
 
 
 class NucleiSummary(NamedTuple):
@@ -147,7 +147,7 @@ def _write_set(folder: Path, members: dict[str, bytes]) -> None:
     tiles = []
     for split in SPLITS:
         (folder / split).mkdir()
-        tables = dict(info=INFO, licenses=[LICENSE], categories=[CATEGORY])
+        tables = dict(info=INFO, licenses=[LICENSE], categories=CATEGORIES)
         content[split] = dict(tables, images=[], annotations=[])
         for name, (picture, _) in loaded.items():
             tiles += [(split, name, x, y) for x, y in grid(split, picture.height)]

@@ -18,6 +18,12 @@ from mmcastling.data.problems import DatasetError
 MANIFEST = "manifest.json"
 
 
+def write_manifest(folder: Path, stamp: dict[str, Any]) -> None:
+    """Record ``stamp`` and the hash of every file in ``folder``."""
+    text = json.dumps({**stamp, "files": _hashes(folder)}, indent=1) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
 def is_complete(folder: Path, stamp: dict[str, Any], force: bool) -> bool:
     """Say whether ``folder`` already holds the stamped set, or may be written.
 
@@ -86,8 +92,7 @@ def staged_folder(target: Path, stamp: dict[str, Any]) -> Iterator[Path]:
             fresh, old = Path(scratch) / "fresh", Path(scratch) / "old"
             fresh.mkdir()
             yield fresh
-            text = json.dumps({**stamp, "files": _hashes(fresh)}, indent=1) + "\n"
-            (fresh / MANIFEST).write_text(text, encoding="utf-8")
+            write_manifest(fresh, stamp)
             if target.exists():
                 target.rename(old)
             try:

@@ -36,6 +36,5 @@ def raise_if_any(problems: list[str], path: Path, error: type[DatasetError]) -> 
 def some_of(values: Iterable[Any], limit: int = 5) -> str:
     """Name the first few values, and say how many more there are."""
     values = list(values)
-    rest = len(values) - limit
     shown = ", ".join(map(repr, values[:limit])) or "nothing"
-    return f"{shown} and {rest} more" if rest > 0 else shown
+    return shown + (f" and {len(values) - limit} more" if values[limit:] else "")

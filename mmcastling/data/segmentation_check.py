@@ -54,15 +54,15 @@ def check_segmentation(
             above = next(parent for parent in folder.parents if parent.is_dir())
             raise SegmentationFormatError(
                 f"the split's folder of {what} {folder} does not exist; {above} holds "
-                f"{_some_files(above)}. Set data_prefix of the dataset to its folders, "
-                "or complete the data."
+                f"{some_of(sorted(os.listdir(above)), 3)}. Set data_prefix of the "
+                "dataset to its folders, or complete the data."
             )
     names = _names(image_dir, image_suffix) if names is None else list(names)
     if not names:
         raise SegmentationFormatError(
             f"{image_dir} holds no images whose names end in {image_suffix!r}; it "
-            f"holds {_some_files(image_dir)}. Set img_suffix of the dataset, or "
-            "data_prefix.img_path to the folder of this split."
+            f"holds {some_of(sorted(os.listdir(image_dir)), 3)}. Set img_suffix of the "
+            "dataset, or data_prefix.img_path to the folder of this split."
         )
 
     def examine(name: str) -> str | None:
@@ -130,7 +130,3 @@ def _shown_size(path: Path) -> tuple[int, int]:
 def _names(folder: Path, suffix: str) -> list[str]:
     found = (str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     return sorted(name.removesuffix(suffix) for name in found if name.endswith(suffix))
-
-
-def _some_files(folder: Path) -> str:
-    return some_of(sorted(entry.name for entry in folder.iterdir()), 3)
