@@ -15,7 +15,7 @@ setup: $(STAMP)
 
 # opencv-python needs a desktop's libraries (libGL and others), which a server or a
 # container may lack; the headless build of the same version needs none of them.
-$(STAMP): requirements.txt requirements-dev.txt setup.py
+$(STAMP): requirements.txt requirements-demo.txt requirements-dev.txt setup.py
 	@$(PYTHON) -c "import sys; ok = (3, 10) <= sys.version_info < (3, 13); \
 	  ok or sys.exit('error: Python 3.10 to 3.12 is needed, this is ' + sys.version \
 	  + '; choose another with make PYTHON=python3.12')"

@@ -61,8 +61,8 @@ def link_mim(mim):
             link.symlink_to(os.path.relpath(source, link.parent))
 
 
-def requirements():
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
+def requirements(name):
+    lines = (ROOT / name).read_text().splitlines()
     lines = [line.partition("#")[0].strip() for line in lines]
     return [line for line in lines if line]
 
@@ -83,8 +83,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["mmcastling", "mmcastling.*"]),
-    install_requires=requirements(),
+    install_requires=requirements("requirements.txt"),
     extras_require={
+        "demo": requirements("requirements-demo.txt"),
         "coco": ["faster-coco-eval>=1.8,<1.9"],
         "export": [
             "onnx>=1.23,<2",

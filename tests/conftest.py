@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from drawn_data import draw_camvid, draw_coco
 
 import mmcastling  # noqa: F401, before any toolbox, which keep placeholders for ops
 
@@ -180,32 +181,46 @@ def no_data_variable():
         yield
 
 
+def shared_folder() -> Path:
+    """Where real data for development lies, if anywhere."""
+    fallback = ROOT.parent / "shared" / "data"
+    return Path(os.environ.get("MMCASTLING_SHARED_DATA", fallback))
+
+
+def pytest_report_header() -> str:
+    """Say on which pictures the tests run."""
+    folder = shared_folder()
+    for name in ("tiny_coco", "camvid"):
+        if not (folder / name).is_dir():
+            return f"{folder} has no {name}: tests use pictures that they draw"
+    return f"real pictures of COCO and CamVid from {folder}"
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real data for development, which a user's machine does not have."""
-    fallback = ROOT.parent / "shared" / "data"
-    folder = Path(os.environ.get("MMCASTLING_SHARED_DATA", fallback))
+    """Real data, for what a test says about these data themselves."""
+    folder = shared_folder()
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder}: set MMCASTLING_SHARED_DATA")
     return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_coco(shared_data: Path) -> Path:
-    """50 + 50 images of COCO 2017 in COCO's layout, 80 categories."""
-    folder = shared_data / "tiny_coco"
-    if not folder.is_dir():
-        pytest.skip(f"no tiny_coco in {shared_data}")
-    return folder
+def tiny_coco(tmp_path_factory) -> Path:
+    """50 + 50 images of COCO 2017, or 16 + 12 drawn: 80 categories, the same layout."""
+    folder = shared_folder() / "tiny_coco"
+    if folder.is_dir():
+        return folder
+    return draw_coco(tmp_path_factory.mktemp("coco") / "tiny_coco", train=16, val=12)
 
 
 @pytest.fixture(scope="session")
-def camvid(shared_data: Path) -> Path:
-    """123 + 34 road scenes with label maps of 11 classes and void."""
-    folder = shared_data / "camvid"
-    if not folder.is_dir():
-        pytest.skip(f"no camvid in {shared_data}")
-    return folder
+def camvid(tmp_path_factory) -> Path:
+    """123 + 34 road scenes, or 8 + 4 drawn, with label maps of 11 classes and void."""
+    folder = shared_folder() / "camvid"
+    if folder.is_dir():
+        return folder
+    return draw_camvid(tmp_path_factory.mktemp("scenes") / "camvid", train=8, val=4)
 
 
 @pytest.fixture(scope="session")

