@@ -26,13 +26,14 @@ import mmengine
 import mmseg
 import numpy as np
 import torch
+from machine import environment
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS
 from PIL import Image
 from torch import Tensor, nn
 
-from mmcastling.analysis import count_model_macs, environment
+from mmcastling.analysis import count_model_macs
 from mmcastling.checkpoint import (
     load_checkpoint,
     write_json_atomically,

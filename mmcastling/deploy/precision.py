@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.deploy.int8 import (
-    QuantisedLinear,
+    QuantizedLinear,
     has_int8,
-    quantise_linear_layers,
+    quantize_linear_layers,
 )
 from mmcastling.verbs import castling_modules
 
@@ -62,8 +62,8 @@ def set_precision(model: nn.Module, precision: str) -> None:
     float32 weights and statistics, attention normalises and sums over tokens in
     float32, and the sum of residuals stays float32.
 
-    ``'int8'`` quantises the linear layers of the backbone only, see
-    :class:`~mmcastling.deploy.int8.QuantisedLinear`; convolutions and what lies outside
+    ``'int8'`` quantizes the linear layers of the backbone only, see
+    :class:`~mmcastling.deploy.int8.QuantizedLinear`; convolutions and what lies outside
     the backbone stay float32.
 
     Args:
@@ -92,7 +92,7 @@ def set_precision(model: nn.Module, precision: str) -> None:
         )
     backbone = getattr(model, "backbone", model)
     if precision == "int8":
-        quantise_linear_layers(backbone)
+        quantize_linear_layers(backbone)
         return
     dtype = _DTYPES[precision]
     inside = set(backbone.modules())
@@ -108,7 +108,7 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
 def _precisions(model: nn.Module) -> Iterator[str]:
     names = {dtype: name for name, dtype in _DTYPES.items()}
     for module in model.modules():
-        if isinstance(module, QuantisedLinear):
+        if isinstance(module, QuantizedLinear):
             yield "int8"
         elif isinstance(module, _LAYERS):
             yield names.get(module.weight.dtype, "fp32")

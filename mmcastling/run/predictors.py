@@ -98,8 +98,8 @@ def _usage(model: list[str]) -> str:
     if len(model) == 1 and not is_exported(path):
         return f"config {given} needs a checkpoint after it"
     return (
-        f"expected CONFIG CHECKPOINT, or one exported file (.onnx, .xml, .torchscript "
-        f"or .pt2), got {given}"
+        f"expected CONFIG CHECKPOINT, or one exported file (.onnx, .xml or .pt2), got "
+        f"{given}"
     )
 
 

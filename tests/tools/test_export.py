@@ -80,7 +80,7 @@ def operators(path):
     ("format", "ending", "precision"),
     [
         ("openvino", ".xml", "int8"),
-        ("torchscript", ".torchscript", "fp32"),
+        ("exported-program", ".pt2", "fp32"),
         ("exported-program", ".pt2", "bf16"),
     ],
 )
@@ -191,7 +191,13 @@ def test_int8_of_openvino_learns_its_steps_from_training_images(
     run_main, trained, tmp_path, quick, as_openvino, monkeypatch, annotated
 ):
     seen = []
-    monkeypatch.setattr(module, "lower", lambda path, meta, feeds: seen.extend(feeds))
+
+    def keep(path, out, precision, metadata, feeds):
+        seen.extend(feeds)
+        for made in path.parent.glob("x.*"):
+            (out.parent / made.name).write_bytes(made.read_bytes())
+
+    monkeypatch.setattr(module, "lower", keep)
     quick(as_openvino)
     arguments = (trained.config, trained.masks_off, tmp_path / "x.xml")
     options = ["--format", "openvino", "--precision", "int8"]
@@ -243,13 +249,18 @@ def test_masks_that_have_not_decayed_are_refused(run_main, trained, tmp_path):
         (("x.onnx", "--opset", "9"), "opset 9 is not supported"),
         (("x.onnx", "--format", "tensorrt"), "format 'tensorrt' is not known"),
         (
+            ("x.torchscript", "--format", "torchscript"),
+            "format 'torchscript' is gone, since torch deprecates TorchScript: choose "
+            "one of ['onnx', 'openvino', 'exported-program']",
+        ),
+        (
             ("x.pt2", "--format", "exported-program", "--precision", "int8"),
             "precision int8 is for --format onnx or openvino, not for exported-program",
         ),
         (
             ("x.onnx", "--precision", "fp16"),
-            "fp16 is for --format torchscript or exported-program, not for onnx: "
-            "choose that, or one of ['fp32', 'int8']",
+            "fp16 is for --format exported-program, not for onnx: choose that, or one "
+            "of ['fp32', 'int8']",
         ),
         (("x.onnx", "--image", "none.jpg"), "image none.jpg does not exist"),
     ],
@@ -267,7 +278,7 @@ def quick(monkeypatch):
     """Writing a graph takes no time: the file is a copy of one."""
 
     def prepare(write):
-        monkeypatch.setattr(module, "write", write)
+        monkeypatch.setattr(module, "write_graph", write)
 
     return prepare
 
