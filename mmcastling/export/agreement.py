@@ -101,9 +101,8 @@ def compare_detections(
         size: ``(H, W)`` of the image without padding.
         mask_threshold: Pixels of a mask have at least this probability. Defaults to
             0.5.
-        rounded: Whether the file computes in lower precision, so that the question is
-            how far detections are apart rather than whether they are the same. Defaults
-            to False.
+        rounded: Whether the file computes in lower precision, where the question is how
+            far detections are apart, not whether they are the same. Defaults to False.
     """
     limits = (ROUNDED_BOX, 1.0) if rounded else (SAME_BOX, SCORE_TOLERANCE)
     pairs = match(expected, got, *limits)
@@ -137,14 +136,8 @@ def match(
 ) -> list[tuple[int, int]]:
     """Pairs of detections of one class whose boxes and scores are the same.
 
-    Args:
-        expected: ``boxes`` (N, 4), ``scores`` (N,), ``labels`` (N,).
-        got: Likewise (M, ...).
-        same_box: Smallest IoU of a pair.
-        score_tolerance: Largest difference of its scores.
-
-    Returns:
-        Indices into the one and the other, each used once.
+    Boxes have an IoU of ``same_box`` or more, scores differ by no more than
+    ``score_tolerance``. Returned are indices into both, each used once.
     """
     overlap = _ious(expected["boxes"], got["boxes"])
     apart = np.abs(expected["scores"][:, None] - got["scores"][None])

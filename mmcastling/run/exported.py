@@ -96,9 +96,7 @@ class ExportedTestModel(BaseModel):
 def add_prediction(sample: Any, found: Prediction) -> None:
     """Put what an exported file predicted where the toolboxes' own models put it.
 
-    Args:
-        sample: A data sample of any toolbox.
-        found: What the file predicted; features have no place in a sample.
+    Features have no place in a sample.
     """
     if isinstance(found, Detections):
         instances = InstanceData(
@@ -122,9 +120,8 @@ def evaluate_exported(
 ) -> ExportedEvaluation:
     """Evaluate an exported file on the config's test set.
 
-    Images come through the config's own dataset, pipeline and data preprocessor, and
-    the config's evaluator judges, so that the figures are comparable with those of
-    :func:`mmcastling.run.evaluate`.
+    Dataset, pipeline, data preprocessor and evaluator are the config's, so that the
+    figures are comparable with those of :func:`mmcastling.run.evaluate`.
 
     Args:
         cfg: The config that the file was exported with, from
