@@ -27,6 +27,7 @@ import mmengine
 import mmseg
 import numpy as np
 import torch
+from machine import environment
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS
@@ -34,7 +35,7 @@ from PIL import Image
 from segmentation_figure import SegmentationLegend, plot_segmentation
 from torch import Tensor, nn
 
-from mmcastling.analysis import count_model_macs, environment
+from mmcastling.analysis import count_model_macs
 from mmcastling.checkpoint import (
     load_checkpoint,
     write_json_atomically,

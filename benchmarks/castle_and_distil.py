@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import environment
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from mmpretrain.datasets import FashionMNIST
@@ -34,7 +35,6 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from mmcastling.analysis import environment
 from mmcastling.checkpoint import (
     load_checkpoint,
     save_atomically,

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import PeakMemory, environment
 
-from mmcastling.analysis import PeakMemory, environment
 from mmcastling.attention import masked_branch, naive_masked_softmax_attention
 from mmcastling.checkpoint import write_json_atomically, write_text_atomically
 from mmcastling.run import load_config, train

@@ -23,7 +23,7 @@ from mmengine.hub import get_config
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from mmcastling.analysis import ForwardTimer, PartTimer, count_model_macs
+from mmcastling.analysis import PartTimer, count_model_macs
 from mmcastling.verbs import switch_to_deploy
 
 SIZE: Size = (800, 1333)
@@ -104,7 +104,7 @@ def where_time_goes(device: str) -> dict[str, Any]:
     with ExitStack() as timing:
         timers = {
             name: (
-                timing.enter_context(ForwardTimer(model.data_preprocessor)),
+                timing.enter_context(PartTimer(model.data_preprocessor)),
                 timing.enter_context(PartTimer(model)),
             )
             for name, model in models.items()

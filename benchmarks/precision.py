@@ -25,7 +25,7 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize
 
 from mmcastling.analysis import count_model_macs, paired_seconds
 from mmcastling.deploy import PRECISIONS, check_precision, set_precision
-from mmcastling.deploy.int8 import QuantisedLinear
+from mmcastling.deploy.int8 import QuantizedLinear
 from mmcastling.run import Evaluation, ExportedEvaluation, evaluate, load_config
 
 SIZE: Size = (800, 1344)
@@ -72,7 +72,7 @@ def int8_libraries(device: str) -> dict[str, Any]:
     quantize_(torchao, Int8DynamicActivationInt8WeightConfig())
     layers = {
         "fp32": linear,
-        "int8, torch's oneDNN operators": QuantisedLinear(linear),
+        "int8, torch's oneDNN operators": QuantizedLinear(linear),
         "int8, torchao": torchao,
     }
     x = torch.randn(4200, 384)

@@ -112,7 +112,7 @@ PRECISION = """
 ## Lower precision
 
 The ViT-S backbone at 800x1344. `bf16` rounds linear layers and convolutions; `int8`
-quantises linear layers, weights once and inputs as they arrive; norms and the sums of
+quantizes linear layers, weights once and inputs as they arrive; norms and the sums of
 attention stay float32. What bounds both: of float32's time only the products of layers
 shrink, while norms, sums, activations and conversions between formats do not.
 

@@ -38,16 +38,12 @@ from mmcastling.export import (
     check_export_precision,
     export_graph,
     lower,
-    write,
+    reference_outputs,
+    write_graph,
 )
 from mmcastling.run import evaluate, evaluate_exported
 from mmcastling.run.exporting import export
-from mmcastling.run.reference import reference_outputs
-from mmcastling.runtime import (
-    ExportedInferencer,
-    ExportMetadata,
-    load_exported,
-)
+from mmcastling.runtime import ExportedInferencer, ExportedModel, ExportMetadata
 from mmcastling.runtime.preprocess import Prepared
 
 SIZE: Size = (800, 1344)
@@ -130,13 +126,15 @@ def exported(name: str, runtime: str) -> Path:
     path = _folder() / f"{name} {runtime}{FORMATS[kind]}"
     if path.exists():
         return path
+    if precision != "fp32":
+        source = exported(name, "OpenVINO" if kind == "openvino" else "onnxruntime")
+        (picture,) = image((224, 224))
+        text = dataclasses.replace(metadata(name), precision=precision).to_json()
+        lower(source, path, precision, text, [dict(images=picture.numpy())])
+        return path
     torch.manual_seed(0)
     part = "backbone" if name == BACKBONE else "model"
-    write(export_graph(BUILD[name](), part), path, metadata(name), kind)
-    if precision != "fp32":
-        (picture,) = image((224, 224))
-        said = dataclasses.replace(metadata(name), precision=precision)
-        lower(path, said, [dict(images=picture.numpy())])
+    write_graph(export_graph(BUILD[name](), part), path, metadata(name), kind)
     return path
 
 
@@ -146,7 +144,7 @@ def eager(name: str) -> Callable[..., Callable[[], Any]]:
     def make_pass(model: nn.Module, images: Tensor) -> Callable[[], Any]:
         @torch.inference_mode()
         def run() -> Any:
-            return reference_outputs(model, metadata(name), images, SIZE)
+            return reference_outputs(model, metadata(name).kind, images, SIZE)
 
         return run
 
@@ -171,9 +169,7 @@ def session(name: str, runtime: str) -> Callable[..., Callable[[], Any]]:
     def make_pass(model: nn.Module, images: Tensor) -> Callable[[], Any]:
         del model  # the file holds it
         path = exported(name, runtime)
-        inferencer = ExportedInferencer(
-            load_exported(path, threads=torch.get_num_threads())
-        )
+        inferencer = ExportedInferencer(path, threads=torch.get_num_threads())
         prepared = Prepared(images.numpy(), SIZE, SIZE, (1.0, 1.0))
         inferencer.predict_prepared(prepared)  # plans its memory
         return lambda: inferencer.predict_prepared(prepared)
@@ -211,7 +207,7 @@ def rounding(device: str) -> dict[str, Any]:
     scale = float(expected.abs().max())
     found = {}
     for runtime in available():
-        run = load_exported(exported(BACKBONE, runtime))
+        run = ExportedModel(exported(BACKBONE, runtime))
         apart = np.abs(run(picture)["feature_0"] - expected.numpy()).max()
         found[runtime] = float(apart) / scale
     return dict(rounding=found)

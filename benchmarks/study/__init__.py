@@ -11,3 +11,8 @@ python -m benchmarks.study report     # docs/study.md and its plots from what is
 Every run is stored when it ends, with its settings; a command that was stopped goes on
 where it was, and refuses to mix runs of different settings.
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for its scripts' modules

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmcastling.analysis import environment
+from machine import environment
+
 from mmcastling.checkpoint import write_json_atomically
 from mmcastling.run import ConfigError
 

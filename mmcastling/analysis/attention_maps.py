@@ -49,12 +49,7 @@ class MixerCall:
         return self.q.shape[1] - math.prod(self.grid)
 
     def token_at(self, x: float, y: float) -> int:
-        """Index of the token over a place.
-
-        Args:
-            x: Place as a fraction of the width of what the grid covers, in [0, 1).
-            y: The same of the height.
-        """
+        """Index of the token at fractions in [0, 1) of the grid's width and height."""
         height, width = self.grid
         row = min(int(y * height), height - 1)
         return self.extra_tokens + row * width + min(int(x * width), width - 1)
@@ -117,9 +112,8 @@ def attention_rows(
         q: Queries ``(h, N, d)``.
         k: Keys ``(h, N, d)``.
         query: Index of the query among the ``N`` tokens.
-        threshold: Smallest surviving probability, as in ``set_mask``. Defaults to 1,
-            with the branch off.
-        weight: Factor of the branch. Defaults to 1.
+        threshold: As in ``set_mask``. Defaults to 1, with the branch off.
+        weight: As there. Defaults to 1.
         reference_tokens: As in :class:`mmcastling.attention.LinearAngularMixer`.
             Defaults to None.
 

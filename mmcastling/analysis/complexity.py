@@ -9,21 +9,21 @@ which torch cannot see.
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from mmengine.model import BaseModel, is_model_wrapper
-from mmengine.structures import BaseDataElement, InstanceData
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmcastling.analysis.data_sample import DataSample, Instances
 from mmcastling.analysis.flop_formulas import extra_formulas
 
-#: Key in ``by_module`` for what the model computes outside its children.
 SELF = "(self)"
+"""Key in ``by_module`` for what the model computes outside its children."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,11 @@ class ComplexityReport:
     """Cost of one forward pass.
 
     Attributes:
-        macs (int): Multiply-accumulate operations of the whole batch.
-        params (int): Parameters, frozen ones too, shared ones once.
-        input_shape (tuple[int, ...]): Shape of the (first) input tensor.
-        by_module (dict[str, int]): MACs by top-level child, and by ``'(self)'`` what
-            runs outside of them; children that cost nothing are left out. The
-            values add up to ``macs``.
+        macs: Multiply-accumulate operations of the whole batch.
+        params: Parameters, frozen ones too, shared ones once.
+        input_shape: Shape of the (first) input tensor.
+        by_module: MACs by top-level child, and by ``'(self)'`` what runs outside of
+            them; children that cost nothing are left out. They add up to ``macs``.
     """
 
     macs: int
@@ -55,39 +54,27 @@ def count_macs(
     ``training`` and ``requires_grad`` are left as they were found, one by one.
 
     Args:
-        model (nn.Module): Any module.
-        inputs (Tensor | tuple | Callable): One tensor, a tuple of positional
-            arguments, or a function that is given the model and runs what is
-            to be counted.
-        input_shape (tuple[int, ...]): For the report, where ``inputs`` is a function.
-            Defaults to ().
-
-    Returns:
-        ComplexityReport: The counts.
+        model: Any module.
+        inputs: One tensor, a tuple of positional arguments, or a function that is given
+            the model and runs what is to be counted.
+        input_shape: For the report, where ``inputs`` is a function. Defaults to ().
 
     Raises:
         TypeError: If ``inputs`` is none of the three.
     """
-    run: Callable[[nn.Module], Any]
     if isinstance(inputs, Tensor):
         inputs = (inputs,)
     if isinstance(inputs, tuple):
         args = inputs
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        input_shape = tuple(tensors[0].shape) if tensors else ()
-
-        def run(model: nn.Module) -> Any:
-            return model(*args)
-
-    elif callable(inputs):
-        run = inputs
-    else:
+        shapes = [tuple(arg.shape) for arg in args if isinstance(arg, Tensor)]
+        return count_macs(model, lambda model: model(*args), (*shapes, ())[0])
+    if not callable(inputs):
         raise TypeError(
             "inputs must be a tensor, a tuple of arguments or a function of the "
             f"model, got {type(inputs).__name__}."
         )
     with _eval_mode(model):
-        return _report(model, _count(model, run), input_shape)
+        return _report(model, _count(model, inputs), input_shape)
 
 
 def count_model_macs(model: nn.Module, shape: tuple[int, int]) -> ComplexityReport:
@@ -106,43 +93,29 @@ def count_model_macs(model: nn.Module, shape: tuple[int, int]) -> ComplexityRepo
       survive NMS depends on weights and image; the count depends on neither.
 
     Args:
-        model (nn.Module): The model, wrapped (``DistributedDataParallel``) or not.
-        shape (tuple[int, int]): ``(H, W)`` of the image as the network sees it,
-            padding included.
-
-    Returns:
-        ComplexityReport: The counts.
+        model: The model, wrapped (``DistributedDataParallel``) or not.
+        shape: ``(H, W)`` of the image as the network sees it, padding included.
 
     Raises:
         ValueError: If ``shape`` is not two positive integers.
     """
     if len(shape) != 2 or any(int(n) != n or n < 1 for n in shape):
         raise ValueError(f"shape must be (H, W), two positive integers, got {shape}.")
-    while is_model_wrapper(model):
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
     reference = next(model.parameters(), torch.empty(0))
-    # Ones, since zeros meet normalisations at their singular point.
-    image = reference.new_ones((1, 3, *shape), dtype=reference.dtype)
-    if not isinstance(model, BaseModel):
+    # Ones, since zeros meet normalizations at their singular point.
+    image = reference.new_ones((1, 3, *shape))
+    if not hasattr(model, "data_preprocessor"):  # which all models of MMEngine have
         return count_macs(model, image)
-    sample = BaseDataElement(
-        metainfo=dict(
-            img_shape=tuple(shape),
-            ori_shape=tuple(shape),
-            pad_shape=tuple(shape),
-            batch_input_shape=tuple(shape),
-            scale_factor=(1.0, 1.0),
-        )
-    )
     # Sparse R-CNN's mode='tensor' assigns targets: none, here.
-    sample.gt_instances = InstanceData(
-        bboxes=image.new_empty((0, 4)),
-        labels=torch.empty(0, dtype=torch.long, device=image.device),
-    )
+    none = Instances(bboxes=image.new_empty((0, 4)), labels=image.new_empty(0).long())
+    sample = DataSample(tuple(shape), tuple(shape), gt_instances=none)
 
     def run(model: nn.Module) -> Any:
         head = getattr(model, "decode_head", None)
-        if head is not None and "batch_data_samples" in _forward_arguments(head):
+        arguments = inspect.signature(type(head).forward).parameters if head else ()
+        if "batch_data_samples" in arguments:
             # mmseg's mode='tensor' does not know Mask2Former's head.
             return head.forward(model.extract_feat(image), [sample])
         return model(image, [sample], mode="tensor")
@@ -151,12 +124,8 @@ def count_model_macs(model: nn.Module, shape: tuple[int, int]) -> ComplexityRepo
         if _max_proposals(model) is None:
             macs = _count(model, run)
         else:
-            macs = _count_two_stage(model, run, shape)
+            macs = _count_two_stage(model, run, image)
         return _report(model, macs, tuple(image.shape))
-
-
-def _forward_arguments(module: nn.Module) -> Collection[str]:
-    return inspect.signature(type(module).forward).parameters
 
 
 def _report(
@@ -168,9 +137,6 @@ def _report(
         input_shape=input_shape,
         by_module={name: count for name, count in macs.items() if count},
     )
-
-
-# ----------------------------------------------------------------- counting
 
 
 def _count(model: nn.Module, run: Callable[[nn.Module], Any]) -> Counter[str]:
@@ -214,12 +180,11 @@ def _attribute_to_children(
 
         return wrapped
 
-    patches = [
-        (module, "forward", wrap(name, module.forward))
-        for name, child in model.named_children()
-        for module in _called_modules(child)
-    ]
-    with _patched(*patches):
+    with ExitStack() as stack:
+        for name, child in model.named_children():
+            for module in _called_modules(child):
+                wrapped = wrap(name, module.forward)
+                stack.enter_context(patch.object(module, "forward", wrapped))
         yield
 
 
@@ -246,9 +211,6 @@ def _without_mha_fastpath() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-# ------------------------------------------------------- two-stage detectors
-
-
 def _max_proposals(model: nn.Module) -> int | None:
     """Proposals a two-stage detector passes on; None for any other model.
 
@@ -263,7 +225,7 @@ def _max_proposals(model: nn.Module) -> int | None:
 
 
 def _count_two_stage(
-    model: nn.Module, run: Callable[[nn.Module], Any], shape: tuple[int, int]
+    model: nn.Module, run: Callable[[nn.Module], Any], image: Tensor
 ) -> Counter[str]:
     """MACs with a fixed number of proposals and of masks.
 
@@ -272,9 +234,7 @@ def _count_two_stage(
     So masks are counted apart, as what one of them adds, times their number.
     """
     roi_head = model.roi_head
-    has_masks = bool(getattr(roi_head, "with_mask", False))
-    extract_feat = model.extract_feat
-    features: list[Any] = []
+    extract_feat, features = model.extract_feat, []
 
     def extract_once(*args, **kwargs):
         # The later passes are about the heads: no need to run the backbone again.
@@ -282,34 +242,28 @@ def _count_two_stage(
             features.append(extract_feat(*args, **kwargs))
         return features[0]
 
-    def count(num_proposals: int, masks: bool) -> Counter[str]:
-        def predict_by_feat(*args, batch_img_metas, **kwargs) -> list[InstanceData]:
-            boxes = features_like((0, 0, shape[1], shape[0]))
-            proposals = InstanceData(bboxes=boxes.repeat(num_proposals, 1))
-            return [proposals for _ in batch_img_metas]
+    box = image.new_tensor([[0, 0, image.shape[3], image.shape[2]]])
 
-        patches = [
-            (model, "extract_feat", extract_once),
-            (model.rpn_head, "predict_by_feat", predict_by_feat),
-        ]
-        if has_masks and not masks:
-            patches.append((roi_head, "mask_head", None))
-        with _patched(*patches):
+    def count(num_proposals: int, without: dict[str, None]) -> Counter[str]:
+        proposals = Instances(bboxes=box.repeat(num_proposals, 1))
+        with (
+            patch.object(model, "extract_feat", extract_once),
+            patch.object(
+                model.rpn_head, "predict_by_feat", lambda *_, **__: [proposals]
+            ),
+            patch.dict(roi_head._modules, without),
+        ):
             return _count(model, run)
 
-    def features_like(values: tuple[int, ...]) -> Tensor:
-        return next(model.parameters()).new_tensor([values])
-
-    macs = count(_max_proposals(model), masks=False)
-    if has_masks:
-        with_one, without = count(1, masks=True), count(1, masks=False)
-        for name in with_one:
-            one_mask = with_one[name] - without[name]
-            macs[name] += one_mask * roi_head.test_cfg["max_per_img"]
+    if not getattr(roi_head, "with_mask", False):
+        return count(_max_proposals(model), {})
+    no_masks = {"mask_head": None}
+    macs = count(_max_proposals(model), no_masks)
+    with_one, without = count(1, {}), count(1, no_masks)
+    for name in with_one:
+        one_mask = with_one[name] - without[name]
+        macs[name] += one_mask * roi_head.test_cfg["max_per_img"]
     return macs
-
-
-# -------------------------------------------------------- leaving no traces
 
 
 @contextmanager
@@ -332,32 +286,3 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = flag
         for param, flag in requires_grad:
             param.requires_grad_(flag)
-
-
-@contextmanager
-def _patched(*patches: tuple[nn.Module, str, Any]) -> Iterator[None]:
-    """Replace attributes of modules for a while."""
-    missing = object()
-    undo: list[Callable[[], None]] = []
-    try:
-        for module, name, value in patches:
-            if name in module._modules:
-                # Assigning into _modules keeps the order of the children.
-                child = module._modules[name]
-                undo.append(lambda m=module, n=name, c=child: m._modules.update({n: c}))
-                module._modules[name] = value
-                continue
-            old = vars(module).get(name, missing)
-
-            def restore(module=module, name=name, old=old) -> None:
-                if old is missing:
-                    vars(module).pop(name, None)
-                else:
-                    vars(module)[name] = old
-
-            undo.append(restore)
-            vars(module)[name] = value
-        yield
-    finally:
-        for restore in reversed(undo):
-            restore()

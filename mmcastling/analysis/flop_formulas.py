@@ -11,22 +11,19 @@ from torch.utils.flop_counter import conv_flop_count, sdpa_flop_count
 
 
 def extra_formulas() -> dict[Any, Callable[..., int]]:
-    """FLOPs of products that torch's counter takes for free."""
+    """FLOPs of products that torch's counter takes for free, from the shapes."""
     aten = torch.ops.aten
 
-    def matrix_vector(matrix, vector, *args, out_shape=None, **kwargs) -> int:
+    def first_operand(matrix, *args, **kwargs) -> int:
         return 2 * prod(matrix)
 
-    def add_matrix_vector(bias, matrix, vector, *args, out_shape=None, **kwargs) -> int:
+    def add_matrix_vector(bias, matrix, *args, **kwargs) -> int:
         return 2 * prod(matrix)
 
-    def dot(a, b, *args, out_shape=None, **kwargs) -> int:
-        return 2 * prod(a)
-
-    def attention(q, k, v, *args, out_shape=None, **kwargs) -> int:
+    def attention(q, k, v, *args, **kwargs) -> int:
         return sdpa_flop_count(q, k, v)
 
-    def linear(x, weight, *args, out_shape=None, **kwargs) -> int:
+    def linear(x, weight, *args, **kwargs) -> int:
         return 2 * prod(x) * weight[0]
 
     def convolution(x, weight, *args, out_shape=None, **kwargs) -> int:
@@ -36,10 +33,10 @@ def extra_formulas() -> dict[Any, Callable[..., int]]:
         return 2 * prod(out_shape) * prod(weight[1:])
 
     formulas = {
-        aten.mv: matrix_vector,
+        aten.mv: first_operand,
         aten.addmv: add_matrix_vector,
-        aten.dot: dot,
-        aten.vdot: dot,
+        aten.dot: first_operand,
+        aten.vdot: first_operand,
         # Unknown to the counter of torch 2.14.
         aten._scaled_dot_product_flash_attention_for_cpu: attention,
         # As for fused attention, both products count as dense.

@@ -17,7 +17,7 @@ def has_int8() -> bool:
     return torch.backends.mkldnn.is_available()
 
 
-class QuantisedLinear(nn.Module):
+class QuantizedLinear(nn.Module):
     """A linear layer whose weights are 8-bit integers, for inference on a CPU.
 
     Weights have a step per output channel and are rounded once. Inputs have one step
@@ -74,10 +74,10 @@ class QuantisedLinear(nn.Module):
         )
 
 
-def quantise_linear_layers(module: nn.Module) -> None:
-    """Put a :class:`QuantisedLinear` in the place of every linear layer below."""
+def quantize_linear_layers(module: nn.Module) -> None:
+    """Put a :class:`QuantizedLinear` in the place of every linear layer below."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
-            setattr(module, name, QuantisedLinear(child))
+            setattr(module, name, QuantizedLinear(child))
         else:
-            quantise_linear_layers(child)
+            quantize_linear_layers(child)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmcastling.deploy.int8 import (
-    QuantisedLinear,
-    has_int8,
-    quantise_linear_layers,
-)
+from mmcastling.deploy.int8 import QuantizedLinear, has_int8, quantize_linear_layers
 from mmcastling.verbs import castling_modules
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
@@ -62,8 +57,8 @@ def set_precision(model: nn.Module, precision: str) -> None:
     float32 weights and statistics, attention normalises and sums over tokens in
     float32, and the sum of residuals stays float32.
 
-    ``'int8'`` quantises the linear layers of the backbone only, see
-    :class:`~mmcastling.deploy.int8.QuantisedLinear`; convolutions and what lies outside
+    ``'int8'`` quantizes the linear layers of the backbone only, see
+    :class:`~mmcastling.deploy.int8.QuantizedLinear`; convolutions and what lies outside
     the backbone stay float32.
 
     Args:
@@ -85,33 +80,30 @@ def set_precision(model: nn.Module, precision: str) -> None:
             "still has its auxiliary branch: prune it with "
             "mmcastling.switch_to_deploy(model), or leave --no-deploy out"
         )
-    if lowered := set(_precisions(model)) - {"fp32"}:
+    if lowered := _precisions(model) - {"fp32"}:
         raise ValueError(
             f"precision {precision}: the model's layers compute in {min(lowered)} "
             "already; load it in float32 again"
         )
     backbone = getattr(model, "backbone", model)
     if precision == "int8":
-        quantise_linear_layers(backbone)
+        quantize_linear_layers(backbone)
         return
     dtype = _DTYPES[precision]
     inside = set(backbone.modules())
-    for layer in _layers(model):
-        _lower(layer, dtype, cast_back=layer not in inside)
+    for module in model.modules():
+        if isinstance(module, _LAYERS):
+            _lower(module, dtype, cast_back=module not in inside)
     backbone.register_forward_hook(_float32_output)
 
 
-def _layers(model: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in model.modules() if isinstance(module, _LAYERS))
-
-
-def _precisions(model: nn.Module) -> Iterator[str]:
+def _precisions(model: nn.Module) -> set[str]:
     names = {dtype: name for name, dtype in _DTYPES.items()}
-    for module in model.modules():
-        if isinstance(module, QuantisedLinear):
-            yield "int8"
-        elif isinstance(module, _LAYERS):
-            yield names.get(module.weight.dtype, "fp32")
+    layers = [m for m in model.modules() if isinstance(m, _LAYERS)]
+    found = {names.get(layer.weight.dtype, "fp32") for layer in layers}
+    if any(isinstance(m, QuantizedLinear) for m in model.modules()):
+        found.add("int8")
+    return found
 
 
 def _lower(layer: nn.Module, dtype: torch.dtype, cast_back: bool) -> None:
@@ -137,8 +129,6 @@ def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:
     if device.type == "cuda":
         return dtype is torch.float16 or torch.cuda.is_bf16_supported(False)
     if device.type == "cpu":
-        probes = torch.ops.mkldnn
-        if dtype is torch.bfloat16:
-            return bool(probes._is_mkldnn_bf16_supported())
-        return bool(probes._is_mkldnn_fp16_supported())
+        kind = "bf16" if dtype is torch.bfloat16 else "fp16"
+        return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported")())
     return True

@@ -1,28 +1,43 @@
-"""From a deployed model to a file that a stock runtime runs."""
+"""From a model to a file that a stock runtime runs.
 
-from mmcastling.export.boxes import UnsupportedModelError
+For any torch module: :func:`write` the file, run it by :mod:`mmcastling.runtime`,
+:func:`compare` what comes out, :func:`lower` its precision. On top of it, for deployed
+models of the toolboxes: :func:`export_graph` and :func:`describe` what to write by
+:func:`write_graph`, and :func:`reference_outputs` to compare with.
+"""
+
+from mmcastling.export.agreement import Agreement, compare, compare_detections
+from mmcastling.export.description import describe
 from mmcastling.export.formats import (
     DEFAULT_OPSET,
-    FORMAT_PRECISIONS,
     FORMATS,
     OPSETS,
-    check_export_precision,
+    UnsupportedModelError,
     check_format,
-    lower,
     write,
 )
-from mmcastling.export.graphs import export_graph, kind_of
+from mmcastling.export.graphs import export_graph, reference_outputs, write_graph
+from mmcastling.export.lowering import (
+    FORMAT_PRECISIONS,
+    check_export_precision,
+    lower,
+)
 
 __all__ = [
     "DEFAULT_OPSET",
     "FORMATS",
     "FORMAT_PRECISIONS",
     "OPSETS",
+    "Agreement",
     "UnsupportedModelError",
     "check_export_precision",
     "check_format",
+    "compare",
+    "compare_detections",
+    "describe",
     "export_graph",
-    "kind_of",
     "lower",
+    "reference_outputs",
     "write",
+    "write_graph",
 ]

@@ -1,4 +1,4 @@
-"""Whether an exported file says the same as the model that it came from."""
+"""Whether an exported file computes the same as the module that it came from."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmcastling.runtime import ExportMetadata
 from mmcastling.runtime.postprocess import paste_masks
 
+Arrays = dict[str, np.ndarray]
+
 TOLERANCE = 1e-4
-"""Largest difference of features, scores or logits, relative to the largest or 1."""
+"""Largest difference of outputs, relative to the largest or 1."""
 
 SCORE_TOLERANCE = 1e-3
 """Largest difference of the scores of detections that are the same."""
@@ -32,9 +33,8 @@ class Agreement:
     """How far two sets of outputs are apart.
 
     Attributes:
-        size: ``(H, W)`` of the input.
-        difference: Largest difference: of features, logits or scores; of detections
-            that are the same, of their scores.
+        difference: Largest difference; of detections that are the same, of their
+            scores.
         limit: What it may be.
         found: Detections of torch, None for what is no detector.
         matched: Of them and the file's, how many have a partner.
@@ -43,7 +43,6 @@ class Agreement:
         mask_iou: And of their masks.
     """
 
-    size: tuple[int, int]
     difference: float
     limit: float
     found: int | None = None
@@ -54,7 +53,7 @@ class Agreement:
 
     @property
     def holds(self) -> bool:
-        """Whether they say the same."""
+        """Whether they are the same up to rounding."""
         if not self.difference <= self.limit:  # also where NaN
             return False
         if self.mask_iou is not None and self.mask_iou < SAME_BOX:
@@ -63,102 +62,82 @@ class Agreement:
         return self.unmatched <= max(MOST_UNMATCHED * total, 1 if total > 20 else 0)
 
     def __str__(self) -> str:
-        height, width = self.size
-        text = f"{height}x{width}: "
         if self.found is None:
-            return text + f"largest difference {self.difference:.2g}"
-        text += f"{self.found} detections, {self.unmatched} of both unmatched"
-        text += f", scores differ by up to {self.difference:.2g}"
+            return f"largest difference {self.difference:.2g}"
+        text = (
+            f"{self.found} detections, {self.unmatched} of both unmatched, scores "
+            f"differ by up to {self.difference:.2g}"
+        )
         for what, iou in (("boxes", self.box_iou), ("masks", self.mask_iou)):
             if iou is not None:
                 text += f", {what} have IoU {iou:.4f}"
         return text
 
 
-def compare(
-    expected: dict[str, np.ndarray],
-    got: dict[str, np.ndarray],
-    metadata: ExportMetadata,
-    size: tuple[int, int],
-    rounded: bool = False,
-) -> Agreement:
-    """Compare a file's outputs with torch's.
-
-    Args:
-        expected: Torch's, by name; of a detector ``masks`` are bool ``(N, H, W)``.
-        got: The file's raw outputs.
-        metadata: What the file says.
-        size: ``(H, W)`` of the image without padding.
-        rounded: Whether the file computes in lower precision, so that the question is
-            how far detections are apart rather than whether they are the same. Defaults
-            to False.
-    """
-    if metadata.kind == "detector":
-        return _compare_detections(expected, got, metadata, size, rounded)
+def compare(expected: Arrays, got: Arrays) -> Agreement:
+    """Compare a file's outputs with those of its module, by name."""
     difference, largest = 0.0, 1.0
     for name, value in expected.items():
         if value.shape != got[name].shape:
-            return Agreement(size, float("inf"), TOLERANCE)
+            return Agreement(float("inf"), TOLERANCE)
         apart = np.abs(value.astype(np.float64) - got[name])
         difference = np.maximum(difference, apart.max(initial=0.0))  # passes NaN on
         largest = max(largest, float(np.abs(value).max(initial=0.0)))
-    return Agreement(size, float(difference), TOLERANCE * largest)
+    return Agreement(float(difference), TOLERANCE * largest)
 
 
-def _compare_detections(
-    expected: dict[str, np.ndarray],
-    got: dict[str, np.ndarray],
-    metadata: ExportMetadata,
+def compare_detections(
+    expected: Arrays,
+    got: Arrays,
     size: tuple[int, int],
-    rounded: bool,
+    mask_threshold: float = 0.5,
+    rounded: bool = False,
 ) -> Agreement:
-    limits = dict(same_box=ROUNDED_BOX, score_tolerance=1.0) if rounded else {}
-    pairs = match(expected, got, **limits)
-    counts = len(expected["scores"]), len(got["scores"])
-    unmatched = sum(counts) - 2 * len(pairs)
-    first, second = (np.array([p[i] for p in pairs], dtype=int) for i in (0, 1))
+    """Compare detections, which may come in another order, by their boxes.
+
+    Args:
+        expected: Torch's, by name; ``masks`` are bool ``(N, H, W)``.
+        got: The file's raw outputs.
+        size: ``(H, W)`` of the image without padding.
+        mask_threshold: Pixels of a mask have at least this probability. Defaults to
+            0.5.
+        rounded: Whether the file computes in lower precision, where the question is how
+            far detections are apart, not whether they are the same. Defaults to False.
+    """
+    limits = (ROUNDED_BOX, 1.0) if rounded else (SAME_BOX, SCORE_TOLERANCE)
+    pairs = match(expected, got, *limits)
+    first, second = np.array(pairs, dtype=int).reshape(-1, 2).T
     apart = np.abs(expected["scores"][first] - got["scores"][second])
     box_iou = mask_iou = None
-    if len(pairs):
+    if pairs:
         overlap = _ious(expected["boxes"], got["boxes"])
         box_iou = float(overlap[first, second].mean())
-    if "masks" in expected and len(pairs):
+    if pairs and "masks" in expected:
         ours = paste_masks(
-            got["masks"][second], got["boxes"][second], size, metadata.mask_threshold
+            got["masks"][second], got["boxes"][second], size, mask_threshold
         )
         theirs = expected["masks"][first]
         both = (ours & theirs).sum(axis=(1, 2))
         either = (ours | theirs).sum(axis=(1, 2))
         mask_iou = float(np.where(either > 0, both / np.maximum(either, 1), 1.0).mean())
     return Agreement(
-        size,
         float(apart.max(initial=0.0)),
         SCORE_TOLERANCE,
-        counts[0],
-        2 * len(pairs),
-        unmatched,
-        box_iou,
-        mask_iou,
+        found=len(expected["scores"]),
+        matched=2 * len(pairs),
+        unmatched=len(expected["scores"]) + len(got["scores"]) - 2 * len(pairs),
+        box_iou=box_iou,
+        mask_iou=mask_iou,
     )
 
 
 def match(
-    expected: dict[str, np.ndarray],
-    got: dict[str, np.ndarray],
-    same_box: float = SAME_BOX,
-    score_tolerance: float = SCORE_TOLERANCE,
+    expected: Arrays, got: Arrays, same_box: float, score_tolerance: float
 ) -> list[tuple[int, int]]:
     """Pairs of detections of one class whose boxes and scores are the same.
 
-    Args:
-        expected: ``boxes`` (N, 4), ``scores`` (N,), ``labels`` (N,).
-        got: Likewise (M, ...).
-        same_box: Smallest IoU of a pair. Defaults to :data:`SAME_BOX`.
-        score_tolerance: Largest difference of its scores. Defaults to
-            :data:`SCORE_TOLERANCE`.
-
-    Returns:
-        Indices into the one and the other, each used once.
+    Boxes have an IoU of ``same_box`` or more, scores differ by no more than
+    ``score_tolerance``. Returned are indices into both, each used once.
     """
     overlap = _ious(expected["boxes"], got["boxes"])
     apart = np.abs(expected["scores"][:, None] - got["scores"][None])

@@ -2,7 +2,7 @@
 
 mmdet's own code branches in Python on how many boxes there are. What stands here does
 the same arithmetic in the same order without asking, so that a graph traced at one
-image serves all.
+image serves all. Boxes are ``(N, 4)`` as x1, y1, x2, y2.
 """
 
 from __future__ import annotations
@@ -14,21 +14,19 @@ import torch
 import torchvision  # noqa: F401, whose ops are used by name
 from torch import Tensor
 
+from mmcastling.export.formats import UnsupportedModelError
+
 # Their kernels are torchvision's; exporters know them by these names.
 _nms = torch.ops.torchvision.nms
 _roi_align = torch.ops.torchvision.roi_align
 
 
-class UnsupportedModelError(ValueError):
-    """A model, or a setting of it, that has no exportable form here."""
-
-
-def where(mask: Tensor) -> Tensor:
+def nonzero_indices(mask: Tensor) -> Tensor:
     """Indices of the true entries ``(N,)``, int64 ``(M,)``."""
     return torch.nonzero(mask).squeeze(1)
 
 
-def first(x: Tensor, most: int) -> Tensor:
+def first_rows(x: Tensor, most: int) -> Tensor:
     """The first ``most`` rows, or all where there are fewer.
 
     A plain slice would decide at export which of the two it is, for all images.
@@ -39,19 +37,14 @@ def first(x: Tensor, most: int) -> Tensor:
 
 
 def decode(coder: Any, priors: Tensor, deltas: Tensor, image_size: Tensor) -> Tensor:
-    """What ``coder.decode`` makes of a head's output.
+    """What ``coder.decode`` makes of a head's output ``(N, 4)``.
 
-    Args:
-        coder: mmdet's ``DeltaXYWHBBoxCoder`` or ``DistancePointBBoxCoder``.
-        priors: Boxes ``(N, 4)``, or points ``(N, 2)``.
-        deltas: ``(N, 4)``.
-        image_size: ``(H, W)``, to which boxes are clipped.
-
-    Returns:
-        ``(N, 4)`` as x1, y1, x2, y2.
+    ``priors`` are boxes or points ``(N, 2)``; boxes are clipped to ``image_size``,
+    ``(H, W)``.
 
     Raises:
-        UnsupportedModelError: If the coder is another one.
+        UnsupportedModelError: If the coder is neither mmdet's ``DeltaXYWHBBoxCoder``
+            nor its ``DistancePointBBoxCoder``.
     """
     name = type(coder).__name__
     if name == "DistancePointBBoxCoder":
@@ -79,8 +72,10 @@ def decode(coder: Any, priors: Tensor, deltas: Tensor, image_size: Tensor) -> Te
     return torch.minimum(boxes.clamp(min=0), border)
 
 
-def suppress(boxes: Tensor, scores: Tensor, groups: Tensor, options: Any) -> Tensor:
-    """Indices of the boxes that survive suppression in their group, best first.
+def suppress(
+    boxes: Tensor, scores: Tensor, groups: Tensor, options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes, scores and groups that survive suppression in their group, best first.
 
     As mmcv's ``batched_nms``: groups are moved apart, so that one call serves all.
 
@@ -88,13 +83,16 @@ def suppress(boxes: Tensor, scores: Tensor, groups: Tensor, options: Any) -> Ten
         boxes: ``(N, 4)``.
         scores: ``(N,)``.
         groups: int64 ``(N,)``: classes or levels.
-        options: The config's ``nms``: ``iou_threshold``, ``class_agnostic``.
+        options: The config's ``test_cfg`` with ``nms`` and ``max_per_img``.
     """
-    if not options.get("class_agnostic", False):
+    apart = boxes
+    if not options.nms.get("class_agnostic", False):
         # With a zero, since the largest of no numbers is none.
         far = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max() + 1
-        boxes = boxes + groups.to(boxes.dtype)[:, None] * far
-    return _nms(boxes, scores, float(options.get("iou_threshold", 0.5)))
+        apart = boxes + groups.to(boxes.dtype)[:, None] * far
+    kept = _nms(apart, scores, float(options.nms.get("iou_threshold", 0.5)))
+    kept = first_rows(kept, options.max_per_img)
+    return boxes[kept], scores[kept], groups[kept]
 
 
 def check_nms(options: Any) -> None:
@@ -116,13 +114,7 @@ def check_nms(options: Any) -> None:
 def crop_rois(extractor: Any, maps: Any, rois: Tensor) -> Tensor:
     """What mmdet's ``SingleRoIExtractor`` gives for the boxes of one image.
 
-    Args:
-        extractor: The extractor.
-        maps: Feature maps ``(1, C, h, w)``, one per level of the extractor.
-        rois: ``(K, 4)``.
-
-    Returns:
-        ``(K, C, height, width)``.
+    From its levels ``(1, C, h, w)`` and ``(K, 4)`` boxes to ``(K, C, height, width)``.
     """
     layers = extractor.roi_layers
     indexed = torch.cat([rois.new_zeros(rois.shape[0], 1), rois], dim=1)
@@ -134,22 +126,15 @@ def crop_rois(extractor: Any, maps: Any, rois: Tensor) -> Tensor:
     height, width = layers[0].output_size
     out = rois.new_zeros(rois.shape[0], maps[0].shape[1], height, width)
     for level, (layer, features) in enumerate(zip(layers, maps, strict=True)):
-        index = where(levels == level)
+        index = nonzero_indices(levels == level)
         out = out.index_put((index,), _crop(layer, features, indexed[index]))
     return out
 
 
 def _crop(layer: Any, features: Tensor, rois: Tensor) -> Tensor:
     height, width = layer.output_size
-    return _roi_align(
-        features,
-        rois,
-        layer.spatial_scale,
-        height,
-        width,
-        layer.sampling_ratio,
-        layer.aligned,
-    )
+    scale, ratio = layer.spatial_scale, layer.sampling_ratio
+    return _roi_align(features, rois, scale, height, width, ratio, layer.aligned)
 
 
 def check_extractor(extractor: Any) -> None:

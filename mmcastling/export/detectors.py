@@ -9,44 +9,32 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.export.boxes import (
-    UnsupportedModelError,
     check_extractor,
     check_nms,
     crop_rois,
     decode,
-    first,
+    first_rows,
+    nonzero_indices,
     suppress,
-    where,
 )
+from mmcastling.export.formats import UnsupportedModelError
 
 
 class DetectorGraph(nn.Module):
     """A detector of one image, in pixels of the network's input.
 
-    Args:
-        detector: The model in evaluation mode.
-
-    Attributes:
-        outputs: Names of the outputs.
+    ``forward`` takes the image ``(1, 3, H, W)`` and, int64 ``(2,)``, height and width
+    of the image inside its padding. It returns boxes ``(N, 4)``, scores ``(N,)``,
+    labels int64 ``(N,)``, and masks of probabilities ``(N, h, w)`` where the detector
+    has them.
     """
+
+    kind = "detector"
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
         self.detector = detector
         self.outputs: tuple[str, ...] = ("boxes", "scores", "labels")
-
-    def forward(self, images: Tensor, image_size: Tensor) -> tuple[Tensor, ...]:
-        """Detect.
-
-        Args:
-            images: ``(1, 3, H, W)``.
-            image_size: int64 ``(2,)``: height and width of the image inside padding.
-
-        Returns:
-            Boxes ``(N, 4)``, scores ``(N,)``, labels int64 ``(N,)``, and masks of
-            probabilities ``(N, h, w)`` where the detector has them.
-        """
-        raise NotImplementedError
 
 
 class OneStageGraph(DetectorGraph):
@@ -76,15 +64,7 @@ class OneStageGraph(DetectorGraph):
                 scores, options.get("score_thr", 0), options.get("nms_pre", -1)
             )
             kept.append((deltas[index], priors[index], best, labels))
-        deltas, priors, scores, labels = (
-            torch.cat(parts) for parts in zip(*kept, strict=True)
-        )
-        boxes = decode(head.bbox_coder, priors, deltas, image_size)
-        if (smallest := options.get("min_bbox_size", -1)) >= 0:
-            index = where(_is_larger(boxes, smallest))
-            boxes, scores, labels = boxes[index], scores[index], labels[index]
-        index = first(suppress(boxes, scores, labels, options.nms), options.max_per_img)
-        return boxes[index], scores[index], labels[index]
+        return _decode_and_suppress(head, kept, image_size)
 
 
 class TwoStageGraph(DetectorGraph):
@@ -130,18 +110,10 @@ class TwoStageGraph(DetectorGraph):
         for level, (scores, deltas, priors) in enumerate(_levels(head, *head(maps))):
             ranked, index = scores[:, 0].sort(descending=True)
             if (most := options.get("nms_pre", -1)) > 0:
-                ranked, index = first(ranked, most), first(index, most)
+                ranked, index = first_rows(ranked, most), first_rows(index, most)
             levels = torch.full_like(index, level)
             kept.append((deltas[index], priors[index], ranked, levels))
-        deltas, priors, scores, levels = (
-            torch.cat(parts) for parts in zip(*kept, strict=True)
-        )
-        boxes = decode(head.bbox_coder, priors, deltas, image_size)
-        if (smallest := options.get("min_bbox_size", -1)) >= 0:
-            index = where(_is_larger(boxes, smallest))
-            boxes, scores, levels = boxes[index], scores[index], levels[index]
-        index = suppress(boxes, scores, levels, options.nms)
-        return boxes[first(index, options.max_per_img)]
+        return _decode_and_suppress(head, kept, image_size)[0]
 
     def _classify(
         self, maps: Sequence[Tensor], rois: Tensor, image_size: Tensor
@@ -149,26 +121,18 @@ class TwoStageGraph(DetectorGraph):
         roi_head = self.detector.roi_head
         head, options = roi_head.bbox_head, roi_head.test_cfg
         extractor = roi_head.bbox_roi_extractor
-        # One more, so that no runtime meets a batch of none.
-        padded = _with_one_more(rois)
-        logits, deltas = head(
-            crop_rois(extractor, maps[: extractor.num_inputs], padded)
-        )
+        logits, deltas = head(_crop_one_more(extractor, maps, rois))
         scores = logits[:-1].softmax(dim=1)[:, :-1]  # the last class is background
         best, index, labels = _above(scores, options.score_thr, -1)
         deltas = deltas[:-1].reshape(rois.shape[0], -1, 4)  # (K, classes or 1, 4)
         column = torch.zeros_like(labels) if head.reg_class_agnostic else labels
         boxes = decode(head.bbox_coder, rois[index], deltas[index, column], image_size)
-        kept = suppress(boxes, best, labels, options.nms)
-        kept = first(kept, options.max_per_img)
-        return boxes[kept], best[kept], labels[kept]
+        return suppress(boxes, best, labels, options)
 
     def _masks(self, maps: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
         roi_head = self.detector.roi_head
-        extractor, head = roi_head.mask_roi_extractor, roi_head.mask_head
-        cropped = crop_rois(
-            extractor, maps[: extractor.num_inputs], _with_one_more(boxes)
-        )
+        head = roi_head.mask_head
+        cropped = _crop_one_more(roi_head.mask_roi_extractor, maps, boxes)
         logits = head(cropped)[:-1]  # (N, classes or 1, h, w)
         column = torch.zeros_like(labels) if head.class_agnostic else labels
         return logits[torch.arange(labels.shape[0]), column].sigmoid()
@@ -234,19 +198,32 @@ def _above(
     At most ``most`` of them, the best, where that is positive.
     """
     flat = scores.reshape(-1)
-    index = where(flat > threshold)
+    index = nonzero_indices(flat > threshold)
     best = flat[index]
     if most > 0:
         best, order = best.sort(descending=True)
-        best, index = first(best, most), index[first(order, most)]
+        best, index = first_rows(best, most), index[first_rows(order, most)]
     classes = scores.shape[1]
     return best, index // classes, index % classes
 
 
-def _is_larger(boxes: Tensor, size: float) -> Tensor:
-    sides = boxes[:, 2:] - boxes[:, :2]
-    return (sides[:, 0] > size) & (sides[:, 1] > size)
+def _decode_and_suppress(
+    head: Any, kept: list[tuple[Tensor, ...]], image_size: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes, scores and groups of what survives.
+
+    ``kept`` has deltas, priors, scores and groups (labels or levels) by level.
+    """
+    deltas, priors, scores, groups = map(torch.cat, zip(*kept, strict=True))
+    boxes = decode(head.bbox_coder, priors, deltas, image_size)
+    if (smallest := head.test_cfg.get("min_bbox_size", -1)) >= 0:
+        sides = boxes[:, 2:] - boxes[:, :2]
+        index = nonzero_indices((sides > smallest).all(dim=1))
+        boxes, scores, groups = boxes[index], scores[index], groups[index]
+    return suppress(boxes, scores, groups, head.test_cfg)
 
 
-def _with_one_more(boxes: Tensor) -> Tensor:
-    return torch.cat([boxes, boxes.new_tensor([[0.0, 0.0, 1.0, 1.0]])])
+def _crop_one_more(extractor: Any, maps: Sequence[Tensor], boxes: Tensor) -> Tensor:
+    """Crops of the boxes and of one more, so that no runtime meets a batch of none."""
+    boxes = torch.cat([boxes, boxes.new_tensor([[0.0, 0.0, 1.0, 1.0]])])
+    return crop_rois(extractor, maps[: extractor.num_inputs], boxes)

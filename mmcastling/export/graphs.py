@@ -1,34 +1,47 @@
-"""Backbones, classifiers and segmentors as functions of one batch of images."""
+"""Models of the toolboxes as functions of a batch of images, and as files."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import Dim
 
+from mmcastling.analysis.data_sample import DataSample
 from mmcastling.deploy.verify import tensors_in
-from mmcastling.export.boxes import UnsupportedModelError
 from mmcastling.export.detectors import detector_graph
+from mmcastling.export.formats import DEFAULT_OPSET, UnsupportedModelError, write
+from mmcastling.runtime import ExportMetadata
 
 
 class BackboneGraph(nn.Module):
-    """The feature maps of a backbone, ``feature_0`` and so on."""
+    """The feature maps of a backbone from ``(B, 3, H, W)``."""
+
+    kind = "backbone"
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        with torch.no_grad():
+            features = self(torch.zeros(1, 3, 64, 96))
+        return tuple(f"feature_{index}" for index, _ in enumerate(features))
+
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """From ``(B, 3, H, W)``."""
         return tuple(tensors_in(self.backbone(images)))
 
 
 class ClassifierGraph(nn.Module):
-    """The scores of a classifier ``(B, classes)``."""
+    """The scores of a classifier ``(B, classes)`` from ``(B, 3, H, W)``."""
 
+    kind = "classifier"
     outputs = ("scores",)
 
     def __init__(self, classifier: nn.Module) -> None:
@@ -40,7 +53,7 @@ class ClassifierGraph(nn.Module):
             )
         self.classifier = classifier
         name = type(classifier.head).__name__
-        self.several = name.startswith(("MultiLabel", "CSRA"))
+        self.multi_label = name.startswith(("MultiLabel", "CSRA"))
         if name.startswith("MultiTask"):
             raise UnsupportedModelError(
                 f"the scores of {name} cannot be exported: export the backbone alone "
@@ -48,16 +61,14 @@ class ClassifierGraph(nn.Module):
             )
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
-        """From ``(B, 3, H, W)``."""
         logits = self.classifier.head(self.classifier.extract_feat(images))
-        if self.several:
-            return (logits.sigmoid(),)
-        return (logits.softmax(dim=1),)
+        return (logits.sigmoid() if self.multi_label else logits.softmax(dim=1),)
 
 
 class SegmentorGraph(nn.Module):
-    """The logits of a segmentor ``(B, classes, H, W)``, as large as the images."""
+    """The logits of a segmentor ``(B, classes, H, W)`` from ``(B, 3, H, W)``."""
 
+    kind = "segmentor"
     outputs = ("logits",)
 
     def __init__(self, segmentor: nn.Module) -> None:
@@ -73,7 +84,6 @@ class SegmentorGraph(nn.Module):
         self.segmentor = segmentor
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
-        """From ``(B, 3, H, W)``."""
         head = self.segmentor.decode_head
         logits = head(self.segmentor.extract_feat(images))
         logits = F.interpolate(
@@ -116,24 +126,6 @@ def _bins(x: Tensor, axis: int, count: int) -> Tensor:
     return weights / weights.sum(dim=1, keepdim=True)
 
 
-def kind_of(model: nn.Module) -> str:
-    """``'detector'``, ``'segmentor'`` or ``'classifier'``.
-
-    Raises:
-        UnsupportedModelError: If the model is none of these.
-    """
-    if hasattr(model, "bbox_head") or hasattr(model, "roi_head"):
-        return "detector"
-    if hasattr(model, "decode_head"):
-        return "segmentor"
-    if hasattr(model, "head") and hasattr(model, "extract_feat"):
-        return "classifier"
-    raise UnsupportedModelError(
-        f"{type(model).__name__} is no detector, segmentor or classifier: export its "
-        "backbone with --part backbone"
-    )
-
-
 def export_graph(model: nn.Module, part: str = "model") -> nn.Module:
     """A copy of a deployed model, in the form that is exported.
 
@@ -141,19 +133,32 @@ def export_graph(model: nn.Module, part: str = "model") -> nn.Module:
         model: A detector, segmentor or classifier, in evaluation mode.
         part: ``'model'`` or ``'backbone'``.
 
+    Returns:
+        A module with its ``kind`` and the names of its ``outputs``, see
+        :class:`mmcastling.runtime.ExportMetadata`.
+
     Raises:
         UnsupportedModelError: If it has no exportable form.
     """
+    make: Any
     if part == "backbone":
-        if not isinstance(getattr(model, "backbone", None), nn.Module):
+        make, model_name = BackboneGraph, type(model).__name__
+        model = getattr(model, "backbone", None)
+        if not isinstance(model, nn.Module):
             raise UnsupportedModelError(
-                f"{type(model).__name__} has no backbone: export it with --part model"
+                f"{model_name} has no backbone: export it with --part model"
             )
-        model = model.backbone
-    kinds: dict[str, Any] = dict(
-        detector=detector_graph, segmentor=SegmentorGraph, classifier=ClassifierGraph
-    )
-    make = BackboneGraph if part == "backbone" else kinds[kind_of(model)]
+    elif hasattr(model, "bbox_head") or hasattr(model, "roi_head"):
+        make = detector_graph
+    elif hasattr(model, "decode_head"):
+        make = SegmentorGraph
+    elif hasattr(model, "head") and hasattr(model, "extract_feat"):
+        make = ClassifierGraph
+    else:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no detector, segmentor or classifier: export "
+            "its backbone with --part backbone"
+        )
     graph = make(copy.deepcopy(model)).requires_grad_(False)
     _replace_pools(graph)
     return graph.train(False)
@@ -168,3 +173,88 @@ def _replace_pools(module: nn.Module) -> None:
             setattr(module, name, AnySizeAdaptivePool(child.output_size))
         else:
             _replace_pools(child)
+
+
+def write_graph(
+    graph: nn.Module,
+    path: Path,
+    metadata: ExportMetadata,
+    format: str,
+    opset: int = DEFAULT_OPSET,
+) -> None:
+    """Write a graph of images of any height and width, with its metadata.
+
+    Args:
+        graph: From :func:`export_graph`.
+        path: As in :func:`mmcastling.export.write`, as what follows.
+        metadata: What the file says about its model.
+        format: One of :data:`mmcastling.export.FORMATS`.
+        opset: Of ONNX. Defaults to 18.
+
+    Raises:
+        UnsupportedModelError, OSError: As :func:`mmcastling.export.write`.
+    """
+    # Traced at no usual size, so that nothing of it is kept.
+    unit = metadata.size_divisor
+    height = -(-max(160, metadata.min_size) // unit) * unit
+    width = height + max(unit, 64 // unit * unit)
+    batch = 2 if metadata.dynamic_batch else 1
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, height, width, generator=generator)
+    free: dict[int, Any] = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    if unit > 1:
+        free = {2: unit * Dim("rows"), 3: unit * Dim("columns")}
+    if metadata.dynamic_batch:
+        free[0] = Dim.DYNAMIC
+    example = {"images": (images, free)}
+    if metadata.kind == "detector":
+        example["image_size"] = (torch.tensor([height, width]), {})
+    tensors, shapes = zip(*example.values(), strict=True)
+    write(
+        graph,
+        path,
+        tensors,
+        format=format,
+        inputs=list(example),
+        outputs=list(metadata.outputs),
+        dynamic_shapes=shapes,
+        metadata=metadata.to_json(),
+        opset=opset,
+    )
+
+
+@torch.inference_mode()
+def reference_outputs(
+    model: nn.Module, kind: str, images: Tensor, size: tuple[int, int]
+) -> dict[str, np.ndarray]:
+    """The toolbox's own prediction, by the names of an exported file's outputs.
+
+    Args:
+        model: The deployed model in evaluation mode.
+        kind: ``kind`` of what :func:`export_graph` makes of it.
+        images: One preprocessed image ``(1, 3, H, W)``.
+        size: ``(H, W)`` of the image without padding.
+
+    Returns:
+        Arrays by name; a detector's ``masks`` are bool ``(N, *size)``.
+    """
+    padded = tuple(images.shape[2:])
+    found: dict[str, Tensor]
+    if kind == "backbone":
+        features = tensors_in(model.backbone(images))
+        found = {f"feature_{index}": value for index, value in enumerate(features)}
+    elif kind == "classifier":
+        (sample,) = model.predict(images)
+        found = {"scores": sample.pred_score[None]}
+    elif kind == "segmentor":
+        meta = DataSample(padded, padded).metainfo
+        found = {"logits": model.encode_decode(images, [meta])}
+    else:
+        sample = DataSample(size, padded)
+        (sample,) = model.predict(images, [sample], rescale=True)
+        names = dict(bboxes="boxes", scores="scores", labels="labels", masks="masks")
+        instances = sample.pred_instances
+        found = {
+            ours: instances[name] for name, ours in names.items() if name in instances
+        }
+    return {name: value.cpu().numpy() for name, value in found.items()}

@@ -1,31 +1,31 @@
-"""Post-training quantisation by NNCF in a process of its own.
+"""Post-training quantization by NNCF in a process of its own.
 
 NNCF wraps functions of torch when it is imported, and a process that traces a model
-afterwards can crash. Run as ``python -m mmcastling.export.nncf_process SOURCE
-OUT FEEDS``: two OpenVINO files, and examples of inputs as a NumPy archive.
+afterwards can crash. Run as ``python -m mmcastling.export.nncf_process SOURCE OUT``,
+two OpenVINO files, with examples of inputs pickled into its standard input.
 """
 
 from __future__ import annotations
 
 import logging
+import pickle
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-# What NNCF would quantise besides products.
+# What NNCF would quantize besides products.
 _NOT_INT8 = ["Convolution", "GroupConvolution", "ConvolutionBackpropData"]
 _NOT_INT8 += ["GroupConvolutionBackpropData", "Interpolate"]
 
 
-def quantise_apart(
+def quantize_in_subprocess(
     source: Path, out: Path, feeds: Sequence[dict[str, np.ndarray]]
 ) -> None:
-    """Quantise the products with constant weights of an OpenVINO file.
+    """Quantize the products with constant weights of an OpenVINO file.
 
     Args:
         source: The file in float32.
@@ -33,33 +33,20 @@ def quantise_apart(
         feeds: Examples of inputs by name.
 
     Raises:
-        RuntimeError: If the process fails; with the last of what it said.
+        RuntimeError: If the process fails; with the last line that it printed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        archive = Path(folder) / "feeds.npz"
-        arrays = {
-            f"{index} {name}": array
-            for index, feed in enumerate(feeds)
-            for name, array in feed.items()
-        }
-        np.savez(archive, **arrays)
-        command = [sys.executable, "-m", __name__, str(source), str(out), str(archive)]
-        done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", __name__, str(source), str(out)]
+    done = subprocess.run(command, input=pickle.dumps(list(feeds)), capture_output=True)
     if done.returncode or not out.exists():
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        reason = lines[-1] if lines else f"it ended with status {done.returncode}"
+        printed = done.stderr.decode(errors="replace").strip().splitlines()
+        reason = printed[-1] if printed else f"it ended with status {done.returncode}"
         raise RuntimeError(f"NNCF failed: {reason}")
 
 
-def _quantise(source: str, out: str, archive: str) -> None:
+def _quantize(source: str, out: str, feeds: list[dict[str, np.ndarray]]) -> None:
     import nncf
     import openvino
 
-    feeds: dict[str, dict[str, np.ndarray]] = {}
-    with np.load(archive) as arrays:
-        for key in arrays.files:
-            index, _, name = key.partition(" ")
-            feeds.setdefault(index, {})[name] = arrays[key]
     model = openvino.Core().read_model(source)
     among_tokens = [
         op.get_friendly_name()
@@ -68,16 +55,16 @@ def _quantise(source: str, out: str, archive: str) -> None:
         and not _is_weight(op.input_value(1).get_node())
     ]
     nncf.set_log_level(logging.ERROR)
-    quantised = nncf.quantize(
+    quantized = nncf.quantize(
         model,
-        nncf.Dataset(list(feeds.values())),
+        nncf.Dataset(feeds),
         subset_size=len(feeds),
         model_type=nncf.ModelType.TRANSFORMER,
         ignored_scope=nncf.IgnoredScope(
             names=among_tokens, types=_NOT_INT8, validate=False
         ),
     )
-    openvino.save_model(quantised, out, compress_to_fp16=False)
+    openvino.save_model(quantized, out, compress_to_fp16=False)
 
 
 def _is_weight(node: Any, depth: int = 3) -> bool:
@@ -89,4 +76,4 @@ def _is_weight(node: Any, depth: int = 3) -> bool:
 
 
 if __name__ == "__main__":
-    _quantise(*sys.argv[1:])
+    _quantize(*sys.argv[1:], pickle.load(sys.stdin.buffer))

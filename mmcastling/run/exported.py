@@ -25,7 +25,6 @@ from mmcastling.runtime import (
     ExportMetadata,
     Prediction,
     Segmentation,
-    load_exported,
 )
 from mmcastling.runtime.preprocess import Prepared
 
@@ -59,56 +58,44 @@ class ExportedTestModel(BaseModel):
     """An exported file in a model's place, for a runner that tests.
 
     Args:
-        path: The exported file.
-        runtime: As in :func:`~mmcastling.runtime.load_exported`.
         data_preprocessor: The config's, so that images are prepared as for torch.
+
+    Attributes:
+        inferencer: The file, to be set before the first image: a runner builds its
+            model from plain values.
+        seconds: Of each image.
     """
 
-    def __init__(
-        self,
-        path: str,
-        runtime: str | None = None,
-        data_preprocessor: dict[str, Any] | None = None,
-    ) -> None:
+    inferencer: ExportedInferencer
+
+    def __init__(self, data_preprocessor: dict[str, Any] | None = None) -> None:
         super().__init__(data_preprocessor)
-        self.inferencer = ExportedInferencer(load_exported(path, runtime))
         self.seconds: list[float] = []
 
     def forward(
         self, inputs: Tensor, data_samples: list[Any], mode: str = "predict"
     ) -> list[Any]:
-        """Predict into the data samples, as the toolboxes' models do.
-
-        Args:
-            inputs: Preprocessed images ``(B, 3, H, W)``.
-            data_samples: What the pipeline packed about each.
-            mode: ``'predict'``.
-        """
+        """Predict images ``(B, 3, H, W)`` into their samples, as other models do."""
         if mode != "predict":
             raise ValueError(f"mode {mode!r}: an exported file can only 'predict'")
         for image, sample in zip(inputs, data_samples, strict=True):
             begin = time.perf_counter()
-            self._predict(image[None], sample)
+            meta, shape = sample.metainfo, image.shape[1:]
+            prepared = Prepared(
+                image[None].cpu().numpy(),
+                tuple(meta.get("img_shape", shape)[:2]),
+                tuple(meta.get("ori_shape", shape)[:2]),
+                tuple(meta.get("scale_factor") or (1.0, 1.0)),
+            )
+            add_prediction(sample, self.inferencer.predict_prepared(prepared))
             self.seconds.append(time.perf_counter() - begin)
         return data_samples
-
-    def _predict(self, image: Tensor, sample: Any) -> None:
-        meta = sample.metainfo
-        prepared = Prepared(
-            image.cpu().numpy(),
-            tuple(meta.get("img_shape", image.shape[2:])[:2]),
-            tuple(meta.get("ori_shape", image.shape[2:])[:2]),
-            tuple(meta.get("scale_factor") or (1.0, 1.0)),
-        )
-        add_prediction(sample, self.inferencer.predict_prepared(prepared))
 
 
 def add_prediction(sample: Any, found: Prediction) -> None:
     """Put what an exported file predicted where the toolboxes' own models put it.
 
-    Args:
-        sample: A data sample of any toolbox.
-        found: What the file predicted; features have no place in a sample.
+    Features have no place in a sample.
     """
     if isinstance(found, Detections):
         instances = InstanceData(
@@ -132,9 +119,8 @@ def evaluate_exported(
 ) -> ExportedEvaluation:
     """Evaluate an exported file on the config's test set.
 
-    Images come through the config's own dataset, pipeline and data preprocessor, and
-    the config's evaluator judges, so that the figures are comparable with those of
-    :func:`mmcastling.run.evaluate`.
+    Dataset, pipeline, data preprocessor and evaluator are the config's, so that the
+    figures are comparable with those of :func:`mmcastling.run.evaluate`.
 
     Args:
         cfg: The config that the file was exported with, from
@@ -150,8 +136,8 @@ def evaluate_exported(
             written.
     """
     require(cfg, "test_dataloader", "test_cfg", "test_evaluator")
-    metadata = load_exported(path, runtime).metadata
-    if metadata.kind == "backbone":
+    inferencer = ExportedInferencer(path, runtime)
+    if inferencer.metadata.kind == "backbone":
         raise ConfigError(
             f"{path} holds a backbone, which predicts nothing: export the whole model "
             "with --part model"
@@ -163,15 +149,13 @@ def evaluate_exported(
     if preprocessor is not None and cfg.get("default_scope") == "mmpretrain":
         preprocessor.setdefault("type", "ClsDataPreprocessor")  # as its classifiers do
     cfg.model = dict(
-        type="mmcastling.ExportedTestModel",
-        path=str(path),
-        runtime=runtime,
-        data_preprocessor=preprocessor,
+        type="mmcastling.ExportedTestModel", data_preprocessor=preprocessor
     )
     runner = build_runner(cfg)
-    metrics = run_test(runner)
     model = runner.model
+    model.inferencer = inferencer
+    metrics = run_test(runner)
     seconds = statistics.median(model.seconds) if model.seconds else float("nan")
     return ExportedEvaluation(
-        metrics, seconds, model.inferencer.model.runtime, metadata
+        metrics, seconds, inferencer.model.runtime, inferencer.metadata
     )

@@ -1,4 +1,4 @@
-"""Export a model and prove that the file says the same, for ``tools/export.py``."""
+"""Export a model and prove that the file computes the same: ``tools/export.py``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib import metadata as package_metadata
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,70 +25,38 @@ from mmcastling.deploy import set_precision
 from mmcastling.export import (
     DEFAULT_OPSET,
     FORMATS,
+    Agreement,
+    UnsupportedModelError,
     check_export_precision,
     check_format,
+    compare,
+    compare_detections,
+    describe,
     export_graph,
     lower,
-    write,
+    reference_outputs,
+    write_graph,
 )
-from mmcastling.export.agreement import Agreement, compare
-from mmcastling.run.config import check_data, has_data
+from mmcastling.registry import type_name
+from mmcastling.run.config import check_data, datasets_of, has_data
 from mmcastling.run.errors import ConfigError
-from mmcastling.run.export_metadata import describe
 from mmcastling.run.load import load_pruned_model
-from mmcastling.run.reference import reference_outputs
-from mmcastling.runtime import ExportedInferencer, ExportMetadata
-from mmcastling.runtime.preprocess import Prepared, prepare, read_image
-from mmcastling.runtime.sessions import SUFFIXES, runtime_library
+from mmcastling.runtime import SUFFIXES, ExportedInferencer, ExportMetadata
+from mmcastling.runtime.preprocess import (
+    INTERPOLATIONS,
+    STEPS,
+    Prepared,
+    prepare,
+    read_image,
+)
+from mmcastling.runtime.sessions import runtime_library
 from mmcastling.version import __version__
 
 ROUNDS = 3
 """Passes whose median is the latency that is printed."""
 
 EXAMPLES = 16
-"""Training images that show a quantiser what inputs are like."""
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Seconds of one pass at an input of ``(H, W)``.
-
-    Attributes:
-        size: The input's.
-        torch: Of the model in eager mode.
-        runtime: Of the file.
-    """
-
-    size: tuple[int, int]
-    torch: float
-    runtime: float
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What an export did.
-
-    Attributes:
-        path: The file that was written.
-        metadata: What it says about its model.
-        runtime: What ran it.
-        pruned: Attentions whose auxiliary branch was pruned.
-        difference: Of features by pruning, or None where not measured.
-        agreements: How far its outputs are from torch's, by input size.
-        latencies: Seconds, by input size.
-        rounded: How far a file in lower precision is from torch, by input size.
-        examples: Training images that a quantiser took the steps of inputs from.
-    """
-
-    path: Path
-    metadata: ExportMetadata
-    runtime: str
-    pruned: int
-    difference: float | None
-    agreements: tuple[Agreement, ...]
-    latencies: tuple[Latency, ...]
-    rounded: tuple[Agreement, ...] = ()
-    examples: int = 0
+"""Training images that show a quantizer what inputs are like."""
 
 
 def export(
@@ -103,8 +71,10 @@ def export(
     force: bool = False,
     ema: bool | None = None,
     precision: str = "fp32",
-) -> ExportReport:
+) -> ExportMetadata:
     """Write a model in a runtime's format, run the file, and compare it with torch.
+
+    Prints what was pruned, how far the file is from torch, and its latency.
 
     Args:
         cfg: The config, from :func:`mmcastling.run.load_config`.
@@ -120,9 +90,12 @@ def export(
         precision: What products compute in, one of those that
             :data:`mmcastling.export.FORMAT_PRECISIONS` has for the format. What
             is compared and refused is the file in float32, and what rounding changes is
-            reported. OpenVINO's ``'int8'`` takes the steps of inputs from training
+            printed. OpenVINO's ``'int8'`` takes the steps of inputs from training
             images, from the image compared on where there are none. Defaults to
             ``'fp32'``.
+
+    Returns:
+        What the file says about its model.
 
     Raises:
         CheckpointError: If the source cannot be read or does not fit, its masks have
@@ -140,51 +113,55 @@ def export(
     runtime_library(runtime)  # before minutes of work
     out = _destination(source, out, format)
     picture = read_image(_image(cfg, image))
+
     checkpoint = load_checkpoint(source)
     model, pruning = load_pruned_model(cfg, checkpoint, source, ema=ema)
-    if pruning and not force:
-        pruning.refuse_if_changed(source)
+    if pruning:
+        if not force:
+            pruning.refuse_if_changed(source)
+        print(pruning)
+
     graph = export_graph(model, part)
-    meta = describe(cfg, checkpoint, model, graph, part)
-    meta = dataclasses.replace(meta, versions=_versions(format))
+    facts = {} if part == "backbone" else _classes(cfg, checkpoint)
+    facts |= dict(pipeline=tuple(_steps(cfg)), versions=_versions(format, runtime))
+    meta = describe(model, graph, part, **facts)
     inputs = list(_inputs(picture, meta))
-    examples: list[Prepared] = []
-    if (format, precision) == ("openvino", "int8"):
-        examples = _training_inputs(cfg, meta)
-    expected = [_expected(model, meta, x) for x in inputs]
-    rounded: list[Agreement] = []
+    expected = [_in_torch(model, meta, x) for x in inputs]
     try:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
-            written = Path(folder) / out.name
-            write(graph, written, meta, format, opset)
-            inferencer = _open(written)
-            agreements = _agreements(inferencer, inputs, expected)
-            _refuse_unless_all_hold(agreements, runtime)
+            path = Path(folder) / out.name
+            write_graph(graph, path, meta, format, opset)
+            inferencer = ExportedInferencer(path, threads=torch.get_num_threads())
+            agreements = _compare(inferencer, inputs, expected)
+            if not all(agreement.holds for agreement in agreements.values()):
+                apart = "; ".join(f"{at}: {how}" for at, how in agreements.items())
+                raise ConfigError(
+                    f"the exported file disagrees with torch in {runtime} ({apart}) "
+                    "and has been removed: export in another --format or --opset, or "
+                    "the backbone alone with --part backbone"
+                )
+            for at, agreement in agreements.items():
+                print(f"{runtime} against torch at {at}: {agreement}")
             if precision != "fp32":
-                del inferencer  # it maps the file
                 meta = dataclasses.replace(meta, precision=precision)
-                if runtime == "torch":
-                    write(_lowered(model, precision, part), written, meta, format)
-                else:
-                    lower(written, meta, [_feed(x, meta) for x in examples or inputs])
-                inferencer = _open(written)
-                rounded = _agreements(inferencer, inputs, expected, rounded=True)
-            latencies = [_latency(model, inferencer, x) for x in inputs]
+                path = _lower(cfg, model, part, format, meta, path, inputs)
+                inferencer = ExportedInferencer(path, threads=torch.get_num_threads())
+                agreements = _compare(inferencer, inputs, expected, rounded=True)
+                for at, agreement in agreements.items():
+                    print(f"{precision} against torch in fp32 at {at}: {agreement}")
+            for x in inputs:
+                _print_latency(model, inferencer, x)
             del inferencer  # it maps the file
-            _move(Path(folder), out)
+            # All that was written, the file that names the others last.
+            for made in sorted(path.parent.iterdir(), key=lambda x: x.name == out.name):
+                made.replace(out.parent / made.name)
     except OSError as error:
         raise CheckpointError(f"cannot write {out}: {error}") from error
-    return ExportReport(
-        out,
-        meta,
-        runtime,
-        pruning.attentions if pruning else 0,
-        pruning.difference if pruning else None,
-        tuple(agreements),
-        tuple(latencies),
-        tuple(rounded),
-        len(examples),
-    )
+    print(f"wrote {out}: {meta.kind} {meta.name}")
+    return meta
+
+
+# -- what is read ----------------------------------------------------------------------
 
 
 def _destination(
@@ -211,8 +188,7 @@ def _image(cfg: Config, image: str | os.PathLike[str] | None) -> Path:
         check_data(cfg, "test")
         dataset = DATASETS.build(cfg.test_dataloader.dataset)
         if len(dataset):
-            record = dataset.get_data_info(0)
-            return Path(record["img_path"])
+            return Path(dataset.get_data_info(0)["img_path"])
     raise ConfigError(
         "the exported file is compared with torch on a real image, and the config's "
         "test data is not there: name an image with --image FILE"
@@ -223,15 +199,14 @@ def _inputs(picture: np.ndarray, meta: ExportMetadata) -> Iterator[Prepared]:
     """The image as the pipeline makes it, and smaller, of another shape."""
     padded = _padded(meta)
     whole = prepare(picture, padded)
-    # In pixels of the network, as outputs are compared.
-    yield dataclasses.replace(whole, original=whole.size, scale=(1.0, 1.0))
     height, width = (
         max(meta.min_size, int(side * share))
         for side, share in zip(whole.size, (0.7, 0.8), strict=True)
     )
     step = dict(type="Resize", scale=(width, height), keep_ratio=False)
     smaller = prepare(picture, dataclasses.replace(padded, pipeline=(step,)))
-    yield dataclasses.replace(smaller, original=smaller.size, scale=(1.0, 1.0))
+    for prepared in (whole, smaller):  # in pixels of the network, as torch's outputs
+        yield dataclasses.replace(prepared, original=prepared.size, scale=(1.0, 1.0))
 
 
 def _training_inputs(cfg: Config, meta: ExportMetadata) -> list[Prepared]:
@@ -244,11 +219,9 @@ def _training_inputs(cfg: Config, meta: ExportMetadata) -> list[Prepared]:
         return []
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     step = max(1, len(dataset) // EXAMPLES)
-    chosen = range(0, len(dataset), step)[:EXAMPLES]
-    records = map(dataset.get_data_info, chosen)
+    records = map(dataset.get_data_info, range(0, len(dataset), step)[:EXAMPLES])
     paths = [Path(record.get("img_path", "")) for record in records]
-    padded = _padded(meta)
-    return [prepare(read_image(path), padded) for path in paths if path.is_file()]
+    return [prepare(read_image(p), _padded(meta)) for p in paths if p.is_file()]
 
 
 def _padded(meta: ExportMetadata) -> ExportMetadata:
@@ -257,78 +230,128 @@ def _padded(meta: ExportMetadata) -> ExportMetadata:
     return dataclasses.replace(meta, pad_divisor=divisor)
 
 
-def _feed(prepared: Prepared, meta: ExportMetadata) -> dict[str, np.ndarray]:
-    feed = {"images": prepared.batch}
-    if meta.kind == "detector":
-        feed["image_size"] = np.array(prepared.size, np.int64)
-    return feed
+def _classes(cfg: Config, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    known = (checkpoint.get("meta") or {}).get("dataset_meta") or {}
+    for dataset in datasets_of(cfg, "test"):
+        if not known.get("classes"):
+            known = dataset.get("metainfo") or {}
+        if not known.get("classes"):
+            known = getattr(DATASETS.get(dataset["type"]), "METAINFO", None) or {}
+    palette = known.get("palette")
+    palette = palette if isinstance(palette, (list, tuple)) else ()
+    return dict(
+        classes=tuple(map(str, known.get("classes") or ())),
+        palette=tuple(tuple(map(int, colour)) for colour in palette),
+    )
 
 
-def _open(path: Path) -> ExportedInferencer:
-    return ExportedInferencer(path, threads=torch.get_num_threads())
+_DATA_ONLY = ("Load", "Pack", "Collect", "FilterAnnotations")
+_KEPT = ("scale", "keep_ratio", "interpolation", "backend", "edge", "crop_size")
+_KEPT += ("size", "size_divisor", "pad_to_square", "pad_val")
 
 
-def _lowered(model: nn.Module, precision: str, part: str) -> nn.Module:
-    """The graph of a copy whose layers compute in less, as torch's files hold them."""
-    model = copy.deepcopy(model)
-    set_precision(model, precision)
-    return export_graph(model, part)
+def _steps(cfg: Config) -> Iterator[dict[str, Any]]:
+    """The steps of the test pipeline that change the image, as plain values."""
+    for step in next(datasets_of(cfg, "test"), {}).get("pipeline") or []:
+        name = type_name(step["type"])
+        if name.startswith(_DATA_ONLY):
+            continue
+        scale = step.get("scale")
+        odd = name == "Resize" and not isinstance(scale, (int, list, tuple))
+        method = step.get("interpolation", "bilinear")
+        if name not in STEPS or odd or method not in INTERPOLATIONS:
+            raise UnsupportedModelError(
+                f"the test pipeline has the step {dict(step)}, which the runtime "
+                f"does not do: use {', '.join(STEPS)} (Resize with scale=(W, H)), "
+                "or set another pipeline with --cfg-options"
+            )
+        kept = {key: _plain(step[key]) for key in _KEPT if key in step}
+        if name == "Resize" and isinstance(scale, int):
+            kept["scale"] = (scale, scale)
+        yield dict(type=name, **kept)
 
 
-@torch.inference_mode()
-def _expected(
-    model: nn.Module, meta: ExportMetadata, prepared: Prepared
-) -> dict[str, np.ndarray]:
-    images = torch.from_numpy(prepared.batch)
-    return reference_outputs(model, meta, images, prepared.size)
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _agreements(
+def _versions(format: str, runtime: str) -> dict[str, str]:
+    names = {"torch", runtime, *(("onnx",) if format in ("onnx", "openvino") else ())}
+    return {
+        "mmcastling": __version__,
+        **{name: version(name) for name in sorted(names)},
+    }
+
+
+# -- what is compared ------------------------------------------------------------------
+
+
+def _in_torch(model: nn.Module, meta: ExportMetadata, x: Prepared) -> dict[str, Any]:
+    return reference_outputs(model, meta.kind, torch.from_numpy(x.batch), x.size)
+
+
+def _compare(
     inferencer: ExportedInferencer,
     inputs: list[Prepared],
     expected: list[dict[str, np.ndarray]],
     rounded: bool = False,
-) -> list[Agreement]:
-    return [
-        compare(
-            outputs,
-            inferencer.model(prepared.batch, prepared.size),
-            inferencer.metadata,
-            prepared.size,
-            rounded,
-        )
-        for prepared, outputs in zip(inputs, expected, strict=True)
-    ]
+) -> dict[str, Agreement]:
+    """How far a file is from torch, by the size of the input."""
+    agreements, meta = {}, inferencer.metadata
+    for x, outputs in zip(inputs, expected, strict=True):
+        got = inferencer.model(x.batch, x.size)
+        if meta.kind == "detector":
+            limit = meta.mask_threshold
+            agreement = compare_detections(outputs, got, x.size, limit, rounded)
+        else:
+            agreement = compare(outputs, got)
+        agreements[f"{x.size[0]}x{x.size[1]}"] = agreement
+    return agreements
 
 
-def _latency(
-    model: nn.Module, inferencer: ExportedInferencer, prepared: Prepared
-) -> Latency:
+def _lower(
+    cfg: Config,
+    model: nn.Module,
+    part: str,
+    format: str,
+    meta: ExportMetadata,
+    path: Path,
+    inputs: list[Prepared],
+) -> Path:
+    """Write a file in the precision of its metadata, from the one in float32."""
+    out = path.parent / meta.precision / path.name
+    out.parent.mkdir()
+    if format == "exported-program":
+        lowered = copy.deepcopy(model)
+        set_precision(lowered, meta.precision)
+        write_graph(export_graph(lowered, part), out, meta, format)
+        return out
+    if (format, meta.precision) == ("openvino", "int8"):
+        examples = _training_inputs(cfg, meta)
+        inputs = examples or inputs
+        number = f"{len(examples)} training images"
+        none = "the image compared on, as there are no training images"
+        print(f"int8: steps of inputs are from {number if examples else none}")
+    feeds = [{"images": x.batch} for x in inputs]
+    if meta.kind == "detector":
+        for feed, x in zip(feeds, inputs, strict=True):
+            feed["image_size"] = np.array(x.size, np.int64)
+    lower(path, out, meta.precision, meta.to_json(), feeds)
+    return out
+
+
+def _print_latency(
+    model: nn.Module, inferencer: ExportedInferencer, x: Prepared
+) -> None:
     passes = dict(
-        torch=lambda: _expected(model, inferencer.metadata, prepared),
-        runtime=lambda: inferencer.predict_prepared(prepared),
+        torch=lambda: _in_torch(model, inferencer.metadata, x),
+        runtime=lambda: inferencer.predict_prepared(x),
     )
-    return Latency(tuple(prepared.batch.shape[2:]), **paired_medians(passes, ROUNDS))
-
-
-def _refuse_unless_all_hold(agreements: list[Agreement], runtime: str) -> None:
-    wrong = [str(agreement) for agreement in agreements if not agreement.holds]
-    if wrong:
-        raise ConfigError(
-            f"the exported file disagrees with torch in {runtime} ({'; '.join(wrong)}) "
-            "and has been removed: export in another --format or --opset, or the "
-            "backbone alone with --part backbone"
-        )
-
-
-def _move(folder: Path, out: Path) -> None:
-    """All that was written, the file that names the others last."""
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == out.name):
-        path.replace(out.parent / path.name)
-
-
-def _versions(format: str) -> dict[str, str]:
-    runtime = SUFFIXES[FORMATS[format]][0]
-    names = {"torch", runtime, *(("onnx",) if format in ("onnx", "openvino") else ())}
-    found = {name: package_metadata.version(name) for name in sorted(names)}
-    return {"mmcastling": __version__, **found}
+    seconds = paired_medians(passes, ROUNDS)
+    height, width = x.batch.shape[2:]
+    print(
+        f"latency at {height}x{width}: torch {seconds['torch'] * 1e3:.1f} ms, "
+        f"{inferencer.model.runtime} {seconds['runtime'] * 1e3:.1f} ms"
+    )

@@ -4,8 +4,8 @@
     result = inferencer.predict("image.jpg")  # boxes, scores, labels, masks
 
 What a file holds and how its images are prepared stands in the file itself, see
-:class:`ExportMetadata`. Nothing in this folder imports torch unless the file is one of
-torch's own formats, nor anything of OpenMMLab.
+:class:`ExportMetadata`. Nothing in this folder imports anything of OpenMMLab, nor torch
+unless the file is torch's exported program.
 """
 
 from mmcastling.runtime.inferencer import (
@@ -17,8 +17,12 @@ from mmcastling.runtime.inferencer import (
     Segmentation,
 )
 from mmcastling.runtime.metadata import ExportedModelError, ExportMetadata
-from mmcastling.runtime.model import ExportedModel, load_exported
-from mmcastling.runtime.sessions import RUNTIMES, SUFFIXES, is_exported
+from mmcastling.runtime.model import (
+    RUNTIMES,
+    SUFFIXES,
+    ExportedModel,
+    is_exported,
+)
 
 __all__ = [
     "RUNTIMES",
@@ -33,5 +37,4 @@ __all__ = [
     "Prediction",
     "Segmentation",
     "is_exported",
-    "load_exported",
 ]

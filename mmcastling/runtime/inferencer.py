@@ -10,13 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from mmcastling.runtime.metadata import ExportedModelError, ExportMetadata
+from mmcastling.runtime.metadata import ExportedModelError
 from mmcastling.runtime.model import ExportedModel
-from mmcastling.runtime.postprocess import (
-    paste_masks,
-    resize_bilinear,
-    slide,
-)
+from mmcastling.runtime.postprocess import paste_masks, resize_bilinear, slide
 from mmcastling.runtime.preprocess import Prepared, prepare, read_image
 
 Source = str | os.PathLike[str] | np.ndarray
@@ -39,12 +35,6 @@ class Detections:
     scores: np.ndarray
     labels: np.ndarray
     masks: np.ndarray | None = None
-
-    def above(self, score: float) -> Detections:
-        """Those with at least a score."""
-        kept = self.scores >= score
-        masks = None if self.masks is None else self.masks[kept]
-        return Detections(self.boxes[kept], self.scores[kept], self.labels[kept], masks)
 
     def to_dict(self) -> dict[str, Any]:
         """As mmdet's ``DetInferencer`` gives it; masks as lists of rows of bools."""
@@ -117,28 +107,23 @@ class ExportedInferencer:
     """From images to predictions in the image's own pixels.
 
     Args:
-        model: An exported file, or a loaded :class:`ExportedModel`.
-        runtime: As in :func:`~mmcastling.runtime.load_exported`.
-        threads: As there.
+        path: The exported file.
+        runtime: See :class:`ExportedModel`, as for ``threads``. Defaults to None.
+        threads: Defaults to None.
 
     Attributes:
-        model: The loaded model.
+        model: The :class:`ExportedModel`.
+        metadata: What the file says about it.
     """
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | ExportedModel,
+        path: str | os.PathLike[str],
         runtime: str | None = None,
         threads: int | None = None,
     ) -> None:
-        if not isinstance(model, ExportedModel):
-            model = ExportedModel(model, runtime, threads)
-        self.model = model
-
-    @property
-    def metadata(self) -> ExportMetadata:
-        """What the file says about its model."""
-        return self.model.metadata
+        self.model = ExportedModel(path, runtime, threads)
+        self.metadata = self.model.metadata
 
     def __call__(self, inputs: Source | Sequence[Source]) -> dict[str, list[Any]]:
         """Predict as the toolboxes' inferencers do.

@@ -39,7 +39,7 @@ class ExportMetadata:
         pipeline: How an image becomes the network's, in order: steps as those of the
             config (``Resize``, ``ResizeEdge``, ``CenterCrop``, ``Pad``).
         pad_divisor: Height and width are padded to multiples of this ...
-        pad_value: ... with this, after normalisation.
+        pad_value: ... with this, after normalization.
         size_divisor: The graph takes heights and widths that are multiples of this.
         min_size: And no smaller ones.
         dynamic_batch: Whether it takes several images at once.

@@ -9,39 +9,53 @@ from typing import Any
 import numpy as np
 
 from mmcastling.runtime.metadata import ExportedModelError, ExportMetadata
-from mmcastling.runtime.sessions import SUFFIXES, open_session
+from mmcastling.runtime.sessions import (
+    OnnxSession,
+    OpenVinoSession,
+    ProgramSession,
+    runtime_library,
+)
+
+RUNTIMES = {
+    "onnxruntime": OnnxSession,
+    "openvino": OpenVinoSession,
+    "torch": ProgramSession,
+}
+"""What runs an exported file."""
+
+SUFFIXES = {
+    ".onnx": ("onnxruntime", "openvino"),
+    ".xml": ("openvino",),
+    ".pt2": ("torch",),
+}
+"""What runs the files of each ending, the usual one first."""
+
+_TORCHSCRIPT = ".torchscript"
 
 
-def load_exported(
-    path: str | os.PathLike[str],
-    runtime: str | None = None,
-    threads: int | None = None,
-) -> ExportedModel:
-    """Load a file that ``tools/export.py`` wrote.
-
-    Args:
-        path: ``.onnx``, ``.xml`` (OpenVINO, its ``.bin`` beside it), ``.torchscript``
-            or ``.pt2`` (exported program).
-        runtime: ``'onnxruntime'``, ``'openvino'`` or ``'torch'``, one that reads the
-            format. Defaults to None (the format's own).
-        threads: Threads of the CPU. Defaults to None (the runtime's choice).
-
-    Raises:
-        ExportedModelError: If the file is missing, damaged or no exported model, or
-            the runtime is not installed or does not read its format.
-    """
-    return ExportedModel(path, runtime, threads)
+def is_exported(path: str | os.PathLike[str]) -> bool:
+    """Whether a path ends as an exported file does, or once did."""
+    return Path(path).suffix in (*SUFFIXES, _TORCHSCRIPT)
 
 
 class ExportedModel:
-    """A loaded model; call it with a preprocessed batch.
+    """A file that ``tools/export.py`` wrote; call it with a preprocessed batch.
 
-    Takes the arguments of :func:`load_exported`.
+    Args:
+        path: ``.onnx``, ``.xml`` (OpenVINO, its ``.bin`` beside it) or ``.pt2``
+            (torch's exported program).
+        runtime: ``'onnxruntime'``, ``'openvino'`` or ``'torch'``, one that reads the
+            format. Defaults to None (the format's own).
+        threads: Threads of the CPU. Defaults to None (the runtime's choice).
 
     Attributes:
         metadata: What the file says about its model.
         runtime: What runs it.
         path: The file.
+
+    Raises:
+        ExportedModelError: If the file is missing, damaged or no exported model, or
+            the runtime is not installed or does not read its format.
     """
 
     def __init__(
@@ -51,8 +65,7 @@ class ExportedModel:
         threads: int | None = None,
     ) -> None:
         self.path = Path(path)
-        self._session = open_session(self.path, runtime, threads)
-        self.runtime = runtime or SUFFIXES[self.path.suffix][0]
+        self.runtime, self._session = _open(self.path, runtime, threads)
         self.metadata = ExportMetadata.from_json(self._session.metadata, str(path))
 
     def __call__(
@@ -61,7 +74,7 @@ class ExportedModel:
         """Run the network.
 
         Args:
-            images: Normalised and padded images ``(B, 3, H, W)``, an array or a
+            images: Normalized and padded images ``(B, 3, H, W)``, an array or a
                 tensor.
             image_size: ``(H, W)`` of the image inside a padded one, to which a
                 detector clips its boxes. Defaults to None (all of it).
@@ -109,3 +122,41 @@ class ExportedModel:
                 f"and width must be at least {meta.min_size} and multiples of "
                 f"{meta.size_divisor}; resize or pad the image"
             )
+
+
+def _open(path: Path, runtime: str | None, threads: int | None) -> tuple[str, Any]:
+    if runtime not in (None, *RUNTIMES):
+        raise ExportedModelError(
+            f"runtime {runtime!r} is not known: choose one of {list(RUNTIMES)}"
+        )
+    if path.suffix == _TORCHSCRIPT:
+        raise ExportedModelError(
+            f"{path} is TorchScript, which torch deprecates and mmcastling no longer "
+            "reads: export the checkpoint again, with tools/export.py --format onnx, "
+            "openvino or exported-program"
+        )
+    if not path.is_file():
+        raise ExportedModelError(f"exported model {path} does not exist: check it")
+    if path.suffix not in SUFFIXES:
+        raise ExportedModelError(
+            f"{path} is no exported model: expected a file that ends in one of "
+            f"{list(SUFFIXES)}, as tools/export.py writes them"
+        )
+    readers = SUFFIXES[path.suffix]
+    if runtime not in (None, *readers):
+        raise ExportedModelError(
+            f"{runtime} does not run {path.suffix} files such as {path}: choose one of "
+            f"{list(readers)}, or export to its own format"
+        )
+    runtime = runtime or readers[0]
+    library = runtime_library(runtime)
+    try:
+        return runtime, RUNTIMES[runtime](path, library, threads)
+    except ExportedModelError:
+        raise
+    except Exception as error:  # whatever the parsers say of damaged bytes
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ExportedModelError(
+            f"{runtime} cannot load {path} ({path.stat().st_size} bytes): "
+            f"{reason[0][:300]}. Copy it again, or export it again"
+        ) from error

@@ -14,20 +14,12 @@ def paste_masks(
     size: tuple[int, int],
     threshold: float = 0.5,
 ) -> np.ndarray:
-    """Masks of boxes as masks of the whole image.
+    """Masks of boxes ``(N, 4)`` as masks of the whole image, bool ``(N, *size)``.
 
     Each pixel of the image that a box covers takes the probability at its centre,
-    interpolated bilinearly between the centres of the mask's cells and fading to zero
-    half a cell outside of them, as mmdet's mask head does it.
-
-    Args:
-        masks: Probabilities within each box ``(N, h, w)``.
-        boxes: ``(N, 4)`` as x1, y1, x2, y2 in pixels of the image.
-        size: ``(H, W)`` of the image.
-        threshold: Smallest probability inside a mask. Defaults to 0.5.
-
-    Returns:
-        bool ``(N, H, W)``.
+    interpolated bilinearly between the centres of the mask's cells ``(N, h, w)`` and
+    fading to zero half a cell outside of them, as mmdet's mask head does it. A mask is
+    where that is at least ``threshold``.
     """
     pasted = np.zeros((len(boxes), *size), dtype=bool)
     for index, (mask, box) in enumerate(zip(masks, boxes, strict=True)):
@@ -86,21 +78,16 @@ def slide(
 ) -> np.ndarray:
     """Logits of a large image from overlapping windows, averaged, as mmseg does it.
 
-    Args:
-        run: From ``(1, 3, h, w)`` to logits ``(1, C, h, w)``.
-        image: ``(1, 3, H, W)``.
-        options: ``crop_size`` and ``stride`` as ``(h, w)``.
+    ``run`` goes from ``(1, 3, h, w)`` to ``(1, C, h, w)``; ``options`` are
+    ``crop_size`` and ``stride`` as ``(h, w)``.
     """
     height, width = image.shape[-2:]
     (crop_h, crop_w), (step_h, step_w) = options["crop_size"], options["stride"]
     total, count = None, np.zeros((1, 1, height, width), np.float32)
     for bottom in _ends(height, crop_h, step_h):
         for right in _ends(width, crop_w, step_w):
-            window = (
-                ...,
-                slice(max(bottom - crop_h, 0), bottom),
-                slice(max(right - crop_w, 0), right),
-            )
+            rows = slice(max(bottom - crop_h, 0), bottom)
+            window = (..., rows, slice(max(right - crop_w, 0), right))
             logits = run(image[window])
             if total is None:
                 total = np.zeros((1, logits.shape[1], height, width), np.float32)

@@ -12,9 +12,6 @@ import numpy as np
 
 from mmcastling.runtime.metadata import ExportedModelError, ExportMetadata
 
-STEPS = ("Resize", "ResizeEdge", "CenterCrop", "Pad")
-"""Steps of a pipeline that are done here."""
-
 _CV2 = {
     "nearest": cv2.INTER_NEAREST,
     "bilinear": cv2.INTER_LINEAR,
@@ -31,7 +28,7 @@ class Prepared:
     """An input of the network and how it came from its image.
 
     Attributes:
-        batch: ``(1, 3, H, W)``, normalised and padded.
+        batch: ``(1, 3, H, W)``, normalized and padded.
         size: ``(H, W)`` of the image before padding to the divisor.
         original: ``(H, W)`` of the image that was given.
         scale: ``(x, y)``: pixels of the network per pixel of the image.
@@ -80,24 +77,20 @@ def prepare(image: np.ndarray, metadata: ExportMetadata) -> Prepared:
     scale = (1.0, 1.0)
     for step in metadata.pipeline:
         before = image.shape[:2]
-        image = _DO[step["type"]](image, step)
+        image = STEPS[step["type"]](image, step)
         if step["type"].startswith("Resize"):
             height, width = image.shape[:2]
             scale = scale[0] * width / before[1], scale[1] * height / before[0]
-    size = image.shape[:2]
-    return Prepared(normalise(image, metadata), size, original, scale)
+    return Prepared(_normalize(image, metadata), image.shape[:2], original, scale)
 
 
-def normalise(image: np.ndarray, metadata: ExportMetadata) -> np.ndarray:
+def _normalize(image: np.ndarray, metadata: ExportMetadata) -> np.ndarray:
     """The batch ``(1, 3, H, W)`` of one resized image, padded to the divisor."""
     if metadata.to_rgb:
         image = image[..., ::-1]
     values = image.transpose(2, 0, 1).astype(np.float32)
     if metadata.mean is not None:
-        mean, std = (
-            np.asarray(item, np.float32).reshape(-1, 1, 1)
-            for item in (metadata.mean, metadata.std)
-        )
+        mean, std = np.float32([metadata.mean, metadata.std])[..., None, None]
         values = (values - mean) / std
     below, right = (-side % metadata.pad_divisor for side in values.shape[1:])
     return np.pad(
@@ -128,13 +121,10 @@ def _resize(image: np.ndarray, step: Any) -> np.ndarray:
 def _resize_edge(image: np.ndarray, step: Any) -> np.ndarray:
     height, width = image.shape[:2]
     edge, scale = step.get("edge", "short"), step["scale"]
-    follows_width = {
-        "width": True,
-        "height": False,
-        "short": width < height,
-        "long": width > height,
-    }[edge]
-    if follows_width:
+    shorter = "width" if width < height else "height"
+    longer = "width" if width > height else "height"
+    edge = {"short": shorter, "long": longer}.get(edge, edge)
+    if edge == "width":
         size = scale, int(scale * height / width)
     else:
         size = int(scale * width / height), scale
@@ -172,9 +162,10 @@ def _pad(image: np.ndarray, step: Any) -> np.ndarray:
     )
 
 
-_DO = {
+STEPS = {
     "Resize": _resize,
     "ResizeEdge": _resize_edge,
     "CenterCrop": _center_crop,
     "Pad": _pad,
 }
+"""Steps of a pipeline that are done here."""

@@ -1,87 +1,19 @@
-"""The runtimes behind one contract: named arrays in, a list of arrays out."""
+"""The runtimes behind one contract.
+
+A session has the ``metadata`` text of its file (None without), the names of its
+``inputs``, and ``run``: from arrays by name to a list of all outputs in order.
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
-import os
-import warnings
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from mmcastling.runtime.metadata import METADATA_KEY, ExportedModelError
-
-RUNTIMES = ("onnxruntime", "openvino", "torch")
-"""What runs an exported file."""
-
-SUFFIXES = {
-    ".onnx": ("onnxruntime", "openvino"),
-    ".xml": ("openvino",),
-    ".torchscript": ("torch",),
-    ".pt2": ("torch",),
-}
-"""What runs the files of each ending, the usual one first."""
-
-
-class Session(Protocol):
-    """A loaded graph."""
-
-    metadata: str | None
-    inputs: tuple[str, ...]
-
-    def run(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """All outputs in order."""
-
-
-def is_exported(path: str | os.PathLike[str]) -> bool:
-    """Whether a path ends as an exported file does."""
-    return Path(path).suffix in SUFFIXES
-
-
-def open_session(path: Path, runtime: str | None, threads: int | None) -> Session:
-    """Load a file into a runtime.
-
-    Args:
-        path: The exported file.
-        runtime: One of :data:`RUNTIMES`, or None for the usual one of its format.
-        threads: Threads of the CPU, or None for the runtime's own choice.
-
-    Raises:
-        ExportedModelError: If the file is missing, damaged or no exported model, or
-            the runtime is not installed or does not read its format.
-    """
-    if runtime is not None and runtime not in RUNTIMES:
-        raise ExportedModelError(
-            f"runtime {runtime!r} is not known: choose one of {list(RUNTIMES)}"
-        )
-    if not path.is_file():
-        raise ExportedModelError(f"exported model {path} does not exist: check it")
-    if path.suffix not in SUFFIXES:
-        raise ExportedModelError(
-            f"{path} is no exported model: expected a file that ends in one of "
-            f"{list(SUFFIXES)}, as tools/export.py writes them"
-        )
-    if runtime is not None and runtime not in SUFFIXES[path.suffix]:
-        raise ExportedModelError(
-            f"{runtime} does not run {path.suffix} files such as {path}: choose one of "
-            f"{list(SUFFIXES[path.suffix])}, or export to its own format"
-        )
-    runtime = runtime or SUFFIXES[path.suffix][0]
-    library = runtime_library(runtime)
-    kinds = {"onnxruntime": OnnxSession, "openvino": OpenVinoSession}
-    kinds["torch"] = TorchScriptSession if path.suffix != ".pt2" else ProgramSession
-    try:
-        return kinds[runtime](path, library, threads)
-    except ExportedModelError:
-        raise
-    except Exception as error:  # whatever the parsers say of damaged bytes
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ExportedModelError(
-            f"{runtime} cannot load {path} ({path.stat().st_size} bytes): "
-            f"{reason[0][:300]}. Copy it again, or export it again"
-        ) from error
 
 
 def runtime_library(name: str) -> Any:
@@ -125,7 +57,7 @@ class OpenVinoSession:
         core = library.Core()
         model = core.read_model(str(path))
         self.metadata = _rt_info(model)
-        in_bf16 = _says_bf16(self.metadata)
+        in_bf16 = json.loads(self.metadata or "{}").get("precision") == "bf16"
         if in_bf16 and not openvino_has_bf16(library):
             raise ExportedModelError(
                 f"{path} was exported with --precision bf16, for which OpenVINO finds "
@@ -163,55 +95,22 @@ def _rt_info(model: Any) -> str | None:
     return None
 
 
-def _says_bf16(metadata: str | None) -> bool:
-    try:
-        return json.loads(metadata or "")["precision"] == "bf16"
-    except (KeyError, TypeError, ValueError):
-        return False  # whoever reads the rest will say what is wrong with it
+class ProgramSession:
+    """torch's exported program, run by its graph in eager mode."""
 
-
-class _TorchSession:
-    inputs: tuple[str, ...]
-
-    def __init__(self, library: Any, threads: int | None) -> None:
-        self._torch = library
+    def __init__(self, path: Path, library: Any, threads: int | None) -> None:
         if threads is not None:
             library.set_num_threads(threads)
+        importlib.import_module("torchvision")  # registers nms and roi_align
+        texts = {f"{METADATA_KEY}.json": ""}
+        program = library.export.load(str(path), extra_files=texts)
+        (text,) = texts.values()
+        self.metadata = text.decode() if isinstance(text, bytes) else text
+        self.inputs = tuple(program.graph_signature.user_inputs)
+        self._module = program.module()
+        self._torch = library
 
     def run(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         tensors = [self._torch.from_numpy(feeds[name]) for name in self.inputs]
         with self._torch.inference_mode():
-            outputs = self._module(*tensors)
-        return [output.numpy() for output in outputs]
-
-
-class TorchScriptSession(_TorchSession):
-    """torch's interpreter of scripts."""
-
-    def __init__(self, path: Path, library: Any, threads: int | None) -> None:
-        super().__init__(library, threads)
-        importlib.import_module("torchvision")  # registers nms and roi_align
-        held = {f"{METADATA_KEY}.json": ""}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch would rather have programs
-            self._module = library.jit.load(str(path), "cpu", _extra_files=held)
-        self.metadata = _text(held[f"{METADATA_KEY}.json"])
-        names = [value.debugName() for value in self._module.graph.inputs()]
-        self.inputs = tuple(names[1:])  # the first is the module itself
-
-
-class ProgramSession(_TorchSession):
-    """torch's exported program, run by its graph in eager mode."""
-
-    def __init__(self, path: Path, library: Any, threads: int | None) -> None:
-        super().__init__(library, threads)
-        importlib.import_module("torchvision")
-        held = {f"{METADATA_KEY}.json": ""}
-        program = library.export.load(str(path), extra_files=held)
-        self.metadata = _text(held[f"{METADATA_KEY}.json"])
-        self.inputs = tuple(program.graph_signature.user_inputs)
-        self._module = program.module()
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
+            return [output.numpy() for output in self._module(*tensors)]

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from mmcastling.attention.fast import fuse_linear
 from mmcastling.deploy import precision as module
 from mmcastling.deploy import set_precision
-from mmcastling.deploy.int8 import QuantisedLinear
+from mmcastling.deploy.int8 import QuantizedLinear
 from mmcastling.models import CastlingLeViT, CastlingMViT, CastlingViT
 from mmcastling.run import ConfigError, convert, evaluate, load_config
 
@@ -113,12 +113,12 @@ def test_a_lowered_model_is_refused(any_machine):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_int8_quantises_the_backbones_linear_layers(family):
+def test_int8_quantizes_the_backbones_linear_layers(family):
     model = deployed(family, ffn_conv=3)
     expected = [model(images(*size)) for size in ((64, 64), (96, 64))]
     linear = sum(isinstance(m, nn.Linear) for m in model.modules())
     set_precision(model, "int8")
-    assert sum(isinstance(m, QuantisedLinear) for m in model.modules()) == linear > 0
+    assert sum(isinstance(m, QuantizedLinear) for m in model.modules()) == linear > 0
     assert not any(isinstance(m, nn.Linear) for m in model.modules())
     assert {p.dtype for p in model.parameters()} == {torch.float32}  # norms, positions
     found = [model(images(*size)) for size in ((64, 64), (96, 64))]
@@ -130,14 +130,14 @@ def test_int8_quantises_the_backbones_linear_layers(family):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_quantised_layer_is_off_by_the_rounding_of_input_and_weight(bias):
+def test_a_quantized_layer_is_off_by_the_rounding_of_input_and_weight(bias):
     torch.manual_seed(0)
     linear = nn.Linear(96, 40, bias=bias).requires_grad_(False)
     with torch.no_grad():
         linear.weight[3] *= 100.0  # which a scale per layer would let swamp the rest
         linear.weight[5] = 0.0
     x = 3.0 * torch.randn(2, 7, 96)
-    layer = QuantisedLinear(linear)
+    layer = QuantizedLinear(linear)
     step_x = (x.max() - x.min()) / layer.input_levels
     step_w = linear.weight.abs().amax(1) / 127
     bound = 96 * (step_x / 2 * linear.weight.abs().amax(1) + step_w / 2 * x.abs().max())
@@ -149,7 +149,7 @@ def test_a_quantised_layer_is_off_by_the_rounding_of_input_and_weight(bias):
 def test_rows_are_rounded_alike_in_whatever_number():
     """More than are rounded at a time, and in any layout in memory."""
     torch.manual_seed(0)
-    layer = QuantisedLinear(nn.Linear(24, 16).requires_grad_(False))
+    layer = QuantizedLinear(nn.Linear(24, 16).requires_grad_(False))
     x = torch.randn(3, 24, 150).transpose(1, 2)  # 450 rows, channels apart in memory
     x[0, 0, 0], x[0, 1, 0] = 9.0, -9.0  # one step for whatever holds the first image
     assert torch.equal(layer(x)[0], layer(x[:1].contiguous())[0])
@@ -158,16 +158,16 @@ def test_rows_are_rounded_alike_in_whatever_number():
 @pytest.mark.parametrize(
     "activation", [nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.Hardswish()], ids=str
 )
-def test_a_quantised_layer_keeps_its_activation(activation):
+def test_a_quantized_layer_keeps_its_activation(activation):
     torch.manual_seed(0)
     linear = nn.Linear(32, 48).requires_grad_(False)
     x = torch.randn(5, 32)
-    expected = activation(QuantisedLinear(linear)(x))
+    expected = activation(QuantizedLinear(linear)(x))
     fuse_linear(linear, activation)
-    assert_close(QuantisedLinear(linear)(x), expected, atol=1e-5, rtol=1e-5)
+    assert_close(QuantizedLinear(linear)(x), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_convolution_stays_between_a_quantised_layer_and_its_gelu():
+def test_a_convolution_stays_between_a_quantized_layer_and_its_gelu():
     model = deployed("vit", ffn_conv=3)
     for name, parameter in model.named_parameters():
         if "dwconv" in name:
@@ -196,7 +196,7 @@ def test_large_inputs_do_not_overflow_the_sums():
     """All at the largest level, where pairs of 8-bit products pass 16 bits."""
     linear = nn.Linear(64, 8, bias=False).requires_grad_(False)
     nn.init.ones_(linear.weight)
-    found = QuantisedLinear(linear)(torch.ones(5, 64))
+    found = QuantizedLinear(linear)(torch.ones(5, 64))
     assert_close(found, torch.full((5, 8), 64.0), rtol=0.02, atol=0)
 
 

@@ -13,25 +13,30 @@ from mmcastling.export import (
     UnsupportedModelError,
     check_export_precision,
     check_format,
+    compare,
+    compare_detections,
+    describe,
     export_graph,
+    reference_outputs,
     write,
+    write_graph,
 )
-from mmcastling.export.agreement import compare
-from mmcastling.export.boxes import first
+from mmcastling.export.boxes import first_rows
 from mmcastling.export.graphs import AnySizeAdaptivePool
-from mmcastling.export.nncf_process import quantise_apart
+from mmcastling.export.nncf_process import quantize_in_subprocess
 from mmcastling.run import load_config
-from mmcastling.run.export_metadata import describe
 from mmcastling.run.load import build_model
-from mmcastling.run.reference import reference_outputs
 from mmcastling.runtime import (
+    RUNTIMES,
+    SUFFIXES,
     ExportedInferencer,
+    ExportedModel,
     ExportedModelError,
-    load_exported,
 )
+from mmcastling.runtime.sessions import runtime_library
 from mmcastling.verbs import switch_to_deploy
 
-ENDINGS = {"onnx": "onnx", "openvino": "xml"}
+ENDINGS = {"onnx": "onnx", "openvino": "xml", "exported-program": "pt2"}
 NANO = {"model.backbone.arch": "nano"}
 LEVIT = {  # a block a stage; maps of strides 8 to 64 with these channels
     "model.backbone.arch": {
@@ -86,14 +91,13 @@ def built(root, name, **more):
     for parameter in model.parameters():  # biases and scales that are not 0 and 1
         if parameter.ndim == 1:
             nn.init.normal_(parameter, parameter.mean().item(), 0.1)
-    return cfg, switch_to_deploy(model.eval()).eval()
+    return switch_to_deploy(model.eval()).eval()
 
 
-def exported(cfg, model, folder, kind="onnx", part="model"):
+def exported(model, folder, kind="onnx", part="model"):
     graph = export_graph(model, part)
-    meta = describe(cfg, {}, model, graph, part)
-    path = folder / f"model.{ENDINGS.get(kind, kind)}"
-    write(graph, path, meta, kind)
+    path = folder / f"model.{ENDINGS[kind]}"
+    write_graph(graph, path, describe(model, graph, part), kind)
     return ExportedInferencer(path, threads=1)
 
 
@@ -105,9 +109,12 @@ def picture(height, width, batch=1, seed=0):
 def assert_agrees(inferencer, model, images, size=None):
     size = size or tuple(images.shape[2:])
     with torch.inference_mode():
-        expected = reference_outputs(model, inferencer.metadata, images, size)
+        expected = reference_outputs(model, inferencer.metadata.kind, images, size)
     got = inferencer.model(images, size)
-    result = compare(expected, got, inferencer.metadata, size)
+    if inferencer.metadata.kind == "detector":
+        result = compare_detections(expected, got, size)
+    else:
+        result = compare(expected, got)
     assert result.holds, str(result)
     return result
 
@@ -115,9 +122,9 @@ def assert_agrees(inferencer, model, images, size=None):
 @pytest.fixture(scope="module")
 def mask_rcnn(root, tmp_path_factory):
     """Mask R-CNN and its ONNX file."""
-    cfg, model = built(root, "mask_rcnn")
+    model = built(root, "mask_rcnn")
     folder = tmp_path_factory.mktemp("mask_rcnn")
-    return model, exported(cfg, model, folder)
+    return model, exported(model, folder)
 
 
 @pytest.mark.slow
@@ -160,9 +167,9 @@ def test_openvino_reads_the_onnx_file_too(mask_rcnn):
 
 @pytest.mark.slow
 def test_nothing_found_is_no_error(root, tmp_path):
-    cfg, model = built(root, "mask_rcnn")
+    model = built(root, "mask_rcnn")
     model.roi_head.test_cfg.score_thr = 0.999
-    inferencer = exported(cfg, model, tmp_path)
+    inferencer = exported(model, tmp_path)
     found = inferencer.model(picture(128, 128))
     assert {name: value.shape for name, value in found.items()} == {
         "boxes": (0, 4),
@@ -176,8 +183,8 @@ def test_nothing_found_is_no_error(root, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["retinanet", "rtmdet"])
 def test_one_stage_detectors_agree_at_any_size(root, tmp_path, name):
-    cfg, model = built(root, name)
-    inferencer = exported(cfg, model, tmp_path)
+    model = built(root, name)
+    inferencer = exported(model, tmp_path)
     other = ExportedInferencer(inferencer.model.path, "openvino", threads=1)
     for height, width in ((128, 192), (256, 128)):
         assert assert_agrees(inferencer, model, picture(height, width)).found > 0
@@ -189,15 +196,18 @@ def test_one_stage_detectors_agree_at_any_size(root, tmp_path, name):
     ("part", "kind"), [("model", "onnx"), ("backbone", "openvino")]
 )
 def test_classifiers_take_any_batch_and_size(root, tmp_path, part, kind):
-    cfg, model = built(root, "classifier")
-    inferencer = exported(cfg, model, tmp_path, kind, part)
+    model = built(root, "classifier")
+    inferencer = exported(model, tmp_path, kind, part)
     for batch, height, width in ((1, 224, 224), (3, 96, 160), (1, 101, 77)):
         images = picture(height, width, batch)
         got = inferencer.model(images)
         for index in range(batch):
             one = {name: value[index : index + 1] for name, value in got.items()}
             expected = reference_outputs(
-                model, inferencer.metadata, images[index : index + 1], (height, width)
+                model,
+                inferencer.metadata.kind,
+                images[index : index + 1],
+                (height, width),
             )
             for name, value in expected.items():
                 np.testing.assert_allclose(one[name], value, atol=1e-4)
@@ -233,10 +243,9 @@ SEGMENTOR = dict(
 def test_segmentors_agree_at_any_size(tmp_path):
     config = tmp_path / "segmentor.py"
     config.write_text(f"default_scope = 'mmseg'\nmodel = {SEGMENTOR!r}\n")
-    cfg = load_config(config)
     torch.manual_seed(0)
-    model = switch_to_deploy(build_model(cfg).eval()).eval()
-    inferencer = exported(cfg, model, tmp_path)
+    model = switch_to_deploy(build_model(load_config(config)).eval()).eval()
+    inferencer = exported(model, tmp_path)
     for height, width in ((64, 96), (136, 88), (72, 201)):
         assert_agrees(inferencer, model, picture(height, width))
     found = inferencer.predict(np.full((50, 70, 3), 99, np.uint8))
@@ -290,9 +299,44 @@ def test_inputs_that_the_file_cannot_take_are_refused(mask_rcnn, shape, said):
         inferencer.model(np.zeros(shape, np.float32))
 
 
+class Mixed(nn.Module):
+    """No model of any toolbox: two inputs, two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x, scale):
+        y = self.layer(x) * scale
+        return y, y.softmax(-1)
+
+
+@pytest.mark.parametrize("kind", ENDINGS)
+def test_any_module_can_be_written_run_back_and_compared(tmp_path, kind):
+    module = Mixed().eval().requires_grad_(False)
+    path = tmp_path / f"module.{ENDINGS[kind]}"
+    write(
+        *(module, path, (torch.randn(3, 8), torch.randn(3, 1))),
+        format=kind,
+        outputs=["y", "p"],
+        dynamic_shapes=({0: torch.export.Dim.DYNAMIC}, {0: torch.export.Dim.DYNAMIC}),
+        metadata="{}",
+    )
+    runtime = SUFFIXES[path.suffix][0]
+    session = RUNTIMES[runtime](path, runtime_library(runtime), 1)
+    assert (session.inputs, session.metadata) == (("x", "scale"), "{}")
+    for rows in (3, 7):
+        x, scale = torch.randn(rows, 8), torch.randn(rows, 1)
+        feeds = dict(x=x.numpy(), scale=scale.numpy())
+        got = dict(zip("yp", session.run(feeds), strict=True))
+        expected = dict(zip("yp", (v.numpy() for v in module(x, scale)), strict=True))
+        assert compare(expected, got).holds
+        assert not compare(expected, dict(got, y=got["y"] + 1)).holds
+
+
 class FirstTen(nn.Module):
     def forward(self, x):
-        return first(x, 10)
+        return first_rows(x, 10)
 
 
 @pytest.mark.parametrize("traced", [4, 20])
@@ -318,6 +362,8 @@ def test_pooling_of_any_size_is_torchs(size, output):
 def test_formats_and_opsets_that_are_not_supported_are_named():
     with pytest.raises(ValueError, match="'tflite' is not known: choose one of"):
         check_format("tflite")
+    with pytest.raises(ValueError, match=r"'torchscript' is gone.* choose one of"):
+        check_format("torchscript")
     with pytest.raises(ValueError, match="opset 7 is not supported: choose one from"):
         check_format("onnx", 7)
 
@@ -342,7 +388,7 @@ def test_what_nncf_says_in_its_own_process_is_passed_on(tmp_path):
     source.write_text("no graph")
     feeds = [{"images": np.zeros((1, 3, 64, 64), np.float32)}]
     with pytest.raises(RuntimeError, match="NNCF failed: "):
-        quantise_apart(source, tmp_path / "out.xml", feeds)
+        quantize_in_subprocess(source, tmp_path / "out.xml", feeds)
     assert [path.name for path in tmp_path.iterdir()] == ["damaged.xml"]
 
 
@@ -366,4 +412,4 @@ def test_loading_what_another_program_wrote_is_refused(tmp_path):
     model.ir_version = 10
     onnx.save(model, tmp_path / "other.onnx")
     with pytest.raises(ExportedModelError, match=r"tools/export\.py"):
-        load_exported(tmp_path / "other.onnx")
+        ExportedModel(tmp_path / "other.onnx")

@@ -1,4 +1,4 @@
-"""The split of a forward pass: what counts to which part, and that nothing is left."""
+"""Forward passes: timed in turns, and split so that every part gets its own."""
 
 import time
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmcastling.analysis import PARTS, PartTimer
+from mmcastling.analysis import PARTS, PartTimer, paired_medians, paired_seconds
 
 STEP = 0.02
 
@@ -149,3 +149,14 @@ def test_a_model_without_a_backbone_is_timed_as_a_whole():
 def test_without_a_pass_there_is_nothing_to_split():
     with pytest.raises(ValueError, match="no forward pass was timed"):
         _ = PartTimer(Detector()).parts
+
+
+def test_contenders_take_turns_and_the_order_is_reversed():
+    calls = []
+    passes = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = paired_seconds(passes, repeats=2)
+    assert "".join(calls) == "abc" + "abc" + "cba"  # the first round is not timed
+    assert {name: len(values) for name, values in seconds.items()} == dict(
+        a=2, b=2, c=2
+    )
+    assert set(paired_medians(passes, 1)) == {"a", "b", "c"}

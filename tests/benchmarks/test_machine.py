@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from mmcastling.analysis import PeakMemory, environment, paired_medians, paired_seconds
+from machine import PeakMemory, environment
 
 linux = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak memory"
@@ -45,14 +44,3 @@ def test_environment_is_plain_and_names_the_machine():
     assert facts["python"].startswith(f"{sys.version_info.major}.")
     assert facts["torch"] in torch.__version__
     assert facts["device"]
-
-
-def test_contenders_take_turns_and_the_order_is_reversed():
-    calls = []
-    passes = {name: lambda name=name: calls.append(name) for name in "abc"}
-    seconds = paired_seconds(passes, repeats=2)
-    assert "".join(calls) == "abc" + "abc" + "cba"  # the first round is not timed
-    assert {name: len(values) for name, values in seconds.items()} == dict(
-        a=2, b=2, c=2
-    )
-    assert set(paired_medians(passes, 1)) == {"a", "b", "c"}

@@ -1,14 +1,18 @@
-"""The most memory that a piece of work held, beyond what was there before."""
+"""Where a figure was measured, and the most memory that a piece of work held."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import platform
 import sys
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
+
+from mmcastling.version import __version__
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -72,3 +76,32 @@ class PeakMemory:
 def _status(key: str) -> int:
     text = Path("/proc/self/status").read_text()
     return int(text.split(f"{key}:")[1].split()[0]) * 1024
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Versions, processor and threads of this process, as plain values for JSON.
+
+    Args:
+        device: Where the figures are measured. Defaults to ``'cpu'``.
+    """
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        # Machines of one name differ in what their cores compute with.
+        name = f"{_cpu_name()} with {torch.backends.cpu.get_cpu_capability()}"
+    return dict(
+        device=name,
+        threads=torch.get_num_threads(),
+        python=platform.python_version(),
+        torch=torch.__version__.partition("+")[0],
+        mmcastling=__version__,
+    )
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

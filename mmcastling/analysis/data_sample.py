@@ -1,0 +1,42 @@
+"""Stand-ins for the data samples of the toolboxes, which need none of them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+
+class Instances(SimpleNamespace):
+    """Boxes and what belongs to each, as many as there are ``bboxes``."""
+
+    def __len__(self) -> int:
+        return len(self.bboxes)
+
+
+class DataSample(SimpleNamespace):
+    """What a model asks about one image.
+
+    Args:
+        size: ``(H, W)`` of the image as the network sees it.
+        padded: The same with padding.
+        **data: What else there is, such as ``gt_instances``.
+    """
+
+    def __init__(
+        self, size: tuple[int, int], padded: tuple[int, int], **data: Any
+    ) -> None:
+        self.metainfo = dict(
+            img_shape=size,
+            ori_shape=size,
+            pad_shape=padded,
+            batch_input_shape=padded,
+            scale_factor=(1.0, 1.0),
+        )
+        super().__init__(**self.metainfo, **data)
+
+    def __contains__(self, name: str) -> bool:
+        return hasattr(self, name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """What is known under a name."""
+        return getattr(self, name, default)
