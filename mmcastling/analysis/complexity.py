@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from mmengine.model import BaseModel, is_model_wrapper
-from mmengine.structures import BaseDataElement, InstanceData
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmcastling.analysis.flop_formulas import extra_formulas
@@ -118,27 +118,23 @@ def count_model_macs(model: nn.Module, shape: tuple[int, int]) -> ComplexityRepo
     """
     if len(shape) != 2 or any(int(n) != n or n < 1 for n in shape):
         raise ValueError(f"shape must be (H, W), two positive integers, got {shape}.")
-    while is_model_wrapper(model):
+    while isinstance(model, (DataParallel, DistributedDataParallel)):
         model = model.module
     reference = next(model.parameters(), torch.empty(0))
     # Ones, since zeros meet normalisations at their singular point.
     image = reference.new_ones((1, 3, *shape), dtype=reference.dtype)
-    if not isinstance(model, BaseModel):
+    if not hasattr(model, "data_preprocessor"):
         return count_macs(model, image)
-    sample = BaseDataElement(
-        metainfo=dict(
-            img_shape=tuple(shape),
-            ori_shape=tuple(shape),
-            pad_shape=tuple(shape),
-            batch_input_shape=tuple(shape),
-            scale_factor=(1.0, 1.0),
-        )
+    sizes = dict.fromkeys(
+        ("img_shape", "ori_shape", "pad_shape", "batch_input_shape"), tuple(shape)
     )
     # Sparse R-CNN's mode='tensor' assigns targets: none, here.
-    sample.gt_instances = InstanceData(
+    targets = _Sample(
         bboxes=image.new_empty((0, 4)),
         labels=torch.empty(0, dtype=torch.long, device=image.device),
     )
+    metainfo = dict(sizes, scale_factor=(1.0, 1.0))
+    sample = _Sample(metainfo=metainfo, gt_instances=targets, **metainfo)
 
     def run(model: nn.Module) -> Any:
         head = getattr(model, "decode_head", None)
@@ -153,6 +149,13 @@ def count_model_macs(model: nn.Module, shape: tuple[int, int]) -> ComplexityRepo
         else:
             macs = _count_two_stage(model, run, shape)
         return _report(model, macs, tuple(image.shape))
+
+
+class _Sample(SimpleNamespace):
+    """What OpenMMLab's heads read of a sample of data, or of its objects."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in vars(self)
 
 
 def _forward_arguments(module: nn.Module) -> Collection[str]:
@@ -283,9 +286,9 @@ def _count_two_stage(
         return features[0]
 
     def count(num_proposals: int, masks: bool) -> Counter[str]:
-        def predict_by_feat(*args, batch_img_metas, **kwargs) -> list[InstanceData]:
+        def predict_by_feat(*args, batch_img_metas, **kwargs) -> list[_Sample]:
             boxes = features_like((0, 0, shape[1], shape[0]))
-            proposals = InstanceData(bboxes=boxes.repeat(num_proposals, 1))
+            proposals = _Sample(bboxes=boxes.repeat(num_proposals, 1))
             return [proposals for _ in batch_img_metas]
 
         patches = [

@@ -20,8 +20,8 @@ from mmcastling.checkpoint import (
     CheckpointError,
     load_checkpoint,
     load_weights,
-    safe_mmengine_loading,
 )
+from mmcastling.compat.safe_loading import safe_mmengine_loading
 from mmcastling.registry import model_spec
 from mmcastling.verbs import restore_mask
 

@@ -10,8 +10,8 @@ from typing import Any
 from mmengine.config import Config, DictAction
 
 from mmcastling.deploy import PRECISIONS
+from mmcastling.errors import ConfigError
 from mmcastling.run.config import DATA_VARIABLE, load_config
-from mmcastling.run.errors import ConfigError
 
 
 class KeyValueAction(DictAction):

@@ -17,7 +17,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import DATASETS, init_default_scope
 
 from mmcastling.data import DatasetError, check_coco
-from mmcastling.run.errors import ConfigError
+from mmcastling.errors import ConfigError
 from mmcastling.run.label_maps import check_label_maps, is_segmentation
 
 DATA_VARIABLE = "MMCASTLING_DATA"

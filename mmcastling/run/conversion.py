@@ -31,9 +31,9 @@ from mmcastling.deploy import (
     select_weights,
     set_precision,
 )
+from mmcastling.errors import ConfigError
 from mmcastling.run.config import check_data, has_data, require
 from mmcastling.run.deployed_config import deploy_config
-from mmcastling.run.errors import ConfigError
 from mmcastling.run.runner import build_model
 from mmcastling.verbs import castling_modules, restore_mask, switch_to_deploy
 

@@ -17,13 +17,13 @@ from torch import nn
 
 from mmcastling.analysis import PartTimer
 from mmcastling.checkpoint import load_checkpoint
-from mmcastling.compat import fast_coco_eval
 from mmcastling.compat.atomic_checkpoint_hook import whole_local_files
+from mmcastling.compat.coco_eval import fast_coco_eval
 from mmcastling.deploy import check_precision, is_deployed, set_precision
+from mmcastling.errors import ConfigError
 from mmcastling.registry import model_spec, type_name
 from mmcastling.run.config import check_data, check_work_dir, datasets_of, require
 from mmcastling.run.deployed_config import drop_training_hooks
-from mmcastling.run.errors import ConfigError
 from mmcastling.run.pruning import Pruning, prune
 from mmcastling.run.runner import build_runner, core_model, load_trained
 

@@ -24,6 +24,7 @@ from mmcastling.data import DatasetError
 from mmcastling.data.coco_problems import CocoFormatError
 from mmcastling.data.segmentation_check import SegmentationFormatError
 from mmcastling.deploy import set_precision
+from mmcastling.errors import ConfigError
 from mmcastling.export import (
     DEFAULT_OPSET,
     FORMATS,
@@ -36,7 +37,6 @@ from mmcastling.export import (
 from mmcastling.export.agreement import Agreement, compare
 from mmcastling.run.config import check_data, has_data
 from mmcastling.run.conversion import build_pruned
-from mmcastling.run.errors import ConfigError
 from mmcastling.run.export_metadata import describe
 from mmcastling.run.reference import reference_outputs
 from mmcastling.runtime import ExportedInferencer, ExportMetadata

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mmengine.config import Config
 
+from mmcastling.errors import ConfigError
 from mmcastling.run.distributed import is_sharded
-from mmcastling.run.errors import ConfigError
 from mmcastling.train.amp import DTYPES
 
 _REPLACED = ("OptimWrapper", "AmpOptimWrapper", "DeviceAmpOptimWrapper")

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS
 
 from mmcastling.data import SegmentationFormatError, check_segmentation
-from mmcastling.run.errors import ConfigError
+from mmcastling.errors import ConfigError
 
 IGNORED = 255
 """mmseg's label of pixels that neither loss nor metric counts, unless a config says

@@ -25,9 +25,9 @@ from mmcastling.analysis.attention_maps import (
 )
 from mmcastling.attention import MaskThreshold
 from mmcastling.checkpoint import load_checkpoint
+from mmcastling.errors import ConfigError
 from mmcastling.registry import type_name
 from mmcastling.run.config import datasets_of
-from mmcastling.run.errors import ConfigError
 from mmcastling.run.runner import build_model, load_trained
 from mmcastling.show.figures import HeatMap, plot_attention
 

@@ -19,9 +19,9 @@ from mmengine.structures import BaseDataElement
 from mmcastling.checkpoint import load_checkpoint
 from mmcastling.compat.model_index import find_config
 from mmcastling.deploy import check_precision, is_deployed, set_precision
+from mmcastling.errors import ConfigError
 from mmcastling.registry import type_name
 from mmcastling.run.config import datasets_of, load_config, require
-from mmcastling.run.errors import ConfigError
 from mmcastling.run.exported import add_prediction
 from mmcastling.run.runner import build_model, load_trained
 from mmcastling.runtime import ExportedInferencer, is_exported

@@ -7,7 +7,7 @@ import os
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 
-from mmcastling.run.errors import ConfigError
+from mmcastling.errors import ConfigError
 from mmcastling.run.evaluation import Evaluation, evaluate
 from mmcastling.run.exported import ExportedEvaluation, evaluate_exported
 from mmcastling.runtime import SUFFIXES, is_exported

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mmengine.config import Config
 from torch import nn
 
-from mmcastling.checkpoint import safe_mmengine_loading
+from mmcastling.compat.safe_loading import safe_mmengine_loading
 from mmcastling.run.config import check_data, check_work_dir, require
 from mmcastling.run.resume import settle_start
 from mmcastling.run.runner import build_runner

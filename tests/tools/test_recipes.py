@@ -17,7 +17,7 @@ from mmengine.registry import DATA_SAMPLERS, MODELS
 
 from mmcastling.run import convert, load_config, train
 from mmcastling.run.conversion import TOLERANCE
-from mmcastling.run.errors import is_meant_for_the_user
+from mmcastling.run.failures import is_meant_for_the_user
 from mmcastling.verbs import castling_modules
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.py"))
