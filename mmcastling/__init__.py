@@ -1,29 +1,23 @@
-"""Castling-ViT for OpenMMLab: castle a vision transformer, train it, deploy it.
+"""Castling-ViT: castle a vision transformer, train it, deploy it.
 
-Importing this package makes the installed OpenMMLab stack usable, also where mmcv has
-no compiled ops, and registers everything that a config can name. Where torch is not
-installed, what is left is :mod:`mmcastling.runtime`.
+What is imported here needs torch alone. Where OpenMMLab is installed, its registries,
+configs and inferencers know all that this package adds to them, and so does timm's
+``create_model``, whichever is imported first; it is loaded when they first ask for it.
+Where torch is not installed, what is left is :mod:`mmcastling.runtime`.
 """
 
+import importlib
 from importlib.util import find_spec
+from typing import Any
 
+from mmcastling.compat import on_import
 from mmcastling.version import __version__
 
 __all__ = ["__version__"]
 
 if find_spec("torch") is not None:
-    from mmcastling.compat import install_mmcv_ops
-
-    install_mmcv_ops()  # before anything below imports mmcv.ops
-
-    from mmcastling import models, train  # noqa: F401
     from mmcastling.castle import castle, register_adapter
-    from mmcastling.compat.model_index import find_config, register_names
     from mmcastling.verbs import castling_modules, set_mask, switch_to_deploy
-
-    register_names()
-    if find_spec("timm") is not None:  # whose create_model then knows our names
-        from mmcastling.models import timm_models  # noqa: F401
 
     __all__ += [
         "castle",
@@ -33,3 +27,19 @@ if find_spec("torch") is not None:
         "set_mask",
         "switch_to_deploy",
     ]
+
+on_import.install()
+
+
+def __getattr__(name: str) -> Any:
+    """``find_config``, and the package's folders, imported when they are asked for."""
+    if name == "find_config":
+        return importlib.import_module("mmcastling.compat.model_index").find_config
+    try:
+        return importlib.import_module(f"mmcastling.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"mmcastling.{name}":
+            raise
+        raise AttributeError(
+            f"module 'mmcastling' has no attribute {name!r}: {error}"
+        ) from None

@@ -3,47 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import pickle
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
-from mmengine.logging import HistoryBuffer
-from mmengine.runner.checkpoint import CheckpointLoader, get_torch_safe_globals
 from torch import nn
 
 from mmcastling.attention.old_names import with_current_names
+from mmcastling.errors import CheckpointError, DamagedCheckpointError
 
 _TEMPORARY = ".mmcastling-tmp"
 """How the name of a file ends while it is written."""
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read, does not fit, or cannot be written."""
+_multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray
+SAFE_GLOBALS: list[Any] = [
+    slice,
+    np.ndarray,
+    np.dtype,
+    _multiarray._reconstruct,
+    _multiarray.scalar,
+    *(type(np.dtype(kind)) for kind in (np.uint32, np.float64, np.int64)),
+]
+"""What a checkpoint may hold beside tensors and plain values, as torch names it.
 
-
-class DamagedCheckpointError(CheckpointError):
-    """A file that is truncated or no checkpoint at all."""
-
-
-def _history_statistic(owner: type, name: str) -> Any:
-    # HistoryBuffer pickles its statistics as getattr(HistoryBuffer, name). The general
-    # getattr would let a file reach any attribute of anything it may name.
-    if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current"):
-        raise pickle.UnpicklingError(f"getattr of {name!r} is not allowed")
-    return getattr(HistoryBuffer, name)
-
-
-@functools.cache
-def _safe_globals() -> list[Any]:
-    allowed = [item for item in get_torch_safe_globals() if item is not getattr]
-    return [*allowed, (_history_statistic, "builtins.getattr")]
+MMEngine's training history is added when MMEngine is imported.
+"""
 
 
 def load_checkpoint(
@@ -51,8 +43,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Load a checkpoint from disk without unpickling code.
 
-    Reads tensors, plain Python values, numpy arrays and MMEngine's training history,
-    nothing else.
+    Reads tensors, plain Python values, numpy arrays and, where MMEngine is imported,
+    its training history; nothing else.
 
     Args:
         path: A local file.
@@ -68,12 +60,17 @@ def load_checkpoint(
     if not os.access(path, os.R_OK):
         raise CheckpointError(f"checkpoint {path} may not be read: check its mode")
     try:
-        with torch.serialization.safe_globals(_safe_globals()):
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         if _is_broken_archive(path):
             raise DamagedCheckpointError(_damaged(path)) from error
         reason = str(error).partition("GLOBAL ")[2].split(" was not")[0]
+        if reason.startswith("mmengine."):
+            raise CheckpointError(
+                f"checkpoint {path} was written by MMEngine, whose {reason} is needed "
+                "to read it: import mmengine first (pip install onedl-mmengine)"
+            ) from error
         what = f"the object {reason}" if reason else "something other than tensors"
         raise CheckpointError(
             f"checkpoint {path} is refused: it asks to run code or holds {what}, which "
@@ -107,32 +104,6 @@ def _damaged(path: Path) -> str:
     )
 
 
-@contextlib.contextmanager
-def safe_mmengine_loading() -> Iterator[None]:
-    """Make MMEngine load every checkpoint through :func:`load_checkpoint`.
-
-    MMEngine falls back to unpickling when a file asks for it; inside this context
-    ``--resume``, ``load_from`` and ``init_cfg`` do not.
-    """
-    schemes = CheckpointLoader._schemes.copy()  # registering replaces the attribute
-    # torch's own switch covers what is downloaded rather than read from disk. Beside
-    # its opposite, which old recipes set, torch refuses to load anything.
-    switches = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
-    forced = {name: os.environ.pop(name, None) for name in switches}
-
-    def local(filename: str, map_location: Any = None) -> dict[str, Any]:
-        return load_checkpoint(filename, map_location)
-
-    CheckpointLoader.register_scheme(prefixes="", loader=local, force=True)
-    os.environ[switches[0]] = "1"
-    try:
-        yield
-    finally:
-        CheckpointLoader._schemes = schemes
-        os.environ.pop(switches[0])
-        os.environ.update({k: v for k, v in forced.items() if v is not None})
-
-
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The state dict inside a checkpoint, without a wrapper's ``module.`` prefix.
 
@@ -154,13 +125,7 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], source: str) -> None:
     """Load all of a checkpoint's weights into a model, or none.
 
-    Args:
-        model: The model, not wrapped.
-        checkpoint: A loaded checkpoint.
-        source: Its path, for the message.
-
-    Raises:
-        CheckpointError: If a name or a shape does not fit; the model is unchanged.
+    The arguments and errors are those of :func:`check_weights_fit`.
     """
     check_weights_fit(model, checkpoint, source)
     model.load_state_dict(weights_of(checkpoint))
@@ -198,16 +163,7 @@ def check_weights_fit(
 
 
 def save_atomically(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Save a checkpoint under a temporary name beside it, then rename.
-
-    Args:
-        checkpoint: What to save.
-        path: Destination; its folder must exist.
-
-    Raises:
-        CheckpointError: If it cannot be written, for example on a full disk. Nothing is
-            left behind, and a previous file stays as it was.
-    """
+    """Save a checkpoint as :func:`write_atomically` writes bytes."""
     write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
@@ -253,20 +209,12 @@ def write_atomically(
 
 
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write text as :func:`write_atomically` writes bytes.
-
-    Raises:
-        CheckpointError: If it cannot be written. A previous file stays as it was.
-    """
+    """Write text as :func:`write_atomically` writes bytes."""
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_json_atomically(path: str | os.PathLike[str], value: Any) -> None:
-    """Write a value as JSON, indented, as :func:`write_atomically` writes bytes.
-
-    Raises:
-        CheckpointError: If it cannot be written. A previous file stays as it was.
-    """
+    """Write a value as JSON, indented, as :func:`write_atomically` writes bytes."""
     write_text_atomically(path, json.dumps(value, indent=2) + "\n")
 
 

@@ -268,7 +268,7 @@ from mmdet.apis import DetInferencer
 from mmengine.infer import BaseInferencer
 from mmseg.apis import MMSegInferencer
 
-mmcastling.compat.model_index.register_names()  # again, to no effect
+mmcastling.compat.on_import.install()  # again, to no effect
 detector, weights = sys.argv[1:]
 known = BaseInferencer.list_models("mmdet")
 assert known.count(detector) == 1 and "rtmdet_tiny_8xb32-300e_coco" in known

@@ -21,6 +21,7 @@ from mmcastling.compat.seeded_data import (
     place_batches,
     seed_model,
 )
+from mmcastling.errors import OptionError
 from mmcastling.registry import HOOKS
 
 GRADIENTS_KEY = "accumulated_gradients"
@@ -94,14 +95,14 @@ class ExactResumeHook(Hook):
         loop = runner.train_loop
         endless = isinstance(loop, IterBasedTrainLoop)
         if not endless and not isinstance(loop, EpochBasedTrainLoop):
-            raise ValueError(
+            raise OptionError(
                 f"ExactResumeHook does not know where {type(loop).__name__} draws its "
                 "data: use EpochBasedTrainLoop or IterBasedTrainLoop, or remove the "
                 "hook"
             )
         loader = loop.dataloader
         if loader.batch_sampler is None:
-            raise ValueError(
+            raise OptionError(
                 "ExactResumeHook needs batches of a sampler's indices: give "
                 "train_dataloader a batch_size, or remove the hook"
             )
@@ -158,7 +159,7 @@ class ExactResumeHook(Hook):
 
     def _check_setting(self, runner: Runner) -> None:
         if runner.seed != self._seed_at_start:
-            raise ValueError(
+            raise OptionError(
                 f"the checkpoint was trained with seed {runner.seed} and the data is "
                 f"in the order of seed {self._seed_at_start}: set randomness=dict("
                 f"seed={runner.seed}) in the config"

@@ -5,7 +5,8 @@ knows is there, so an mmcv built without its C++ ops cannot even be imported in 
 The stand-in holds the ops of :mod:`mmcastling.compat.mmcv_ops`; any other op name
 imports and raises :class:`MissingOpError` when called.
 
-An ``mmcv._ext`` that exists, compiled or put there by somebody else, is never touched.
+:mod:`mmcastling.compat.on_import` offers it after all others, so that an ``mmcv._ext``
+that exists, compiled or put there by somebody else, is never touched.
 """
 
 import importlib
@@ -21,19 +22,16 @@ from typing import NoReturn
 import torch
 
 from mmcastling.compat.mmcv_ops.kernels import KERNELS
+from mmcastling.errors import UserError
 
 EXT_NAME = "mmcv._ext"
-
-SUPPLIED_OPS: tuple[str, ...] = tuple(sorted(KERNELS))
-"""Names, as ``mmcv._ext`` spells them, of the ops that the stand-in can run."""
-
 
 # Once imported without ops, these hold functions that only raise, for as long as the
 # process lives: mmdet and mmseg put such placeholders where `import mmcv.ops` fails.
 _KEEPS_PLACEHOLDERS = ("mmdet.structures.mask", "mmseg.models")
 
 
-class MissingOpError(RuntimeError):
+class MissingOpError(UserError, RuntimeError):
     """An mmcv op was called that only a compiled mmcv has.
 
     Args:
@@ -57,12 +55,22 @@ class MissingOpError(RuntimeError):
 
 
 class _StandInLoader(importlib.abc.Loader):
-    """Fills the stand-in; its type is also how the stand-in is recognised."""
+    """Fills the stand-in."""
 
     def exec_module(self, module: ModuleType) -> None:
+        _require_torchvision_kernels()
         module.__doc__ = "mmcastling's stand-in for mmcv's compiled ops."
         vars(module).update(KERNELS)
         vars(module)["__getattr__"] = _missing_op
+
+
+def stand_in_spec() -> importlib.machinery.ModuleSpec:
+    """What the import system needs to make the stand-in.
+
+    Importing it raises ImportError where torchvision, or its compiled kernels, cannot
+    be loaded.
+    """
+    return importlib.machinery.ModuleSpec(EXT_NAME, _StandInLoader(), origin=__name__)
 
 
 def _missing_op(name: str) -> Callable[..., NoReturn]:
@@ -78,26 +86,22 @@ def _missing_op(name: str) -> Callable[..., NoReturn]:
     return missing
 
 
-def install_mmcv_ops() -> bool:
-    """Make ``mmcv.ops`` importable where mmcv has no compiled ops.
+def require_ops() -> None:
+    """Make sure that ``mmcv.ops`` can be imported, by the stand-in if need be.
 
-    Call it before mmdet or mmseg are imported; it warns if it comes too late. Calling
-    it again is harmless. It does not import mmcv.
-
-    Returns:
-        Whether the stand-in is in use: False means that an ``mmcv._ext`` exists and
-        was left alone.
+    Warns where it comes too late for parts of mmdet or mmseg.
 
     Raises:
         ImportError: If mmcv is not installed, or if the stand-in is needed and
             torchvision, or its compiled kernels, cannot be loaded.
     """
-    if EXT_NAME in sys.modules:
-        spec = getattr(sys.modules[EXT_NAME], "__spec__", None)
-        return isinstance(getattr(spec, "loader", None), _StandInLoader)
-    if _compiled_ext_exists():
-        return False
-    _require_torchvision_kernels()
+    if importlib.util.find_spec("mmcv") is None:
+        raise ImportError(
+            "mmcastling's models need mmcv, which is not installed here. Install it "
+            "with `pip install onedl-mmcv` (compiled ops are optional).",
+            name="mmcv",
+        )
+    importlib.import_module(EXT_NAME)
     late = [name for name in _KEEPS_PLACEHOLDERS if name in sys.modules]
     if late and "mmcv.ops" not in sys.modules:
         warnings.warn(
@@ -105,28 +109,6 @@ def install_mmcv_ops() -> bool:
             "and will fail where it uses them. Import mmcastling first.",
             stacklevel=2,
         )
-
-    loader = _StandInLoader()
-    # mmengine and mmcv look for the ops with find_spec, which wants a module in
-    # sys.modules to carry a real spec.
-    spec = importlib.machinery.ModuleSpec(EXT_NAME, loader, origin=__name__)
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    sys.modules[EXT_NAME] = module
-    return True
-
-
-def _compiled_ext_exists() -> bool:
-    mmcv = importlib.util.find_spec("mmcv")
-    if mmcv is None or mmcv.submodule_search_locations is None:
-        raise ImportError(
-            "mmcastling needs mmcv, which is not installed here. Install it with "
-            "`pip install onedl-mmcv` (compiled ops are optional).",
-            name="mmcv",
-        )
-    # Not importlib.util.find_spec: for a submodule it would import all of mmcv.
-    locations = mmcv.submodule_search_locations
-    return importlib.machinery.PathFinder.find_spec(EXT_NAME, locations) is not None
 
 
 def _require_torchvision_kernels() -> None:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
+from mmcastling.errors import OptionError
+
 # The first word of a seed's key: the two must never draw alike.
 _MODEL, _DATA = 0, 1
 
@@ -158,7 +160,7 @@ class PlacedBatchSampler(Sampler[list[Place]]):
             if not self.endless:
                 return
             if count == 0:
-                raise ValueError(
+                raise OptionError(
                     "the training data has no batch: give it more images, or a smaller "
                     "batch_size if drop_last is set"
                 )

@@ -56,11 +56,7 @@ class ShardedOptimWrapper(WholeNormClipping, OptimWrapper):
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Hold back gradient synchronisation while accumulating.
-
-        Args:
-            model: The model that is trained.
-        """
+        """Hold back gradient synchronisation while accumulating."""
         self.remember(model)
         with super().optim_context(model):
             yield

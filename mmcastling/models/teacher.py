@@ -16,7 +16,8 @@ from mmpretrain.apis import ModelHub
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch import Tensor, nn
 
-from mmcastling.checkpoint import CheckpointError, load_weights, safe_mmengine_loading
+from mmcastling.checkpoint import CheckpointError, load_weights
+from mmcastling.compat.safe_loading import safe_mmengine_loading
 from mmcastling.registry import model_spec
 from mmcastling.verbs import restore_mask
 

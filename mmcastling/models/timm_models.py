@@ -1,6 +1,6 @@
 """Our classifiers in timm's registry: ``timm.create_model('castling_vit_small')``.
 
-Importing mmcastling registers them where timm is installed::
+:mod:`mmcastling.compat.registrations` names them there::
 
     import mmcastling, timm
     model = timm.create_model('castling_vit_small', num_classes=10)
@@ -16,10 +16,10 @@ from typing import Any
 
 from mmengine.registry import DefaultScope
 from mmpretrain.models.classifiers import ImageClassifier
-from timm.models import register_model
 from torch import Tensor, nn
 
-from mmcastling.models import CastlingLeViT, CastlingMViT, CastlingViT
+from mmcastling.errors import OptionError
+from mmcastling.models import CastlingLeViT, CastlingViT
 from mmcastling.registry import MODELS
 
 # The depthwise convolution in the MLPs with which costs meet the published ones.
@@ -79,17 +79,9 @@ class CastlingClassifier(ImageClassifier):
     def reset_classifier(
         self, num_classes: int, global_pool: str | None = None
     ) -> None:
-        """Put a new head on.
-
-        Args:
-            num_classes: Number of classes, 0 for features.
-            global_pool: Must be None: pooling belongs to the family.
-
-        Raises:
-            ValueError: If it is not.
-        """
+        """Put a new head on: for 0 classes none; ``global_pool`` must be None."""
         if global_pool:
-            raise ValueError(
+            raise OptionError(
                 f"global_pool={global_pool!r}: the pooling of castled models belongs "
                 "to their family, leave it out"
             )
@@ -111,12 +103,10 @@ class CastlingClassifier(ImageClassifier):
         return {n for n, _ in self.named_parameters() if n.endswith(names)}
 
 
-def _create(
+def create(
     name: str,
-    backbone: dict[str, Any],
-    head: dict[str, Any],
-    neck: dict[str, Any] | None,
     pretrained: bool = False,
+    *,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: Any = None,
     cache_dir: Any = None,
@@ -125,25 +115,34 @@ def _create(
     img_size: int | tuple[int, int] = 224,
     **options: Any,
 ) -> CastlingClassifier:
+    """Build a classifier by its name in timm, as ``timm.create_model`` asks for it.
+
+    Takes the usual arguments of timm's models, of which those about pretrained weights
+    have no effect, and as ``options`` those of the backbone.
+
+    Raises:
+        OptionError: If the family does not offer what is asked for.
+    """
+    backbone, head, neck = _parts(name)
     if pretrained:
-        raise ValueError(
+        raise OptionError(
             f"{name} has no pretrained weights: give checkpoint_path=FILE, or castle "
             "one of timm's models with mmcastling.castle"
         )
     if options.pop("features_only", False):
-        raise ValueError(
+        raise OptionError(
             f"{name} offers no features_only: build the backbone with out_indices, "
             f"mmcastling.models.{backbone['type'].split('.')[1]}"
         )
     if options.get("with_dist_token"):
-        raise ValueError(
+        raise OptionError(
             f"{name} has one classifier: for with_dist_token give mmpretrain's "
             "ImageClassifier a DeiTClsHead"
         )
     if backbone["type"] != "mmcastling.CastlingLeViT":
         backbone = dict(backbone, in_channels=in_chans)
     elif in_chans != 3:
-        raise ValueError(f"in_chans={in_chans}: {name} takes images of 3 channels")
+        raise OptionError(f"in_chans={in_chans}: {name} takes images of 3 channels")
     if "deploy" in options and "LeViT" in head["type"]:
         head = dict(head, deploy=options["deploy"])
     backbone = dict(dict(backbone, ffn_conv=FFN_CONV, img_size=img_size), **options)
@@ -160,25 +159,19 @@ def _create(
     return CastlingClassifier(backbone, head, neck, num_classes, default_cfg)
 
 
-def _register(name: str, backbone: type, arch: str, head: dict[str, Any]) -> None:
-    config = dict(type=f"mmcastling.{backbone.__name__}", arch=arch)
-    neck = None if backbone is CastlingViT else dict(type="GlobalAveragePooling")
-
-    def entry(pretrained: bool = False, **kwargs: Any) -> CastlingClassifier:
-        return _create(name, config, head, neck, pretrained, **kwargs)
-
-    entry.__name__ = entry.__qualname__ = name
-    entry.__doc__ = f"{backbone.__name__}, arch {arch!r}, with its classifier."
-    globals()[name] = register_model(entry)
-
-
-for _arch, _settings in CastlingViT.arch_zoo.items():
-    _head = dict(type="VisionTransformerClsHead", in_channels=_settings["embed_dims"])
-    _register(f"castling_vit_{_arch}", CastlingViT, _arch, _head)
-for _arch, _settings in CastlingLeViT.arch_zoo.items():
-    _head = dict(type="mmcastling.LeViTHead", distillation=False)
-    _head["in_channels"] = _settings["embed_dims"][-1]
-    _register(f"castling_levit_{_arch}", CastlingLeViT, _arch, _head)
-for _arch in ("tiny", "small", "base"):
-    _head = dict(type="LinearClsHead", in_channels=768)
-    _register(f"castling_mvit_{_arch}", CastlingMViT, _arch, _head)
+def _parts(name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
+    """Configs of a model's backbone, head and neck."""
+    _, family, arch = name.split("_")
+    pooling = dict(type="GlobalAveragePooling")
+    if family == "vit":
+        width = CastlingViT.arch_zoo[arch]["embed_dims"]
+        backbone, neck = "CastlingViT", None
+        head = dict(type="VisionTransformerClsHead", in_channels=width)
+    elif family == "levit":
+        width = CastlingLeViT.arch_zoo[arch]["embed_dims"][-1]
+        backbone, neck = "CastlingLeViT", pooling
+        head = dict(type="mmcastling.LeViTHead", distillation=False, in_channels=width)
+    else:
+        backbone, neck = "CastlingMViT", pooling
+        head = dict(type="LinearClsHead", in_channels=768)
+    return dict(type=f"mmcastling.{backbone}", arch=arch), head, neck

@@ -20,8 +20,8 @@ from mmengine.registry import DATASETS, init_default_scope
 
 from mmcastling.data import DatasetError, check_coco
 from mmcastling.deploy import PRECISIONS
+from mmcastling.errors import ConfigError
 from mmcastling.registry import type_name
-from mmcastling.run.errors import ConfigError
 from mmcastling.run.label_maps import check_label_maps
 
 DATA_VARIABLE = "MMCASTLING_DATA"

@@ -20,8 +20,8 @@ from mmcastling.deploy import (
     largest_difference,
     set_precision,
 )
+from mmcastling.errors import ConfigError
 from mmcastling.run.config import check_writable
-from mmcastling.run.errors import ConfigError
 from mmcastling.run.load import PruningReport, first_test_images, load_pruned_model
 from mmcastling.run.runner import drop_training_hooks
 

@@ -21,8 +21,8 @@ from rich.progress import (
 )
 
 from mmcastling.checkpoint import write_atomically
+from mmcastling.errors import ConfigError
 from mmcastling.run.config import check_work_dir
-from mmcastling.run.errors import ConfigError
 from mmcastling.run.predictors import Predictor
 from mmcastling.runtime.preprocess import read_image
 from mmcastling.show.painting import Painter

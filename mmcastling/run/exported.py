@@ -14,9 +14,9 @@ from mmengine.model import BaseModel
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor
 
+from mmcastling.errors import ConfigError
 from mmcastling.registry import MODELS, model_spec
 from mmcastling.run.config import check_data, check_work_dir, require
-from mmcastling.run.errors import ConfigError
 from mmcastling.run.runner import build_runner, run_test, testing_config
 from mmcastling.runtime import (
     Classification,

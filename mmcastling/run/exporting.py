@@ -22,6 +22,7 @@ from mmcastling.analysis import paired_medians
 from mmcastling.checkpoint import CheckpointError, load_checkpoint
 from mmcastling.data import DatasetError
 from mmcastling.deploy import set_precision
+from mmcastling.errors import ConfigError
 from mmcastling.export import (
     DEFAULT_OPSET,
     FORMATS,
@@ -39,7 +40,6 @@ from mmcastling.export import (
 )
 from mmcastling.registry import type_name
 from mmcastling.run.config import check_data, datasets_of, has_data
-from mmcastling.run.errors import ConfigError
 from mmcastling.run.load import load_pruned_model
 from mmcastling.runtime import SUFFIXES, ExportedInferencer, ExportMetadata
 from mmcastling.runtime.preprocess import (

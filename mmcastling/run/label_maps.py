@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmcastling.data import SegmentationFormatError, check_segmentation
-from mmcastling.run.errors import ConfigError
+from mmcastling.errors import ConfigError
 
 IGNORED = 255
 """mmseg's label of pixels that neither loss nor metric counts, unless a config says

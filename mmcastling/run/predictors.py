@@ -19,13 +19,13 @@ from mmengine.structures import BaseDataElement
 from mmcastling.checkpoint import load_checkpoint
 from mmcastling.compat.model_index import find_config
 from mmcastling.deploy import check_precision, is_deployed, set_precision
+from mmcastling.errors import ConfigError
 from mmcastling.run.config import (
     dataset_meta,
     datasets_of,
     load_config,
     pipeline_without_loading,
 )
-from mmcastling.run.errors import ConfigError
 from mmcastling.run.exported import add_prediction
 from mmcastling.run.load import load_pruned_model
 from mmcastling.runtime import SUFFIXES, ExportedInferencer, is_exported

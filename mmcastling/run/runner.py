@@ -7,26 +7,25 @@ before the Runner would.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import os
 import time
-from collections.abc import Iterator
 
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.dist import init_dist, is_distributed, is_main_process
+from mmengine.dist import is_distributed, is_main_process
 from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
-from mmcastling.compat import fast_coco_eval
 from mmcastling.compat.atomic_checkpoint_hook import whole_local_files
+from mmcastling.compat.coco_eval import fast_coco_eval
+from mmcastling.compat.cpu_group import start_group_on_cpu
+from mmcastling.errors import ConfigError
 from mmcastling.registry import type_name
-from mmcastling.run.errors import ConfigError
 
 TRAINING_HOOKS = ("MaskDecayHook", "EMAHook")
 TRAINING_SETTINGS = (
@@ -167,11 +166,8 @@ def setup_distributed(cfg: Config) -> None:
         _check_gpu(launcher)
         return
     if not is_distributed():
-        options = dict(cfg.get("env_cfg", {}).get("dist_cfg", {}))
-        if options.get("backend", "nccl") == "nccl":
-            options["backend"] = "gloo"
-        with _without_choosing_a_gpu():
-            init_dist(launcher, **options)
+        options = cfg.get("env_cfg", {}).get("dist_cfg", {})
+        start_group_on_cpu(launcher, **options)
     _wrap_on_cpu(cfg)
 
 
@@ -241,16 +237,6 @@ def _check_gpu(launcher: str) -> None:
             f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')})."
             f" Start at most {found} processes per machine"
         )
-
-
-@contextlib.contextmanager
-def _without_choosing_a_gpu() -> Iterator[None]:
-    choose = torch.cuda.set_device
-    torch.cuda.set_device = lambda device: None
-    try:
-        yield
-    finally:
-        torch.cuda.set_device = choose
 
 
 def _wrap_on_cpu(cfg: Config) -> None:

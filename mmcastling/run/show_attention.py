@@ -27,9 +27,9 @@ from mmcastling.analysis.attention_maps import (
 )
 from mmcastling.attention import MaskThreshold
 from mmcastling.checkpoint import load_checkpoint
+from mmcastling.errors import ConfigError
 from mmcastling.registry import type_name
 from mmcastling.run.config import pipeline_without_loading
-from mmcastling.run.errors import ConfigError
 from mmcastling.run.load import load_model, preprocess
 from mmcastling.show.figures import save_figure
 

@@ -14,6 +14,7 @@ from mmengine.model import BaseTTAModel
 from mmcastling.analysis import PartTimer
 from mmcastling.checkpoint import load_checkpoint
 from mmcastling.deploy import check_precision, is_deployed, set_precision
+from mmcastling.errors import ConfigError
 from mmcastling.registry import model_spec, type_name
 from mmcastling.run.config import (
     check_data,
@@ -22,7 +23,6 @@ from mmcastling.run.config import (
     datasets_of,
     require,
 )
-from mmcastling.run.errors import ConfigError
 from mmcastling.run.exported import ExportedEvaluation, evaluate_exported
 from mmcastling.run.load import PruningReport, load_model, load_pruned_model
 from mmcastling.run.runner import (

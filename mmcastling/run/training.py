@@ -15,12 +15,12 @@ from mmcastling.checkpoint import (
     DamagedCheckpointError,
     check_weights_fit,
     load_checkpoint,
-    safe_mmengine_loading,
 )
+from mmcastling.compat.safe_loading import safe_mmengine_loading
 from mmcastling.deploy import is_deployed
+from mmcastling.errors import ConfigError
 from mmcastling.registry import type_name
 from mmcastling.run.config import check_data, check_work_dir, require
-from mmcastling.run.errors import ConfigError
 from mmcastling.run.load import build_model
 from mmcastling.run.runner import build_runner, is_sharded
 from mmcastling.train.amp import DTYPES

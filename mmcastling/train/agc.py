@@ -9,6 +9,7 @@ import torch
 from mmengine.optim import OptimWrapper
 from torch import Tensor
 
+from mmcastling.errors import OptionError
 from mmcastling.registry import OPTIM_WRAPPERS
 
 
@@ -53,9 +54,9 @@ class AGCOptimWrapper(OptimWrapper):
 
     def __init__(self, clip_factor: float = 0.01, **kwargs: Any) -> None:
         if not clip_factor > 0.0:
-            raise ValueError(f"clip_factor={clip_factor!r} must be above 0")
+            raise OptionError(f"clip_factor={clip_factor!r} must be above 0")
         if kwargs.get("clip_grad") is not None:
-            raise ValueError(
+            raise OptionError(
                 f"clip_grad={kwargs['clip_grad']!r} beside adaptive clipping: use "
                 "OptimWrapper for the one, clip_factor for the other"
             )

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from mmcastling.compat.sharded import WholeNormClipping
+from mmcastling.errors import OptionError
 from mmcastling.registry import OPTIM_WRAPPERS
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -40,8 +41,8 @@ class DeviceAmpOptimWrapper(WholeNormClipping, AmpOptimWrapper):
             ``accumulative_counts``.
 
     Raises:
-        ValueError: If the dtype or the scale is not known, or torch has no autocast on
-            the device.
+        OptionError: If the dtype or the scale is not known, or torch has no autocast
+            on the device.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class DeviceAmpOptimWrapper(WholeNormClipping, AmpOptimWrapper):
         OptimWrapper.__init__(self, **kwargs)  # the parent's demands an accelerator
         self.device_type = get_device()
         if not torch.amp.is_autocast_available(self.device_type):
-            raise ValueError(
+            raise OptionError(
                 f"torch has no automatic mixed precision on {self.device_type!r}: "
                 "train without"
             )
@@ -62,7 +63,7 @@ class DeviceAmpOptimWrapper(WholeNormClipping, AmpOptimWrapper):
             dtype = torch.get_autocast_dtype(self.device_type)
         self.cast_dtype = DTYPES.get(dtype, dtype)
         if self.cast_dtype not in DTYPES.values():
-            raise ValueError(
+            raise OptionError(
                 f"dtype {dtype!r} is not a half precision: choose one of {list(DTYPES)}"
             )
         self._scale_update_param = None
@@ -73,7 +74,7 @@ class DeviceAmpOptimWrapper(WholeNormClipping, AmpOptimWrapper):
             self._scale_update_param = float(loss_scale)
             options["init_scale"] = float(loss_scale)
         elif loss_scale != "dynamic":
-            raise ValueError(
+            raise OptionError(
                 f"loss_scale {loss_scale!r} must be 'dynamic', a number, or a dict "
                 "with arguments of torch.amp.GradScaler"
             )
@@ -92,11 +93,7 @@ class DeviceAmpOptimWrapper(WholeNormClipping, AmpOptimWrapper):
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Autocast, and hold back gradient synchronisation while accumulating.
-
-        Args:
-            model: The model that is trained.
-        """
+        """Autocast, and hold back gradient synchronisation while accumulating."""
         self.remember(model)
         cast = torch.autocast(self.device_type, dtype=self.cast_dtype)
         with OptimWrapper.optim_context(self, model), cast:

@@ -17,6 +17,7 @@ from mmengine.logging import MMLogger, print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 
+from mmcastling.errors import OptionError
 from mmcastling.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 #: Parameters without weight decay wherever they are: class and distillation tokens and
@@ -25,26 +26,22 @@ NO_DECAY_NAMES = ("cls_token", "dist_token", "pos_embed", "absolute_pos_embed")
 
 
 def layer_scale(name: str, depth: int, num_layers: int, rate: float) -> float:
-    """Learning-rate multiplier of one backbone parameter.
+    """Learning-rate multiplier of a backbone's parameter: 1 at the top.
 
     Args:
-        name (str): Name of the parameter, for the error message.
-        depth (int): Its layer: 0 is the stem (patch and position embedding),
+        name: Name of the parameter, for the error message.
+        depth: Its layer: 0 is the stem (patch and position embedding),
             ``num_layers - 1`` whatever follows the last block.
-        num_layers (int): Number of layers, stem and output included (blocks + 2).
-        rate (float): Decay per layer, in (0, 1].
-
-    Returns:
-        float: ``rate ** (num_layers - 1 - depth)``: 1 at the top, smallest at the stem.
+        num_layers: Number of layers, stem and output included (blocks + 2).
+        rate: Decay per layer, in (0, 1].
 
     Raises:
-        ValueError: If ``rate`` is not in (0, 1], or ``depth`` not in
-            ``[0, num_layers)``.
+        OptionError: If ``rate`` or ``depth`` is out of range.
     """
     if not 0 < rate <= 1:
-        raise ValueError(f"layer_decay_rate must be in (0, 1], got {rate!r}.")
+        raise OptionError(f"layer_decay_rate must be in (0, 1], got {rate!r}.")
     if not 0 <= depth < num_layers:
-        raise ValueError(
+        raise OptionError(
             f"layer of {name!r} must be in [0, {num_layers}), got {depth}; "
             "check the backbone's get_layer_depth()."
         )
@@ -55,16 +52,15 @@ def find_layered_backbones(model: nn.Module) -> dict[str, nn.Module]:
     """Backbones that can tell the depth of their parameters.
 
     Args:
-        model (nn.Module): A detector, segmentor, classifier or any other model with
-            modules called ``backbone`` at any level, or a bare backbone.
+        model: Any model with modules called ``backbone`` at any level, or a backbone.
 
     Returns:
-        dict[str, nn.Module]: The outermost modules called ``backbone`` that have
-        ``get_layer_depth``, by the prefix of their parameters (``'backbone.'``); for
-        a bare backbone the model itself, with the prefix ``''``.
+        The outermost modules called ``backbone`` that have ``get_layer_depth``, by the
+        prefix of their parameters (``'backbone.'``); for a bare backbone the model
+        itself, with the prefix ``''``.
 
     Raises:
-        ValueError: If there is none.
+        OptionError: If there is none.
     """
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -83,7 +79,7 @@ def find_layered_backbones(model: nn.Module) -> dict[str, nn.Module]:
     ):
         return {"": model}
     backbone = getattr(model, "backbone", None)
-    raise ValueError(
+    raise OptionError(
         f"{type(model).__name__} has no backbone with get_layer_depth(param_name, "
         f"prefix) (its backbone: {type(backbone).__name__}); layer-wise learning-rate "
         "decay needs it. Use a backbone that has it or another constructor."
@@ -119,14 +115,12 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     of MMEngine's line for every parameter.
 
     Args:
-        optim_wrapper_cfg (dict): Config of the wrapper; its ``optimizer`` must
-            give ``lr``.
-        paramwise_cfg (dict): The fields above.
+        optim_wrapper_cfg: Config of the wrapper; its ``optimizer`` must give ``lr``.
+        paramwise_cfg: The fields above.
 
     Raises:
-        ValueError: If ``layer_decay_rate`` is missing or not in (0, 1], if the
-            optimizer has no ``lr``, or, when called, if the model has no
-            backbone with ``get_layer_depth``.
+        OptionError: If ``layer_decay_rate`` is missing or not in (0, 1], the optimizer
+            has no ``lr``, or, when called, the model no backbone that is asked.
 
     Example:
         >>> optim_wrapper = dict(
@@ -139,13 +133,13 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         super()._validate_cfg()
         rate = self.paramwise_cfg.get("layer_decay_rate")
         if rate is None:
-            raise ValueError(
+            raise OptionError(
                 "paramwise_cfg must give layer_decay_rate, a number in (0, 1]; "
                 f"got the keys {sorted(self.paramwise_cfg)}."
             )
         layer_scale("any", 0, 1, rate)
         if self.base_lr is None:
-            raise ValueError(
+            raise OptionError(
                 "layer-wise decay scales the learning rate: optimizer must give lr, "
                 f"got {self.optimizer_cfg}."
             )
@@ -153,15 +147,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def add_params(
         self, params: list[dict], module: nn.Module, prefix: str = "", **kwargs
     ) -> None:
-        """Append the parameter groups of ``module`` to ``params``.
-
-        Args:
-            params (list[dict]): Groups, modified in place.
-            module (nn.Module): The model, or one of its modules when called by
-                MMEngine's recursion.
-            prefix (str): Name of ``module`` in the model. Defaults to ''.
-            **kwargs: Passed on to MMEngine's recursion.
-        """
+        """Append the parameter groups of the model, or of a module of it."""
         if prefix:
             super().add_params(params, module, prefix=prefix, **kwargs)
             return
@@ -184,7 +170,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         counts = Counter(id(single["params"][0]) for single in singles)
         shared = [names[key] for key, count in counts.items() if count > 1]
         if shared:
-            raise ValueError(
+            raise OptionError(
                 f"parameters {shared} are shared by several modules; set "
                 "bypass_duplicate=True in paramwise_cfg to keep the first of each."
             )

@@ -14,14 +14,15 @@ from mmengine.runner.checkpoint import CheckpointLoader, _safe_torch_load
 from torch import nn
 
 from mmcastling.checkpoint import (
+    SAFE_GLOBALS,
     CheckpointError,
     check_weights_fit,
     load_checkpoint,
     load_weights,
-    safe_mmengine_loading,
     save_atomically,
     weights_of,
 )
+from mmcastling.compat.safe_loading import safe_mmengine_loading
 
 # -- nothing is executed ---------------------------------------------------------------
 
@@ -90,6 +91,18 @@ def test_training_history_with_numpy_scalars_loads(tmp_path):
     hub = load_checkpoint(tmp_path / "history.pth")["message_hub"]
     assert hub["runtime_info"] == {"iter": 3, "names": ("a", "b")}
     assert hub["log_scalars"]["train/loss"].statistics("mean") == 3.0
+
+
+def test_a_history_without_mmengine_says_what_reads_it(tmp_path, monkeypatch):
+    save_atomically({"history": HistoryBuffer([1.0], [1])}, tmp_path / "history.pth")
+    torch_alone = [
+        kind
+        for kind in SAFE_GLOBALS
+        if kind is not HistoryBuffer and not isinstance(kind, tuple)
+    ]
+    monkeypatch.setattr("mmcastling.checkpoint.SAFE_GLOBALS", torch_alone)
+    with pytest.raises(CheckpointError, match="import mmengine first"):
+        load_checkpoint(tmp_path / "history.pth")
 
 
 @pytest.mark.slow

@@ -7,14 +7,12 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torchvision  # noqa: F401  (registers the kernels that ours call)
 
-from mmcastling.compat import install_mmcv_ops
 from mmcastling.compat.mmcv_ops.kernels import KERNELS
 
 
 @pytest.fixture
 def mmcv_ops(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """``mmcv.ops`` whose wrappers call mmcastling's kernels, not compiled ones."""
-    install_mmcv_ops()
     ops = importlib.import_module("mmcv.ops")
     kernels = SimpleNamespace(**KERNELS)
     for name, module in list(sys.modules.items()):

@@ -11,7 +11,7 @@ import torch
 from mmengine.evaluator import Evaluator
 from mmengine.registry import METRICS, DefaultScope
 
-from mmcastling.compat import fast_coco_eval
+from mmcastling.compat.coco_eval import fast_coco_eval
 
 faster_is_installed = pytest.mark.skipif(
     importlib.util.find_spec("faster_coco_eval") is None,

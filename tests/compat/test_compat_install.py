@@ -14,26 +14,32 @@ from types import ModuleType
 import pytest
 import torch
 
-import mmcastling.compat as compat
-from mmcastling.compat import MissingOpError, install_mmcv_ops
+from mmcastling.compat import mmcv_ext
+from mmcastling.compat.mmcv_ext import MissingOpError, require_ops
 from mmcastling.compat.mmcv_ops.kernels import KERNELS
 
 EXT = "mmcv._ext"
 
 
+def forget(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a module be imported anew; what is there now comes back after the test."""
+    # setitem first: it makes monkeypatch restore, or remove, the entry afterwards.
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    del sys.modules[name]
+
+
 @pytest.fixture
 def no_ext(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process into which no ``mmcv._ext`` was loaded; the old one comes back."""
-    # setitem first: it makes monkeypatch restore, or remove, the entry afterwards.
-    monkeypatch.setitem(sys.modules, EXT, ModuleType(EXT))
-    del sys.modules[EXT]
+    """A process into which no ``mmcv._ext`` was loaded."""
+    forget(EXT, monkeypatch)
 
 
 @pytest.fixture
 def stand_in(no_ext: None) -> ModuleType:
-    if not install_mmcv_ops():
+    module = importlib.import_module(EXT)
+    if module.__spec__.origin != mmcv_ext.__name__:
         pytest.skip("a compiled mmcv is installed, so no stand-in is made")
-    return sys.modules[EXT]
+    return module
 
 
 @pytest.fixture
@@ -41,14 +47,14 @@ def fake_mmcv(no_ext: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """The folder of an empty package called mmcv, first on the path."""
     package = tmp_path / "mmcv"
     package.mkdir()
-    (package / "__init__.py").write_text("raise AssertionError('mmcv was imported')")
+    (package / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "mmcv", raising=False)
+    forget("mmcv", monkeypatch)
     return package
 
 
-def test_second_install_keeps_the_first_stand_in(stand_in: ModuleType) -> None:
-    assert install_mmcv_ops() is True
+def test_asking_again_keeps_the_first_stand_in(stand_in: ModuleType) -> None:
+    require_ops()
     assert sys.modules[EXT] is stand_in
 
 
@@ -58,21 +64,19 @@ def test_present_ext_module_is_left_untouched(
     theirs = ModuleType(EXT)
     before = dict(vars(theirs))
     monkeypatch.setitem(sys.modules, EXT, theirs)
-    assert install_mmcv_ops() is False
+    require_ops()
     assert sys.modules[EXT] is theirs
     assert vars(theirs) == before
 
 
 def test_compiled_file_on_disk_prevents_the_stand_in(fake_mmcv: Path) -> None:
-    (fake_mmcv / "_ext.py").write_text("")
-    assert install_mmcv_ops() is False
-    assert EXT not in sys.modules
+    (fake_mmcv / "_ext.py").write_text("compiled = True")
+    require_ops()
+    assert sys.modules[EXT].compiled
 
 
-def test_mmcv_without_ops_gets_the_stand_in_without_being_imported(
-    fake_mmcv: Path,
-) -> None:
-    assert install_mmcv_ops() is True
+def test_mmcv_without_ops_gets_the_stand_in(fake_mmcv: Path) -> None:
+    require_ops()
     assert sys.modules[EXT].nms is KERNELS["nms"]
 
 
@@ -81,7 +85,7 @@ def test_absent_mmcv_is_an_import_error_that_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "mmcv", None)
     with pytest.raises(ImportError, match="pip install onedl-mmcv") as caught:
-        install_mmcv_ops()
+        require_ops()
     assert caught.value.name == "mmcv"
 
 
@@ -90,19 +94,19 @@ def test_absent_torchvision_is_an_import_error_that_names_the_torch_release(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ImportError, match=re.escape(torch.__version__)) as caught:
-        install_mmcv_ops()
+        importlib.import_module(EXT)
     assert caught.value.name == "torchvision"
     assert EXT not in sys.modules
 
 
 @pytest.mark.parametrize("holder", ["mmdet.structures.mask", "mmseg.models"])
-def test_late_install_warns(
+def test_a_toolbox_that_was_imported_without_ops_is_a_warning(
     holder: str, fake_mmcv: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, holder, ModuleType(holder))
     monkeypatch.delitem(sys.modules, "mmcv.ops", raising=False)
     with pytest.warns(UserWarning, match=re.escape(holder)):
-        install_mmcv_ops()
+        require_ops()
 
 
 def test_unknown_op_is_there_and_raises_when_called(stand_in: ModuleType) -> None:
@@ -133,18 +137,13 @@ def test_find_spec_sees_the_stand_in(stand_in: ModuleType) -> None:
     assert spec.loader is not None
 
 
-def test_supplied_ops_are_sorted_and_callable() -> None:
-    assert list(compat.SUPPLIED_OPS) == sorted(KERNELS)
-    assert all(callable(KERNELS[name]) for name in compat.SUPPLIED_OPS)
-
-
 def _pybind_parameters(name: str, binding: str) -> list[str]:
     definition = re.search(rf'm\.def\("{name}",.*?;', binding, re.S)
     assert definition, f"mmcv binds no op {name}"
     return re.findall(r'py::arg\("(\w+)"\)', definition[0])
 
 
-@pytest.mark.parametrize("name", compat.SUPPLIED_OPS)
+@pytest.mark.parametrize("name", sorted(KERNELS))
 def test_parameters_are_those_of_the_compiled_op(name: str) -> None:
     mmcv = importlib.util.find_spec("mmcv")
     source = Path(mmcv.origin).parent / "ops/csrc/pytorch/pybind.cpp"
@@ -154,8 +153,11 @@ def test_parameters_are_those_of_the_compiled_op(name: str) -> None:
     assert list(inspect.signature(KERNELS[name]).parameters) == expected
 
 
-def test_compat_imports_nothing_of_openmmlab_nor_of_its_neighbours() -> None:
-    for source in Path(compat.__file__).parent.glob("*.py"):
+def test_the_ops_import_nothing_of_openmmlab() -> None:
+    own = Path(mmcv_ext.__file__)
+    sources = [own, *(own.parent / "mmcv_ops").glob("*.py")]
+    assert len(sources) > 6
+    for source in sources:
         for node in ast.walk(ast.parse(source.read_text())):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
@@ -164,22 +166,21 @@ def test_compat_imports_nothing_of_openmmlab_nor_of_its_neighbours() -> None:
             else:
                 continue
             for name in names:
-                assert not name.startswith("mm") or name.startswith(
-                    "mmcastling.compat"
-                ), f"{source.name} imports {name}"
+                assert not name.startswith("mm") or name.startswith("mmcastling."), (
+                    f"{source.name} imports {name}"
+                )
 
 
 FRESH_PROCESS = """
-import sys
-from mmcastling.compat import MissingOpError, install_mmcv_ops
-stand_in = install_mmcv_ops()
+import mmcastling
+from mmcastling.compat.mmcv_ext import MissingOpError
 import mmcv.cnn, mmcv.ops
 from mmcv.utils import collect_env
 from mmengine.utils.dl_utils import mmcv_full_available
 assert mmcv_full_available()
 assert mmcv.ops.batched_nms and mmcv.ops.RoIAlign
 print(mmcv.ops.get_compiler_version(), mmcv.ops.get_compiling_cuda_version())
-if stand_in:
+if mmcv._ext.__spec__.origin == "mmcastling.compat.mmcv_ext":
     import torch
     try:
         mmcv.ops.box_iou_rotated(torch.ones(1, 5), torch.ones(1, 5))

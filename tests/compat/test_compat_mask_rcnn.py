@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmcastling.compat import install_mmcv_ops
+import mmcastling  # noqa: F401, supplies the ops
 
-install_mmcv_ops()
 mmdet = pytest.importorskip("mmdet")
 
 

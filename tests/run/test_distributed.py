@@ -3,8 +3,11 @@
 import pytest
 import torch
 from mmengine.config import Config
+from torch.distributed import TCPStore
 
-from mmcastling.run import ConfigError, run_cli
+from mmcastling.compat import cpu_group
+from mmcastling.errors import ConfigError
+from mmcastling.run import run_cli
 from mmcastling.run import runner as module
 from mmcastling.run.runner import LAUNCHERS, is_sharded, setup_distributed
 
@@ -21,7 +24,7 @@ def bare_environment(monkeypatch):
 def started(monkeypatch):
     """Launchers and options with which MMEngine was asked to start a group."""
     calls = []
-    monkeypatch.setattr(module, "init_dist", lambda *a, **k: calls.append((a, k)))
+    monkeypatch.setattr(cpu_group, "init_dist", lambda *a, **k: calls.append((a, k)))
     return calls
 
 
@@ -63,10 +66,10 @@ def test_no_gpu_is_chosen_while_the_group_starts_on_a_cpu(monkeypatch):
     real = torch.cuda.set_device
     seen = []
     monkeypatch.setattr(
-        module, "init_dist", lambda *a, **k: seen.append(torch.cuda.set_device(7))
+        cpu_group, "init_dist", lambda *a, **k: seen.append(torch.cuda.set_device)
     )
     setup_distributed(Config(dict(launcher="pytorch")))
-    assert seen == [None] and torch.cuda.set_device is real
+    assert seen != [real] and torch.cuda.set_device is real
 
 
 def test_with_a_gpu_for_each_mmengine_does_it(started, monkeypatch):
@@ -190,36 +193,78 @@ def test_more_processes_than_gpus_are_an_error(launcher, variable, monkeypatch):
 # -- one message -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("rank", "error", "waits"),
-    [
-        (None, ConfigError("wrong"), []),
-        ("0", ConfigError("wrong"), []),
-        ("1", ConfigError("wrong"), [5.0]),
-        ("0", RuntimeError("[gloo] Connection closed by peer [::1]"), [10.0]),
-        ("0", torch.distributed.DistNetworkError("timeout"), [10.0]),
-        ("1", RuntimeError("Connection reset by peer"), [5.0, 10.0]),
-        (None, RuntimeError("Broken pipe"), []),
-    ],
-)
-def test_the_process_that_failed_first_speaks(rank, error, waits, monkeypatch, capsys):
-    waited = []
-    monkeypatch.setattr("time.sleep", waited.append)
-    size = 1 if rank is None else 2
-    monkeypatch.setattr("mmcastling.run.errors.get_dist_info", lambda: (0, size))
-    if rank is not None:
-        monkeypatch.setenv("RANK", rank)
+def ends(error):
+    """Run a command that fails; returns the exit status, None for a traceback."""
 
     def main():
         raise error
 
-    with pytest.raises((SystemExit, RuntimeError)):
+    try:
         run_cli(main)
-    assert waited == waits
+    except SystemExit as caught:
+        return caught.code
+    except Exception as caught:
+        assert caught is error
+    return None
+
+
+@pytest.fixture
+def agent(monkeypatch):
+    """torchrun's store, as its processes see it."""
+    store = TCPStore("127.0.0.1", 0, is_master=True)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    return store
+
+
+def test_what_all_processes_meet_is_said_by_the_first(agent, capsys, monkeypatch):
+    assert ends(ConfigError("wrong")) == 1
+    assert capsys.readouterr().err == "error: wrong\n"
+    for error in (ConfigError("wrong"), ConfigError("wrong")):
+        assert ends(error) == 1
+        assert capsys.readouterr().err == ""
+    # Another error of a single process is another message, and so is a restart's.
+    assert ends(ConfigError("another")) == 1
+    assert capsys.readouterr().err == "error: another\n"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert ends(ConfigError("wrong")) == 1
+    assert capsys.readouterr().err == "error: wrong\n"
+
+
+def test_a_defect_that_all_processes_meet_keeps_one_traceback(agent):
+    assert ends(KeyError("defect")) is None
+    assert ends(KeyError("defect")) == 1
+
+
+def test_without_a_store_to_ask_every_process_speaks(agent, capsys, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    for _ in range(2):
+        assert ends(ConfigError("wrong")) == 1
+        assert capsys.readouterr().err == "error: wrong\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[gloo] Connection closed by peer [::1]"),
+        RuntimeError("Connection reset by peer"),
+        torch.distributed.DistNetworkError("timeout"),
+    ],
+)
+def test_a_process_that_lost_contact_leaves_the_word_to_the_other(
+    error, monkeypatch, capsys
+):
+    assert ends(error) is None  # of a single process it is its own error
+    monkeypatch.setattr("mmcastling.run.failures.get_dist_info", lambda: (0, 2))
+    assert ends(error) == 1
+    text = capsys.readouterr().err
+    assert text.startswith("error: [process 1 of 2] lost contact to another process")
+    assert str(error) not in text and text.count("\n") == 1
 
 
 def test_a_message_names_its_process(monkeypatch, capsys):
-    monkeypatch.setattr("mmcastling.run.errors.get_dist_info", lambda: (0, 4))
+    monkeypatch.setattr("mmcastling.run.failures.get_dist_info", lambda: (0, 4))
 
     def main():
         raise ConfigError("wrong")

@@ -116,7 +116,7 @@ def run_script(root):
         environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": os.pathsep.join(map(str, path)),
+            "PYTHONPATH": os.pathsep.join(map(str, [*path, root])),
             "PORT": str(port),
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",

@@ -16,7 +16,7 @@ from mmengine.logging import MessageHub
 from mmengine.registry import DATA_SAMPLERS, MODELS
 
 from mmcastling.run import convert, load_config, train
-from mmcastling.run.errors import is_meant_for_the_user
+from mmcastling.run.failures import is_meant_for_the_user
 from mmcastling.run.load import TOLERANCE
 from mmcastling.verbs import castling_modules
 

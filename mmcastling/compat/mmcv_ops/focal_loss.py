@@ -1,128 +1,79 @@
 """Focal losses: the ops behind ``mmcv.ops.sigmoid_focal_loss`` and ``softmax_...``.
 
+``input`` is ``(N, C)``, ``target`` the class of each of N samples, ``weight`` a factor
+per class, ``(C,)``, or an empty tensor; ``output`` and ``grad_input``, shaped as what
+they are of, are overwritten.
+
 The sigmoid loss is written with log-sigmoid. The compiled op takes the logarithm of
 ``1 - sigmoid(x)``, which float32 rounds to zero from logits of about 17 on, and clamps
 it; up to there both agree, beyond it only this one is right.
 """
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmcastling.compat.mmcv_ops.widen import widen
+from mmcastling.compat.mmcv_ops.calling import register_op, widen
 
 
-def sigmoid_focal_loss_forward(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor,
-    output: Tensor,
-    gamma: float,
-    alpha: float,
-) -> None:
-    """Stands in for ``mmcv._ext.sigmoid_focal_loss_forward``.
+@register_op("input target weight output gamma alpha")
+def sigmoid_focal_loss_forward(op: SimpleNamespace) -> None:
+    """Loss of each class, ``(N, C)``, of logits.
 
     With ``p = sigmoid(input)`` the loss of a sample's own class is
     ``-alpha (1 - p)^gamma log(p)``, that of every other class
-    ``-(1 - alpha) p^gamma log(1 - p)``.
-
-    Args:
-        input: Logits, ``(N, C)``.
-        target: Classes, ``(N,)``; one outside ``0..C-1`` means background.
-        weight: Factor per target class, ``(C,)``, or an empty tensor. Background, for
-            which the compiled op reads past the end of ``weight``, weighs 1.
-        output: Overwritten by the losses, ``(N, C)``.
-        gamma: Exponent.
-        alpha: Weight of the positive term.
+    ``-(1 - alpha) p^gamma log(1 - p)``. A target outside ``0..C-1`` means background
+    and weighs 1, where the compiled op reads past the end of ``weight``.
     """
-    logits = widen(input)
+    logits = widen(op.input)
     log_p, log_q = F.logsigmoid(logits), F.logsigmoid(-logits)
-    positive = -alpha * torch.exp(gamma * log_q) * log_p
-    negative = -(1 - alpha) * torch.exp(gamma * log_p) * log_q
-    loss = torch.where(_own_class(target, logits), positive, negative)
-    output.copy_(loss * _sample_weight(weight, target, logits))
+    positive = -op.alpha * torch.exp(op.gamma * log_q) * log_p
+    negative = -(1 - op.alpha) * torch.exp(op.gamma * log_p) * log_q
+    loss = torch.where(_own_class(op.target, logits), positive, negative)
+    op.output.copy_(loss * _sample_weight(op.weight, op.target, logits))
 
 
-def sigmoid_focal_loss_backward(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor,
-    grad_input: Tensor,
-    gamma: float,
-    alpha: float,
-) -> None:
-    """Stands in for ``mmcv._ext.sigmoid_focal_loss_backward``.
-
-    Args:
-        input: Logits, ``(N, C)``.
-        target: Classes, ``(N,)``.
-        weight: Factor per target class, ``(C,)``, or an empty tensor.
-        grad_input: Overwritten by the derivative of each loss by its logit, ``(N, C)``.
-        gamma: Exponent.
-        alpha: Weight of the positive term.
-    """
-    logits = widen(input)
+@register_op("input target weight grad_input gamma alpha")
+def sigmoid_focal_loss_backward(op: SimpleNamespace) -> None:
+    """Derivative of each loss by its logit, ``(N, C)``."""
+    alpha, gamma, logits = op.alpha, op.gamma, widen(op.input)
     log_p, log_q = F.logsigmoid(logits), F.logsigmoid(-logits)
     p, q = log_p.exp(), log_q.exp()
     positive = alpha * torch.exp(gamma * log_q) * (gamma * p * log_p - q)
     negative = (1 - alpha) * torch.exp(gamma * log_p) * (p - gamma * q * log_q)
-    grad = torch.where(_own_class(target, logits), positive, negative)
-    grad_input.copy_(grad * _sample_weight(weight, target, logits))
+    grad = torch.where(_own_class(op.target, logits), positive, negative)
+    op.grad_input.copy_(grad * _sample_weight(op.weight, op.target, logits))
 
 
-def softmax_focal_loss_forward(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor,
-    output: Tensor,
-    gamma: float,
-    alpha: float,
-) -> None:
-    """Stands in for ``mmcv._ext.softmax_focal_loss_forward``.
+@register_op("input target weight output gamma alpha")
+def softmax_focal_loss_forward(op: SimpleNamespace) -> None:
+    """Loss of each sample, ``(N,)``, of probabilities, that is after the softmax.
 
-    With ``p`` the probability of the target class, ``-alpha (1 - p)^gamma log(p)``.
-
-    Args:
-        input: Probabilities, that is after the softmax, ``(N, C)``.
-        target: Classes, ``(N,)``; a negative one is ignored.
-        weight: Factor per target class, ``(C,)``, or an empty tensor.
-        output: Overwritten by the losses, ``(N,)``.
-        gamma: Exponent.
-        alpha: Factor on everything.
+    With ``p`` the probability of the target class, ``-alpha (1 - p)^gamma log(p)``. A
+    negative target is ignored.
     """
-    p = _target_probability(input, target)
-    loss = -alpha * (1 - p) ** gamma * _safe_log(p)
-    loss = loss * _sample_weight(weight, target, p[:, None])[:, 0]
-    output.copy_(loss * (target >= 0))
+    p = _target_probability(op.input, op.target)
+    loss = -op.alpha * (1 - p) ** op.gamma * _safe_log(p)
+    loss = loss * _sample_weight(op.weight, op.target, p[:, None])[:, 0]
+    op.output.copy_(loss * (op.target >= 0))
 
 
-def softmax_focal_loss_backward(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor,
-    buff: Tensor,
-    grad_input: Tensor,
-    gamma: float,
-    alpha: float,
-) -> None:
-    """Stands in for ``mmcv._ext.softmax_focal_loss_backward``.
+@register_op("input target weight buff grad_input gamma alpha")
+def softmax_focal_loss_backward(op: SimpleNamespace) -> None:
+    """Derivative of each sample's loss by its logits (not probabilities), ``(N, C)``.
 
-    Args:
-        input: Probabilities, that is after the softmax, ``(N, C)``.
-        target: Classes, ``(N,)``; a negative one is ignored.
-        weight: Factor per target class, ``(C,)``, or an empty tensor.
-        buff: Overwritten by ``p dL/dp`` of the target class, ``(N,)``.
-        grad_input: Overwritten by the derivative of each sample's loss by its logits
-            (not its probabilities), ``(N, C)``.
-        gamma: Exponent.
-        alpha: Factor on everything.
+    ``buff``, ``(N,)``, is overwritten by ``p dL/dp`` of the target class.
     """
-    p = _target_probability(input, target)
+    alpha, gamma, target = op.alpha, op.gamma, op.target
+    p = _target_probability(op.input, target)
     q = (1 - p).clamp(min=torch.finfo(p.dtype).tiny)  # q^(gamma - 1) stays finite
     slope = alpha * (gamma * q ** (gamma - 1) * p * _safe_log(p) - q**gamma)
-    slope = slope * _sample_weight(weight, target, p[:, None])[:, 0] * (target >= 0)
-    buff.copy_(slope)
-    grad_input.copy_(slope[:, None] * (_own_class(target, input).to(p) - widen(input)))
+    slope = slope * _sample_weight(op.weight, target, p[:, None])[:, 0] * (target >= 0)
+    op.buff.copy_(slope)
+    own = _own_class(target, op.input).to(p)
+    op.grad_input.copy_(slope[:, None] * (own - widen(op.input)))
 
 
 def _own_class(target: Tensor, like: Tensor) -> Tensor:

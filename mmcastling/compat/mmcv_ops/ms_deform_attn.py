@@ -1,102 +1,66 @@
 """The ops behind ``mmcv.ops.MultiScaleDeformableAttention``.
 
-On a CPU mmcv's class does not call them; on a GPU it does.
+On a CPU mmcv's class does not call them; on a GPU it does. ``value`` holds the levels'
+maps, one after the other, ``(B, N, heads, d)``; ``value_spatial_shapes`` height and
+width of each, ``(L, 2)``; ``value_level_start_index`` where each begins among the N;
+``sampling_locations`` x and y, 0 to 1 across a level, ``(B, Q, heads, L, points, 2)``;
+``attention_weights`` is ``(B, Q, heads, L, points)``. ``im2col_step`` is not used.
 """
+
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmcastling.compat.mmcv_ops.widen import widen
+from mmcastling.compat.mmcv_ops.calling import register_op, widen
+
+_INPUTS = (
+    "value value_spatial_shapes value_level_start_index sampling_locations "
+    "attention_weights"
+)
 
 
-def ms_deform_attn_forward(
-    value: Tensor,
-    value_spatial_shapes: Tensor,
-    value_level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    im2col_step: int,
-) -> Tensor:
-    """Stands in for ``mmcv._ext.ms_deform_attn_forward``.
-
-    Args:
-        value: The levels' maps, one after the other, ``(B, N, heads, d)``.
-        value_spatial_shapes: Height and width of each level, ``(L, 2)``.
-        value_level_start_index: Where each level begins among the N, ``(L,)``.
-        sampling_locations: x and y, 0 to 1 across a level,
-            ``(B, Q, heads, L, points, 2)``.
-        attention_weights: ``(B, Q, heads, L, points)``.
-        im2col_step: Images per step of the compiled op; not used.
-
-    Returns:
-        For each query the weighted sum of its samples, ``(B, Q, heads * d)``.
-    """
-    output = _attend(
-        widen(value),
-        _levels(value_spatial_shapes, value_level_start_index),
-        widen(sampling_locations),
-        widen(attention_weights),
-    )
-    return output.to(value)
+@register_op(f"{_INPUTS} im2col_step")
+def ms_deform_attn_forward(op: SimpleNamespace) -> Tensor:
+    """For each query the weighted sum of its samples, ``(B, Q, heads * d)``."""
+    inputs = (op.value, op.sampling_locations, op.attention_weights)
+    return _attend(_levels(op), *map(widen, inputs)).to(op.value)
 
 
-def ms_deform_attn_backward(
-    value: Tensor,
-    value_spatial_shapes: Tensor,
-    value_level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    grad_output: Tensor,
-    grad_value: Tensor,
-    grad_sampling_loc: Tensor,
-    grad_attn_weight: Tensor,
-    im2col_step: int,
-) -> None:
-    """Stands in for ``mmcv._ext.ms_deform_attn_backward``.
-
-    Args:
-        value: ``(B, N, heads, d)``.
-        value_spatial_shapes: ``(L, 2)``.
-        value_level_start_index: ``(L,)``.
-        sampling_locations: ``(B, Q, heads, L, points, 2)``.
-        attention_weights: ``(B, Q, heads, L, points)``.
-        grad_output: ``(B, Q, heads * d)``.
-        grad_value: Overwritten, shaped as ``value``.
-        grad_sampling_loc: Overwritten, shaped as ``sampling_locations``.
-        grad_attn_weight: Overwritten, shaped as ``attention_weights``.
-        im2col_step: Images per step of the compiled op; not used.
-    """
-    targets = (grad_value, grad_sampling_loc, grad_attn_weight)
-    if grad_output.numel() == 0:
+@register_op(
+    f"{_INPUTS} grad_output grad_value grad_sampling_loc grad_attn_weight im2col_step"
+)
+def ms_deform_attn_backward(op: SimpleNamespace) -> None:
+    """Overwrites the gradients, each shaped as what it is of."""
+    targets = (op.grad_value, op.grad_sampling_loc, op.grad_attn_weight)
+    if op.grad_output.numel() == 0:
         for target in targets:
             target.zero_()
         return
     inputs = [
         widen(tensor).detach().requires_grad_()
-        for tensor in (value, sampling_locations, attention_weights)
+        for tensor in (op.value, op.sampling_locations, op.attention_weights)
     ]
-    levels = _levels(value_spatial_shapes, value_level_start_index)
     with torch.enable_grad():
-        output = _attend(inputs[0], levels, *inputs[1:])
+        output = _attend(_levels(op), *inputs)
     grads = torch.autograd.grad(
-        output, inputs, widen(grad_output), allow_unused=True, materialize_grads=True
+        output, inputs, widen(op.grad_output), allow_unused=True, materialize_grads=True
     )
     for target, grad in zip(targets, grads, strict=True):
         target.copy_(grad)
 
 
-def _levels(shapes: Tensor, starts: Tensor) -> list[tuple[int, int, int]]:
+def _levels(op: SimpleNamespace) -> list[tuple[int, int, int]]:
     """Start, height and width of each level."""
-    return [
-        (start, height, width)
-        for start, (height, width) in zip(starts.tolist(), shapes.tolist(), strict=True)
-    ]
+    starts = op.value_level_start_index.tolist()
+    shapes = op.value_spatial_shapes.tolist()
+    return [(start, *shape) for start, shape in zip(starts, shapes, strict=True)]
 
 
 def _attend(
-    value: Tensor,
     levels: list[tuple[int, int, int]],
+    value: Tensor,
     locations: Tensor,
     weights: Tensor,
 ) -> Tensor:

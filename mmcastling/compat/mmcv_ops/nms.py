@@ -1,33 +1,31 @@
 """Non-maximum suppression: the ops behind ``mmcv.ops.nms`` and ``soft_nms``."""
 
-from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from mmcastling.compat.mmcv_ops.widen import widen
+from mmcastling.compat.mmcv_ops.calling import register_op, widen
 
 
-def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Greedy suppression; stands in for ``mmcv._ext.nms``.
+@register_op("boxes scores iou_threshold offset")
+def nms(op: SimpleNamespace) -> Tensor:
+    """Greedy suppression of boxes ``(N, 4)``, x1, y1, x2, y2, by scores ``(N,)``.
 
-    Args:
-        boxes: ``(N, 4)`` as x1, y1, x2, y2.
-        scores: ``(N,)``.
-        iou_threshold: A box goes when its IoU with a kept one is larger than this.
-        offset: 0, or 1 if x2 and y2 name the last pixel inside the box.
+    A box goes when its IoU with a kept one is larger than ``iou_threshold``. ``offset``
+    is 0, or 1 if x2 and y2 name the last pixel inside the box.
 
     Returns:
         Indices of the kept boxes, highest score first, int64 ``(M,)``.
     """
+    boxes, scores = widen(op.boxes), widen(op.scores).to(widen(op.boxes))
     if boxes.numel() == 0:
         return boxes.new_empty(0, dtype=torch.long)
-    boxes, scores = widen(boxes), widen(scores).to(widen(boxes))
-    if offset:
+    if op.offset:
         # Width and overlap both grow by one pixel, which is what moving the far corner
         # of every box by one does.
-        boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
-    return torch.ops.torchvision.nms(boxes, scores, float(iou_threshold))
+        boxes = boxes + boxes.new_tensor([0, 0, op.offset, op.offset])
+    return torch.ops.torchvision.nms(boxes, scores, float(op.iou_threshold))
 
 
 def _naive(iou: Tensor, threshold: float, sigma: float) -> Tensor:
@@ -42,52 +40,32 @@ def _gaussian(iou: Tensor, threshold: float, sigma: float) -> Tensor:
     return torch.exp(-(iou * iou) / sigma)
 
 
-_DECAYS: tuple[Callable[[Tensor, float, float], Tensor], ...] = (
-    _naive,
-    _linear,
-    _gaussian,
-)
+_DECAYS = (_naive, _linear, _gaussian)
 
 
-def softnms(
-    boxes: Tensor,
-    scores: Tensor,
-    dets: Tensor,
-    iou_threshold: float,
-    sigma: float,
-    min_score: float,
-    method: int,
-    offset: int,
-) -> Tensor:
-    """Soft suppression; stands in for ``mmcv._ext.softnms``.
+@register_op("boxes scores dets iou_threshold sigma min_score method offset")
+def softnms(op: SimpleNamespace) -> Tensor:
+    """Soft suppression of boxes ``(N, 4)``, x1, y1, x2, y2, by scores ``(N,)``.
 
     The box with the highest score is taken and the scores of the others are multiplied
-    by a function of their IoU with it; those that fall below ``min_score`` are dropped;
-    and so on with what remains. The very first box is never tested against
-    ``min_score``. Among equal scores the compiled op takes the first in an array whose
-    gaps it fills from the end, and so does this one.
+    by a function of their IoU with it: by ``method`` 0 (naive) 0 and 1 (linear)
+    ``1 - IoU``, from ``iou_threshold`` on, 2 (gaussian) ``exp(-IoU^2 / sigma)``. Those
+    that fall below ``min_score`` are dropped; and so on with what remains. The very
+    first box is never tested against ``min_score``. Among equal scores the compiled op
+    takes the first in an array whose gaps it fills from the end, and so does this one.
+    ``offset`` is 0, or 1 if x2 and y2 name the last pixel inside the box.
 
     One thing differs: two boxes without area have an IoU of 0 here; in the compiled op
     0/0 makes the score of the second NaN under the gaussian method.
 
-    Args:
-        boxes: ``(N, 4)`` as x1, y1, x2, y2.
-        scores: ``(N,)``.
-        dets: ``(N, 5)``; its first M rows are overwritten by the boxes that are kept
-            and their decayed scores, in the order in which they were taken.
-        iou_threshold: From this IoU on, methods 0 and 1 act.
-        sigma: Width of method 2.
-        min_score: Boxes whose decayed score is smaller are dropped.
-        method: 0 naive (the factor is 0), 1 linear (1 - IoU), 2 gaussian
-            (exp(-IoU^2 / sigma)).
-        offset: 0, or 1 if x2 and y2 name the last pixel inside the box.
-
     Returns:
-        Indices of the kept boxes in the order of ``dets``, int64 ``(M,)``.
+        Indices of the kept boxes in the order in which they were taken, int64 ``(M,)``.
+        The first M rows of ``dets``, ``(N, 5)``, are overwritten by these boxes and
+        their decayed scores.
     """
-    boxes, scores = widen(boxes), widen(scores).clone()
+    boxes, scores, offset = widen(op.boxes), widen(op.scores).clone(), op.offset
     areas = (boxes[:, 2:] - boxes[:, :2] + offset).prod(1)
-    decay = _DECAYS[method]
+    decay = _DECAYS[op.method]
     remaining = torch.arange(len(boxes), device=boxes.device)
     taken = []
     while len(remaining):
@@ -103,14 +81,15 @@ def softnms(
         overlap = (far - near + offset).clamp(min=0).prod(1)
         union = areas[best] + areas[remaining] - overlap
         iou = (overlap / union).nan_to_num(nan=0.0)
-        decayed = scores[remaining] * decay(iou, iou_threshold, sigma)
+        decayed = scores[remaining] * decay(iou, op.iou_threshold, op.sigma)
         scores[remaining] = decayed
-        remaining = _drop(remaining, decayed < min_score)
+        remaining = _drop(remaining, decayed < op.min_score)
 
     if not taken:
         return boxes.new_empty(0, dtype=torch.long)
     kept = torch.stack(taken)
-    dets[: len(kept)] = torch.cat([boxes[kept], scores[kept, None]], 1).to(dets)
+    found = torch.cat([boxes[kept], scores[kept, None]], 1)
+    op.dets[: len(kept)] = found.to(op.dets)
     return kept
 
 

@@ -5,170 +5,110 @@ y2 in pixels of the input image, of which ``spatial_scale`` makes pixels of the 
 """
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from mmcastling.compat.mmcv_ops.widen import widen
+from mmcastling.compat.mmcv_ops.calling import register_op, widen
 
 _MAX_POOL = 0
 # Elements of the sample tensor that max pooling may hold at once (64 MB in float32).
 _MAX_SAMPLES = 2**24
 
 
-def roi_align_forward(
-    input: Tensor,
-    rois: Tensor,
-    output: Tensor,
-    argmax_y: Tensor,
-    argmax_x: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
-) -> None:
-    """Stands in for ``mmcv._ext.roi_align_forward``.
+_ALIGN = "aligned_height aligned_width spatial_scale sampling_ratio pool_mode aligned"
 
-    Args:
-        input: ``(B, C, H, W)``.
-        rois: ``(K, 5)``.
-        output: Overwritten, ``(K, C, aligned_height, aligned_width)``.
-        argmax_y: For max pooling, overwritten by the row of the winning sample in its
-            bin's sampling grid, shaped as ``output``. (The compiled op stores image
-            coordinates; these would not survive a half format. Nobody but
-            ``roi_align_backward`` reads them.)
-        argmax_x: The same for the column.
-        aligned_height: Bins per column.
-        aligned_width: Bins per row.
-        spatial_scale: Pixels of the map per pixel of the image.
-        sampling_ratio: Samples per bin and axis; 0 takes ``ceil(bin size)`` of them.
-        pool_mode: 0 for the maximum of a bin's samples, 1 for their mean. A bin
-            without samples gives 0 in both modes.
-        aligned: Whether pixel centres lie at half-integer coordinates.
+
+@register_op(f"input rois output argmax_y argmax_x {_ALIGN}")
+def roi_align_forward(op: SimpleNamespace) -> None:
+    """Maximum (``pool_mode`` 0) or mean (1) of samples in each bin of a box.
+
+    Overwrites ``output``, ``(K, C, aligned_height, aligned_width)``, from ``input``,
+    ``(B, C, H, W)``. ``sampling_ratio`` is the number of samples per bin and axis, 0
+    for ``ceil(bin size)``; a bin without samples gives 0. ``aligned`` says whether
+    pixel centres lie at half-integer coordinates.
+
+    For the maximum ``argmax_y`` and ``argmax_x``, shaped as ``output``, are overwritten
+    by the row and column of the winner in its bin's sampling grid. (The compiled op
+    stores image coordinates; these would not survive a half format. Nobody but
+    ``roi_align_backward`` reads them.)
     """
-    output.zero_()
-    if output.numel() == 0:
+    op.output.zero_()
+    if op.output.numel() == 0:
         return
-    maps, rois = widen(input), rois.to(widen(input))
-    bins = (aligned_height, aligned_width)
-    if pool_mode != _MAX_POOL:
+    maps, rois = widen(op.input), op.rois.to(widen(op.input))
+    bins = (op.aligned_height, op.aligned_width)
+    if op.pool_mode != _MAX_POOL:
         pooled = torch.ops.torchvision.roi_align(
-            maps, rois, spatial_scale, *bins, sampling_ratio, aligned
+            maps, rois, op.spatial_scale, *bins, op.sampling_ratio, op.aligned
         )
-        output.copy_(pooled)
+        op.output.copy_(pooled)
         return
-    for chunk, (rows, columns) in _equal_sampling_grids(
-        rois, maps.shape[1], bins, spatial_scale, sampling_ratio, aligned
-    ):
+    for chunk, (rows, columns) in _equal_sampling_grids(op, rois, maps.shape[1]):
         # One sample per bin of a grid that is `rows` x `columns` times as fine hits
         # exactly the samples of the coarse bins.
         fine = (bins[0] * rows, bins[1] * columns)
         samples = torch.ops.torchvision.roi_align(
-            maps, rois[chunk], spatial_scale, *fine, 1, aligned
+            maps, rois[chunk], op.spatial_scale, *fine, 1, op.aligned
         )
         best, winner = _split_bins(samples, rows, columns).max(-1)
-        output[chunk] = best.to(output)
-        argmax_y[chunk] = winner.div(columns, rounding_mode="floor").to(argmax_y)
-        argmax_x[chunk] = winner.remainder(columns).to(argmax_x)
+        op.output[chunk] = best.to(op.output)
+        row = winner.div(columns, rounding_mode="floor")
+        op.argmax_y[chunk] = row.to(op.argmax_y)
+        op.argmax_x[chunk] = winner.remainder(columns).to(op.argmax_x)
 
 
-def roi_align_backward(
-    grad_output: Tensor,
-    rois: Tensor,
-    argmax_y: Tensor,
-    argmax_x: Tensor,
-    grad_input: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
-) -> None:
-    """Stands in for ``mmcv._ext.roi_align_backward``.
-
-    Args:
-        grad_output: ``(K, C, aligned_height, aligned_width)``.
-        rois: ``(K, 5)``.
-        argmax_y: As ``roi_align_forward`` left it.
-        argmax_x: As ``roi_align_forward`` left it.
-        grad_input: Overwritten, ``(B, C, H, W)``.
-        aligned_height: Bins per column.
-        aligned_width: Bins per row.
-        spatial_scale: Pixels of the map per pixel of the image.
-        sampling_ratio: Samples per bin and axis; 0 takes ``ceil(bin size)`` of them.
-        pool_mode: 0 for maximum, 1 for mean.
-        aligned: Whether pixel centres lie at half-integer coordinates.
-    """
-    grad_input.zero_()
-    if grad_output.numel() == 0 or grad_input.numel() == 0:
+@register_op(f"grad_output rois argmax_y argmax_x grad_input {_ALIGN}")
+def roi_align_backward(op: SimpleNamespace) -> None:
+    """Its gradient: overwrites ``grad_input``, shaped as ``input``."""
+    op.grad_input.zero_()
+    if op.grad_output.numel() == 0 or op.grad_input.numel() == 0:
         return
-    grad, rois = widen(grad_output), rois.to(widen(grad_output))
-    bins = (aligned_height, aligned_width)
-    shape = grad_input.shape
-    if pool_mode != _MAX_POOL:
-        grad_input.copy_(
-            torch.ops.torchvision._roi_align_backward(
-                grad, rois, spatial_scale, *bins, *shape, sampling_ratio, aligned
-            )
+    grad, rois = widen(op.grad_output), op.rois.to(widen(op.grad_output))
+    bins = (op.aligned_height, op.aligned_width)
+    shape = op.grad_input.shape
+    backward = torch.ops.torchvision._roi_align_backward
+    if op.pool_mode != _MAX_POOL:
+        settings = (op.spatial_scale, *bins, *shape, op.sampling_ratio, op.aligned)
+        op.grad_input.copy_(backward(grad, rois, *settings))
+        return
+    total = torch.zeros_like(op.grad_input, dtype=grad.dtype)
+    for chunk, (rows, columns) in _equal_sampling_grids(op, rois, shape[1]):
+        row, column = op.argmax_y[chunk].long(), op.argmax_x[chunk].long()
+        samples = grad.new_zeros(*row.shape, rows * columns)
+        samples.scatter_(
+            -1, (row * columns + column)[..., None], grad[chunk][..., None]
         )
-        return
-    total = torch.zeros_like(grad_input, dtype=grad.dtype)
-    for chunk, (rows, columns) in _equal_sampling_grids(
-        rois, shape[1], bins, spatial_scale, sampling_ratio, aligned
-    ):
-        winner = (argmax_y[chunk].long() * columns + argmax_x[chunk].long())[..., None]
-        samples = grad.new_zeros(*winner.shape[:-1], rows * columns)
-        samples.scatter_(-1, winner, grad[chunk][..., None])
-        total += torch.ops.torchvision._roi_align_backward(
+        fine = (bins[0] * rows, bins[1] * columns)
+        total += backward(
             _merge_bins(samples, rows, columns),
             rois[chunk],
-            spatial_scale,
-            bins[0] * rows,
-            bins[1] * columns,
-            *shape,
-            1,
-            aligned,
+            *(op.spatial_scale, *fine, *shape, 1, op.aligned),
         )
-    grad_input.copy_(total)
+    op.grad_input.copy_(total)
 
 
-def roi_pool_forward(
-    input: Tensor,
-    rois: Tensor,
-    output: Tensor,
-    argmax: Tensor,
-    pooled_height: int,
-    pooled_width: int,
-    spatial_scale: float,
-) -> None:
-    """Stands in for ``mmcv._ext.roi_pool_forward``.
+@register_op("input rois output argmax pooled_height pooled_width spatial_scale")
+def roi_pool_forward(op: SimpleNamespace) -> None:
+    """Maximum of each bin of a box, whose x2 and y2 name the last pixel inside.
+
+    Overwrites ``output``, ``(K, C, pooled_height, pooled_width)``, from ``input``,
+    ``(B, C, H, W)``, and ``argmax``, shaped as ``output``, with the winner's flat
+    position in its map; a bin without pixels gives 0 and -1.
 
     mmcv divides the box unrounded and rounds every bin outwards, whereas torchvision's
     ``roi_pool`` rounds the box first. So each bin becomes a box of its own here, whole
     pixels already, which torchvision pools to one value.
-
-    Args:
-        input: ``(B, C, H, W)``.
-        rois: ``(K, 5)``; x2 and y2 name the last pixel inside.
-        output: Overwritten by each bin's maximum, 0 for a bin without pixels,
-            ``(K, C, pooled_height, pooled_width)``.
-        argmax: Overwritten by the winner's flat position in its map, -1 for none;
-            integer, shaped as ``output``.
-        pooled_height: Bins per column.
-        pooled_width: Bins per row.
-        spatial_scale: Pixels of the map per pixel of the image.
     """
-    output.zero_()
-    argmax.fill_(-1)
-    if output.numel() == 0:
+    op.output.zero_()
+    op.argmax.fill_(-1)
+    if op.output.numel() == 0:
         return
-    maps, rois = widen(input), rois.to(widen(input))
-    height, width = maps.shape[2:]
-    x1, x2 = _outward_bins(rois[:, 1], rois[:, 3], spatial_scale, pooled_width, width)
-    y1, y2 = _outward_bins(rois[:, 2], rois[:, 4], spatial_scale, pooled_height, height)
+    maps, rois = widen(op.input), op.rois.to(widen(op.input))
+    (height, width), scale = maps.shape[2:], op.spatial_scale
+    x1, x2 = _outward_bins(rois[:, 1], rois[:, 3], scale, op.pooled_width, width)
+    y1, y2 = _outward_bins(rois[:, 2], rois[:, 4], scale, op.pooled_height, height)
     # (K, pooled_height, pooled_width, 5); the last pixel is part of torchvision's boxes
     bins = torch.stack(
         torch.broadcast_tensors(
@@ -184,48 +124,28 @@ def roi_pool_forward(
     # (occupied bins, C, 1, 1)
     pooled, winner = torch.ops.torchvision.roi_pool(maps, bins[occupied], 1.0, 1, 1)
     # The channel comes second in `output`; seen as last, bins index it directly.
-    output.permute(0, 2, 3, 1)[occupied] = pooled.flatten(1).to(output)
-    argmax.permute(0, 2, 3, 1)[occupied] = winner.flatten(1).to(argmax)
+    op.output.permute(0, 2, 3, 1)[occupied] = pooled.flatten(1).to(op.output)
+    op.argmax.permute(0, 2, 3, 1)[occupied] = winner.flatten(1).to(op.argmax)
 
 
-def roi_pool_backward(
-    grad_output: Tensor,
-    rois: Tensor,
-    argmax: Tensor,
-    grad_input: Tensor,
-    pooled_height: int,
-    pooled_width: int,
-    spatial_scale: float,
-) -> None:
-    """Stands in for ``mmcv._ext.roi_pool_backward``.
-
-    Args:
-        grad_output: ``(K, C, pooled_height, pooled_width)``.
-        rois: ``(K, 5)``.
-        argmax: As ``roi_pool_forward`` left it.
-        grad_input: Overwritten, ``(B, C, H, W)``.
-        pooled_height: Bins per column (``grad_output`` says it too).
-        pooled_width: Bins per row (``grad_output`` says it too).
-        spatial_scale: Without effect, the winners are known.
-    """
-    channels, height, width = grad_input.shape[1:]
-    grad = widen(grad_output)
-    image = rois[:, 0].long()[:, None] * channels
-    plane = image + torch.arange(channels, device=rois.device)  # (K, C)
-    target = plane[:, :, None, None] * (height * width) + argmax.long()
-    valid = argmax >= 0
-    total = grad.new_zeros(grad_input.numel())
+@register_op(
+    "grad_output rois argmax grad_input pooled_height pooled_width spatial_scale"
+)
+def roi_pool_backward(op: SimpleNamespace) -> None:
+    """Its gradient: overwrites ``grad_input``, shaped as ``input``."""
+    channels, height, width = op.grad_input.shape[1:]
+    grad = widen(op.grad_output)
+    image = op.rois[:, 0].long()[:, None] * channels
+    plane = image + torch.arange(channels, device=grad.device)  # (K, C)
+    target = plane[:, :, None, None] * (height * width) + op.argmax.long()
+    valid = op.argmax >= 0
+    total = grad.new_zeros(op.grad_input.numel())
     total.index_add_(0, target[valid], grad[valid])
-    grad_input.copy_(total.view(grad_input.shape))
+    op.grad_input.copy_(total.view(op.grad_input.shape))
 
 
 def _equal_sampling_grids(
-    rois: Tensor,
-    channels: int,
-    bins: tuple[int, int],
-    spatial_scale: float,
-    sampling_ratio: int,
-    aligned: bool,
+    op: SimpleNamespace, rois: Tensor, channels: int
 ) -> Iterator[tuple[Tensor, tuple[int, int]]]:
     """Group boxes by the samples per bin, in chunks that fit in memory.
 
@@ -234,14 +154,15 @@ def _equal_sampling_grids(
     Yields:
         Indices into ``rois``, ``(k,)``, and the rows and columns of the sampling grid.
     """
-    if sampling_ratio > 0:
-        grids = rois.new_full((len(rois), 2), sampling_ratio, dtype=torch.long)
+    bins = (op.aligned_height, op.aligned_width)
+    if op.sampling_ratio > 0:
+        grids = rois.new_full((len(rois), 2), op.sampling_ratio, dtype=torch.long)
     else:
         # The shift cancels but for its rounding, on which the ceil below may hang.
-        shift = 0.5 if aligned else 0.0
-        corners = rois[:, 1:] * spatial_scale - shift
+        shift = 0.5 if op.aligned else 0.0
+        corners = rois[:, 1:] * op.spatial_scale - shift
         extent = corners[:, 2:] - corners[:, :2]  # (K, 2) as width, height
-        if not aligned:
+        if not op.aligned:
             extent = extent.clamp(min=1)
         grids = torch.ceil(extent.flip(1) / extent.new_tensor(bins)).long()
     kinds, group = grids.unique(dim=0, return_inverse=True)

@@ -1,0 +1,101 @@
+"""What OpenMMLab and timm learn of this package when they are imported.
+
+``import mmcastling`` needs torch alone. Where one of the libraries below has been
+imported, or is imported later, the function beside it is called with the module. The
+two finders of :func:`install` see to the latter, answer for ``mmcv._ext`` where nothing
+else does, and say where a module of ours has moved. Needs the standard library alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+from mmcastling.version import __version__
+
+AFTER_IMPORT = {
+    "mmengine.registry.registry": "load_second_half_on_first_lookup",
+    "mmengine.config.utils": "name_packages",
+    "mmengine.infer.infer": "name_models_in_inferencers",
+    "mmengine.logging": "drop_debug_messages",
+    "mmengine.logging.history_buffer": "allow_history_in_checkpoints",
+    "mmpretrain.apis.model": "name_classifiers",
+    "timm.models": "name_timm_models",
+}
+"""Functions of :mod:`mmcastling.compat.registrations`, by the module they are given."""
+
+MOVED = {
+    "mmcastling.backbones": "mmcastling.models",
+    "mmcastling.classifiers": "mmcastling.models",
+    "mmcastling.datasets": "mmcastling.data",
+    "mmcastling.deploy.export": "mmcastling.export",
+    "mmcastling.deploy.runtime": "mmcastling.runtime",
+    "mmcastling.engine": "mmcastling.run",
+    "mmcastling.hooks": "mmcastling.train",
+    "mmcastling.importers": "mmcastling.weights",
+    "mmcastling.model_index": "mmcastling.compat.model_index",
+    "mmcastling.necks": "mmcastling.models",
+    "mmcastling.optim": "mmcastling.train",
+    "mmcastling.protocol": "mmcastling.verbs",
+    "mmcastling.timm_models": "mmcastling.models.timm_models",
+}
+"""Former names of packages and modules."""
+
+
+def _tell(module: ModuleType) -> None:
+    registrations = importlib.import_module("mmcastling.compat.registrations")
+    getattr(registrations, AFTER_IMPORT[module.__name__])(module)
+
+
+class _AfterImport(MetaPathFinder):
+    """Before all other finders: lets a module of the table be told once it is there."""
+
+    def find_spec(
+        self,
+        name: str,
+        path: Sequence[str] | None = None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path) if name in AFTER_IMPORT else None
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_tell(module: ModuleType) -> None:
+            execute(module)
+            _tell(module)
+
+        spec.loader.exec_module = execute_and_tell
+        return spec
+
+
+class _NotFound(MetaPathFinder):
+    """After all other finders: a stand-in for ``mmcv._ext``, and where ours went."""
+
+    def find_spec(
+        self,
+        name: str,
+        path: Sequence[str] | None = None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
+        if name == "mmcv._ext":
+            return importlib.import_module("mmcastling.compat.mmcv_ext").stand_in_spec()
+        if name in MOVED:
+            raise ModuleNotFoundError(
+                f"{name} has moved: it is {MOVED[name]} since mmcastling {__version__}",
+                name=name,
+            )
+        return None
+
+
+def install() -> None:
+    """Begin to answer imports, and tell the libraries that are there already."""
+    sys.meta_path.insert(0, _AfterImport())
+    sys.meta_path.append(_NotFound())
+    for name in AFTER_IMPORT:
+        if (module := sys.modules.get(name)) is not None:
+            _tell(module)

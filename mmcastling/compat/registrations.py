@@ -1,0 +1,168 @@
+"""Makes this package known to OpenMMLab and timm, where they have a place for it.
+
+Each function is given the module of :data:`mmcastling.compat.on_import.AFTER_IMPORT`,
+which has just been imported or was before. Its neighbours may be half imported then: so
+nothing here imports a toolbox but what runs later.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import pickle
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+from mmcastling.checkpoint import SAFE_GLOBALS
+from mmcastling.compat import mmcv_ext, model_index
+
+METAFILES = {
+    "mmdet": "configs/metafile_detection.yml",
+    "mmseg": "configs/metafile_segmentation.yml",
+}
+"""Whose inferencers know the models of a metafile; mmpretrain's have a way of their
+own."""
+
+CLASSIFIERS = "configs/metafile_classification.yml"
+
+TIMM_ARCHS = {
+    "castling_vit": ("nano", "tiny", "small", "base", "large"),
+    "castling_levit": ("128s", "128", "192", "256", "384"),
+    "castling_mvit": ("tiny", "small", "base"),
+}
+
+
+def load_second_half_on_first_lookup(module: ModuleType) -> None:
+    """Import all that a config can name when a registry is first asked for anything.
+
+    Not before: the toolboxes, which it needs, may be half imported until then.
+    """
+    registry = module.Registry
+    theirs = registry.get
+    if hasattr(theirs, "__wrapped__"):
+        return
+
+    @functools.wraps(theirs)
+    def get(self: Any, key: str) -> Any:
+        registry.get = theirs  # what is imported may look things up itself
+        try:
+            _load_second_half()
+        except BaseException:
+            registry.get = get
+            raise
+        return theirs(self, key)
+
+    registry.get = get
+
+
+def _load_second_half() -> None:
+    importlib.import_module("mmcastling.train")
+    if importlib.util.find_spec("mmpretrain") is not None:
+        mmcv_ext.require_ops()
+        importlib.import_module("mmcastling.models")
+
+
+def name_packages(module: ModuleType) -> None:
+    """Let MMEngine find configs by ``mmcastling::NAME`` and ``mmseg::NAME``."""
+    packages = module.MODULE2PACKAGE
+    packages.setdefault("mmcastling", "mmcastling")
+    # MMEngine looks for the distribution "mmsegmentation"; the maintained one has
+    # another name, and is found by that of its module.
+    try:
+        importlib.metadata.version(packages["mmseg"])
+    except importlib.metadata.PackageNotFoundError:
+        packages["mmseg"] = "mmseg"
+
+
+def name_classifiers(module: ModuleType) -> None:
+    """Name our classifiers in mmpretrain's ``get_model``, lists and inferencers."""
+    folder = model_index.find_root()
+    if folder is None:  # the package stands without configs
+        return
+    file = folder / CLASSIFIERS
+    first = model_index.read(file)["Models"][0]["Name"]
+    if not module.ModelHub.has(first):
+        module.ModelHub.register_model_index(file, folder)
+
+
+def name_models_in_inferencers(module: ModuleType) -> None:
+    """Let MMEngine's inferencers find our models beside those of their toolbox.
+
+    They read one list, that of the toolbox, and have no registry of further ones; so
+    the function that reads it is wrapped, and ours follow what it yields.
+    """
+    inferencer = module.BaseInferencer
+    theirs = inferencer._get_models_from_metafile
+    if hasattr(theirs, "__wrapped__"):
+        return
+
+    @functools.wraps(theirs)
+    def with_ours(dir: str) -> Iterator[dict[str, Any]]:
+        yield from theirs(dir)
+        folder = model_index.find_root()
+        for toolbox, part in METAFILES.items():
+            # A toolbox that is asked for its models has been imported.
+            if (
+                folder is not None
+                and sys.modules.get(toolbox) is not None
+                and dir == inferencer._get_repo_or_mim_dir(toolbox)
+            ):
+                for entry in model_index.read(folder / part)["Models"]:
+                    yield {**entry, "Config": str(folder / entry["Config"])}
+
+    inferencer._get_models_from_metafile = staticmethod(with_ours)
+
+
+def drop_debug_messages(module: ModuleType) -> None:
+    """Keep off the screen what the toolboxes print at debug level as they are imported.
+
+    MMEngine prints whatever is for no logger, of any level.
+    """
+    theirs = module.print_log
+
+    @functools.wraps(theirs)
+    def print_log(msg: Any, logger: Any = None, level: int = logging.INFO) -> None:
+        if logger is not None or level > logging.DEBUG:
+            theirs(msg, logger, level)
+
+    module.print_log = print_log
+
+
+def allow_history_in_checkpoints(module: ModuleType) -> None:
+    """Let :func:`mmcastling.checkpoint.load_checkpoint` read MMEngine's history."""
+    history = module.HistoryBuffer
+
+    def statistic(owner: type, name: str) -> Any:
+        # HistoryBuffer pickles its statistics as getattr(HistoryBuffer, name). The
+        # general getattr would let a file reach any attribute of what it may name.
+        if owner is not history or name not in ("min", "max", "mean", "current"):
+            raise pickle.UnpicklingError(f"getattr of {name!r} is not allowed")
+        return getattr(history, name)
+
+    SAFE_GLOBALS.extend([history, (statistic, "builtins.getattr")])
+
+
+def name_timm_models(module: ModuleType) -> None:
+    """Register our classifiers: ``timm.create_model('castling_vit_small')``."""
+    if importlib.util.find_spec("mmpretrain") is None:
+        return  # which they are made of
+
+    def entry(name: str) -> Callable[..., Any]:
+        def create(pretrained: bool = False, **kwargs: Any) -> Any:
+            models = importlib.import_module("mmcastling.models.timm_models")
+            return models.create(name, pretrained, **kwargs)
+
+        create.__name__ = create.__qualname__ = name
+        create.__doc__ = f"{name} with its classifier, in timm's interface."
+        return create
+
+    for family, archs in TIMM_ARCHS.items():
+        for arch in archs:
+            name = f"{family}_{arch}"
+            if not module.is_model(name):
+                module.register_model(entry(name))

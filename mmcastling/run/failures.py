@@ -1,0 +1,126 @@
+"""How the command line shows errors that a person can act on."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import mmengine.registry
+import torch.distributed
+from mmengine.dist import barrier, get_dist_info, is_distributed
+from torch.distributed import DistError, TCPStore
+
+from mmcastling.errors import UserError
+
+TRACEBACK_VARIABLE = "MMCASTLING_TRACEBACK"
+
+_REGISTRY = str(Path(mmengine.registry.__file__).resolve().parent)
+# What gloo says, in a plain RuntimeError, of a process that has ended.
+_LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+def is_meant_for_the_user(error: BaseException | None) -> bool:
+    """Whether an error is a message to the person who runs a command.
+
+    It is a :class:`UserError`, or MMEngine's registries do not know a type or its
+    arguments. Some releases raise what a constructor raised anew with the class's name
+    in front, so the chain of causes is searched. Anything else is a defect.
+    """
+    while error is not None:
+        if isinstance(error, UserError) or _is_unbuildable(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _is_unbuildable(error: BaseException) -> bool:
+    """Whether MMEngine's registries raised it: they have no error of their own."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return (
+        isinstance(error, (KeyError, TypeError))
+        and bool(frames)
+        and frames[-1].filename.startswith(_REGISTRY)
+    )
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, (KeyError, TypeError)):
+        return (
+            f"the config cannot be built: {error.args[0]}; correct that name, or "
+            "remove it"
+        )
+    return str(error)
+
+
+def _has_lost_contact(error: Exception) -> bool:
+    """Whether another process of this run ended first, so that this one had to."""
+    lost = any(text in str(error) for text in _LOST_CONTACT)
+    return get_dist_info()[1] > 1 and (lost or isinstance(error, DistError))
+
+
+def _is_said_already(error: Exception) -> bool:
+    """Whether another process of this launch has met the same error and says it.
+
+    torchrun keeps a store that outlives its processes: the first to write there speaks.
+    Other launchers have none, so all processes speak.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=10),
+        )
+        return store.add(f"mmcastling/{attempt}/{error!r}", 1) > 1
+    except (DistError, KeyError, RuntimeError, ValueError):
+        return False  # better said twice than not at all
+
+
+def _leave_together() -> None:
+    """End the process group once all processes are done.
+
+    One that ends while another still reads from it, or with its threads running, can
+    abort at exit, and launchers then report the whole run as failed.
+    """
+    if is_distributed():
+        barrier()
+        torch.distributed.destroy_process_group()
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Run a command: a user's error ends it with one paragraph and exit status 1.
+
+    What several processes meet alike is said by one of them. Set
+    ``MMCASTLING_TRACEBACK=1`` to see where each error came from.
+    """
+    try:
+        main()
+        _leave_together()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        rank, size = get_dist_info()
+        if _has_lost_contact(error):
+            text = (
+                "lost contact to another process: the reason is what that one says, or "
+                "what killed it"
+            )
+        elif _is_said_already(error):
+            sys.exit(1)
+        elif is_meant_for_the_user(error):
+            text = _message(error)
+        else:
+            raise
+        where = f"[process {rank + 1} of {size}] " if size > 1 else ""
+        sys.stdout.flush()
+        print(f"error: {where}{text}", file=sys.stderr)
+        sys.exit(1)

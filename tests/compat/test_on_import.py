@@ -1,0 +1,95 @@
+"""Each library knows what is ours, whichever is imported first, and when it asks."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import mmcastling
+from mmcastling.compat.on_import import AFTER_IMPORT, MOVED
+
+TIMM = """
+import timm
+assert len(timm.list_models("castling_*")) == 13
+assert "mmcastling.models" not in sys.modules
+model = timm.create_model("castling_vit_nano", img_size=32, num_classes=2)
+assert type(model).__name__ == "CastlingClassifier"
+"""
+ROOT = """
+from mmengine.registry import HOOKS
+assert HOOKS.get("MaskDecayHook").__module__ == "mmcastling.train.mask_decay_hook"
+"""
+TOOLBOX = """
+import mmpretrain
+from mmpretrain.registry import HOOKS, MODELS
+vit = MODELS.build(dict(type="mmpretrain.CastlingViT", arch="nano", img_size=32))
+assert type(vit).__module__ == "mmcastling.models.castling_vit"
+assert HOOKS.get("MaskDecayHook").__module__ == "mmcastling.train.mask_decay_hook"
+assert "castling_tiny_in1k" in mmpretrain.list_models("castling_")
+import mmdet.apis
+from mmdet.registry import MODELS
+assert MODELS.get("mmcastling.CastlingViT").__module__.startswith("mmcastling.models")
+from mmdet.structures.mask import BitmapMasks
+import mmcv.ops
+"""
+OURS_FIRST = f"""
+import mmcastling
+assert not {{"mmengine", "mmcv", "timm"}} & set(sys.modules)
+assert mmcastling.analysis.count_macs
+import mmdet.datasets, mmpretrain.datasets, mmseg.datasets  # print nothing
+{ROOT}
+"""
+# Their registry has been asked before, so that its places will not be read again.
+THEIRS_FIRST = f"""
+import mmengine.hooks, timm
+from mmpretrain.registry import HOOKS, MODELS
+assert MODELS.get("LeViT") and HOOKS.get("EMAHook")
+import mmcastling
+{TIMM}
+{TOOLBOX}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "code",
+    [OURS_FIRST + TOOLBOX, THEIRS_FIRST, "import mmcastling\n" + TIMM + ROOT],
+    ids=["ours-first", "theirs-first", "timm-asks-first"],
+)
+def test_libraries_know_ours_in_every_order(code):
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    if code.startswith(OURS_FIRST):
+        assert done.stdout == ""  # where a package is missing, it is at debug level
+
+
+@pytest.mark.parametrize("name", AFTER_IMPORT)
+def test_every_module_to_wait_for_exists(name):
+    assert importlib.import_module(name).__name__ == name
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_former_name_says_where_it_went(name):
+    now = MOVED[name]
+    assert importlib.import_module(now)
+    with pytest.raises(
+        ModuleNotFoundError, match=rf"{name} has moved: it is {now} since"
+    ):
+        importlib.import_module(f"{name}.anything")
+    with pytest.raises(ModuleNotFoundError, match="has moved") as caught:
+        importlib.import_module(name)
+    assert caught.value.name == name
+
+
+def test_what_never_was_is_an_ordinary_error():
+    with pytest.raises(
+        ModuleNotFoundError, match=r"No module named 'mmcastling\.engin'"
+    ):
+        importlib.import_module("mmcastling.engin")
+    with pytest.raises(AttributeError, match="no attribute 'engin'"):
+        _ = mmcastling.engin
+    with pytest.raises(AttributeError, match=r"mmcastling\.engine has moved"):
+        _ = mmcastling.engine
