@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from mmcastling.attention import CastlingMixer, MaskThreshold
+from mmcastling.errors import OptionError
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -58,7 +59,7 @@ def set_mask(
     threshold = MaskThreshold.parse(threshold)
     modules = [module for _, module in castling_modules(model)]
     if not modules:
-        raise ValueError(
+        raise OptionError(
             f"{type(model).__name__} has no castling attention with an auxiliary "
             "branch: it was never castled, or has been deployed already"
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.attention import LinearAngularMixer, MaskThreshold, l2_normalize
+from mmcastling.errors import OptionError
 
 Grid = tuple[int, int]
 OFF = MaskThreshold(1.0)
@@ -86,7 +87,7 @@ class AttentionRows:
         """
         heads = self.softmax.shape[0]
         if head is not None and not 0 <= head < heads:
-            raise ValueError(
+            raise OptionError(
                 f"head {head} does not exist: this attention has heads 0 to {heads - 1}"
             )
 
@@ -172,13 +173,13 @@ def record_attention(model: nn.Module, image: Tensor, layer: int = -1) -> MixerC
     """
     layers = angular_layers(model)
     if not layers:
-        raise ValueError(
+        raise OptionError(
             f"{type(model).__name__} has no castling attention in its backbone: use a "
             "config whose backbone has attention=dict(type='castling'), or castle the "
             "model first"
         )
     if not -len(layers) <= layer < len(layers):
-        raise ValueError(
+        raise OptionError(
             f"layer {layer} does not exist: the backbone has {len(layers)} castling "
             f"attentions, 0 to {len(layers) - 1}, or -1 to {-len(layers)} from the end"
         )
@@ -186,14 +187,14 @@ def record_attention(model: nn.Module, image: Tensor, layer: int = -1) -> MixerC
     with _recording(mixer) as calls:
         getattr(model, "extract_feat", model)(image)
     if len(calls) != 1 or calls[0][0].shape[0] != 1:
-        raise ValueError(
+        raise OptionError(
             f"{name} does not attend over the whole image at once but in "
             f"{sum(q.shape[0] for q, *_ in calls)} parts (windows): its maps cannot be "
             "laid over the image. Choose a backbone with global attention"
         )
     q, k, v, grid = calls[0]
     if grid is None:
-        raise ValueError(
+        raise OptionError(
             f"{name} was not told the grid of its {q.shape[2]} tokens: give a square "
             "image, or castle the model with grid=(H, W)"
         )

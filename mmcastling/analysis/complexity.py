@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmcastling.analysis.data_sample import DataSample, Instances
 from mmcastling.analysis.flop_formulas import extra_formulas
+from mmcastling.errors import OptionError
 
 SELF = "(self)"
 """Key in ``by_module`` for what the model computes outside its children."""
@@ -100,7 +101,7 @@ def count_model_macs(model: nn.Module, shape: tuple[int, int]) -> ComplexityRepo
         ValueError: If ``shape`` is not two positive integers.
     """
     if len(shape) != 2 or any(int(n) != n or n < 1 for n in shape):
-        raise ValueError(f"shape must be (H, W), two positive integers, got {shape}.")
+        raise OptionError(f"shape must be (H, W), two positive integers, got {shape}.")
     while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
     reference = next(model.parameters(), torch.empty(0))

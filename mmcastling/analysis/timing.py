@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmcastling.errors import OptionError
+
 PARTS = ("backbone", "neck", "heads", "post-processing")
 
 _POST_PROCESSING = ("predict_by_feat", "postprocess_result", "_get_predictions")
@@ -188,5 +190,5 @@ class PartTimer:
 
 def _median(seconds: list[float]) -> float:
     if not seconds:
-        raise ValueError("no forward pass was timed")
+        raise OptionError("no forward pass was timed")
     return statistics.median(seconds[1:] or seconds)

@@ -11,6 +11,7 @@ from mmcastling.attention.build import build_mixer
 from mmcastling.attention.fast import fold_layer_scale, fuse_linear
 from mmcastling.attention.local_conv import Grid, merge_heads, split_qkv
 from mmcastling.attention.old_names import rename_on_load
+from mmcastling.errors import OptionError
 
 
 class LayerScale(nn.Module):
@@ -66,7 +67,7 @@ class Attention(nn.Module):
         **mixer_options: Any,
     ) -> None:
         if num_heads < 1 or embed_dims % num_heads:
-            raise ValueError(
+            raise OptionError(
                 f"embed_dims {embed_dims} is not a multiple of num_heads {num_heads}"
             )
         super().__init__()

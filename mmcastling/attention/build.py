@@ -12,6 +12,7 @@ from mmcastling.attention.peers.hydra import HydraMixer
 from mmcastling.attention.peers.performer import PerformerMixer
 from mmcastling.attention.peers.relu_linear import ReLULinearMixer
 from mmcastling.attention.peers.softmax import SoftmaxMixer
+from mmcastling.errors import OptionError
 
 MIXERS: dict[str, type[TokenMixer]] = {
     "castling": CastlingMixer,
@@ -49,7 +50,7 @@ def build_mixer(
     options = dict(spec or {})
     kind = options.pop("type", "castling")
     if kind not in MIXERS:
-        raise ValueError(
+        raise OptionError(
             f"attention type {kind!r} is not known: choose one of {sorted(MIXERS)}"
         )
     if key_dims is not None:
@@ -57,7 +58,7 @@ def build_mixer(
     try:
         mixer = MIXERS[kind](num_heads, head_dims, **options)
     except TypeError as error:
-        raise ValueError(f"attention of type {kind!r}: {error}") from error
+        raise OptionError(f"attention of type {kind!r}: {error}") from error
     if deploy:
         mixer.switch_to_deploy()
     return mixer

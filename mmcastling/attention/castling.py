@@ -13,6 +13,7 @@ from mmcastling.attention.local_conv import Grid
 from mmcastling.attention.masked_branch import MaskedBranch
 from mmcastling.attention.mixer import TokenMixer
 from mmcastling.attention.threshold import MaskThreshold
+from mmcastling.errors import OptionError, UnavailableError
 
 
 class LinearAngularMixer(TokenMixer):
@@ -41,7 +42,7 @@ class LinearAngularMixer(TokenMixer):
     ) -> None:
         super().__init__(num_heads, head_dims, local_conv, norm_output, **options)
         if reference_tokens is not None and reference_tokens < 1:
-            raise ValueError(
+            raise OptionError(
                 f"reference_tokens {reference_tokens!r} must be a positive number of "
                 "tokens, or None for no scaling"
             )
@@ -112,7 +113,7 @@ class CastlingMixer(LinearAngularMixer):
             RuntimeError: If the branch has been removed.
         """
         if self.branch is None:
-            raise RuntimeError(
+            raise UnavailableError(
                 "the auxiliary branch of this attention has been removed by "
                 "switch_to_deploy; build the model with deploy=False to train it"
             )

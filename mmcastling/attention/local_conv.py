@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmcastling.errors import OptionError
+
 Grid = tuple[int, int]
 
 
@@ -119,14 +121,14 @@ class GridConv(nn.Conv2d):
         """
         heads, tokens = v.shape[1:3]
         if grid is None:
-            raise ValueError(
+            raise OptionError(
                 f"GridConv got {tokens} tokens without their grid: pass grid=(H, W), "
                 "or use local_conv='token', which needs none"
             )
         height, width = grid
         extra = tokens - height * width
         if extra < 0:
-            raise ValueError(
+            raise OptionError(
                 f"grid {grid} holds {height * width} tokens but there are only {tokens}"
             )
         x, _ = on_grid(super().forward, merge_heads(v)[:, extra:], grid)
@@ -136,7 +138,7 @@ class GridConv(nn.Conv2d):
 
 def _check_odd(kernel_size: int) -> None:
     if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(
+        raise OptionError(
             f"kernel_size {kernel_size!r} must be a positive odd number, so that the "
             "convolution keeps the number of tokens"
         )
@@ -164,7 +166,7 @@ def build_local_conv(
     options = dict(spec) if isinstance(spec, dict) else {"type": spec}
     kind = options.pop("type", None)
     if kind not in LOCAL_CONVS:
-        raise ValueError(
+        raise OptionError(
             f"local_conv {spec!r} is not known: choose one of {sorted(LOCAL_CONVS)}, "
             "dict(type=..., kernel_size=...), or None"
         )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mmcastling.attention.masked_softmax import mask_state, masked_softmax_with_state
 from mmcastling.attention.threshold import MaskThreshold
+from mmcastling.errors import OptionError
 
 
 class MaskedBranch:
@@ -54,7 +55,7 @@ class MaskedBranch:
         threshold = MaskThreshold.parse(threshold)
         for name, value in (("weight", weight), ("penalty", penalty)):
             if not 0.0 <= value < float("inf"):
-                raise ValueError(
+                raise OptionError(
                     f"mask {name} {value!r} must be a finite number that is not "
                     "negative"
                 )

@@ -13,6 +13,8 @@ import math
 import re
 from dataclasses import dataclass
 
+from mmcastling.errors import OptionError
+
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _SPEC = re.compile(
     rf"\s*(?:(?P<alone>{_NUMBER})"
@@ -37,13 +39,13 @@ class MaskThreshold:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.probability <= 1.0:
-            raise ValueError(
+            raise OptionError(
                 f"mask threshold {self.probability!r} is outside [0, 1]: it is a "
                 "softmax probability (0.02 in the released code), or a multiple of "
                 "uniform attention written as text, such as '4/N'"
             )
         if not (self.multiple >= 0.0 and math.isfinite(self.multiple)):
-            raise ValueError(
+            raise OptionError(
                 f"mask threshold of {self.multiple!r}/N is not a finite, non-negative "
                 "multiple of uniform attention"
             )
@@ -64,14 +66,14 @@ class MaskThreshold:
         if isinstance(value, str):
             match = _SPEC.fullmatch(value)
             if match is None:
-                raise ValueError(
+                raise OptionError(
                     f"mask threshold {value!r} is not understood: give a probability "
                     "such as 0.02, or a multiple of uniform attention such as '4/N'"
                 )
             probability = match["alone"] or match["probability"] or 0.0
             return cls(float(probability), float(match["multiple"] or 0.0))
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(
+            raise OptionError(
                 f"mask threshold {value!r} is of type {type(value).__name__}: give a "
                 "probability such as 0.02, or a multiple of uniform attention such as "
                 "'4/N'"

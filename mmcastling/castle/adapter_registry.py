@@ -14,10 +14,12 @@ from typing import TypeVar
 
 from torch import nn
 
+from mmcastling.errors import UserError
+
 Adapt = TypeVar("Adapt", bound=Callable[..., nn.Module])
 
 
-class CannotCastle(Exception):
+class CannotCastle(UserError):
     """Raised by an adapter for an attention that it must leave alone, with the reason.
 
     The attention keeps its softmax and the reason goes into the report.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmcastling.attention import TokenMixer, build_mixer
 from mmcastling.attention.fast import fuse_linear
 from mmcastling.attention.local_conv import Grid, merge_heads, split_qkv
+from mmcastling.errors import OptionError
 
 
 @dataclass
@@ -121,7 +122,7 @@ class CastledAttention(nn.Module):
         patches = num_tokens - self.extra_tokens
         if self.grid is not None:
             if math.prod(self.grid) != patches:
-                raise ValueError(
+                raise OptionError(
                     f"castle was given grid={self.grid}, but there are {num_tokens} "
                     f"tokens, {self.extra_tokens} of them not on the grid"
                 )

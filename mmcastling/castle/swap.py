@@ -14,6 +14,7 @@ from mmcastling.attention import TokenMixer
 from mmcastling.castle.adapter_registry import Adapter, CannotCastle, find_adapter
 from mmcastling.castle.castled_attention import MixerBuilder
 from mmcastling.castle.report import Castled, CastleReport
+from mmcastling.errors import OptionError
 
 Model = TypeVar("Model", bound=nn.Module)
 Predicate = Callable[[str, nn.Module], bool]
@@ -76,7 +77,7 @@ def castle(
     _check_not_castled(model)
     found, declined = _find(model)
     if not found:
-        raise ValueError(_nothing_found(model, declined))
+        raise OptionError(_nothing_found(model, declined))
     chosen = _choose(found, stages, predicate)
 
     options = {"type": "castling", **attention}
@@ -100,7 +101,7 @@ def castle(
             Castled(item.name, type(item.module).__name__, item.stage, (*build.notes,))
         )
     if not swaps:
-        raise ValueError(_nothing_found(model, report.left_alone))
+        raise OptionError(_nothing_found(model, report.left_alone))
 
     before = model.state_dict(keep_vars=True)
     for holder in list(model.modules()):
@@ -125,12 +126,12 @@ def _check_not_castled(model: nn.Module) -> None:
     for name, module in model.named_modules():
         what = name or type(model).__name__
         if getattr(module, "deploy", False) is True:
-            raise ValueError(
+            raise OptionError(
                 f"{what} has been switched to its deployed form already: castle a "
                 "model before, not after"
             )
         if isinstance(module, TokenMixer):
-            raise ValueError(
+            raise OptionError(
                 f"{what} is castled already ({type(module).__name__}); castle the "
                 "original model once, choosing its parts with stages or predicate"
             )
@@ -151,7 +152,7 @@ def _find(model: nn.Module) -> tuple[list[_Found], dict[str, str]]:
             continue
         if adapter is not None:
             if not ancestors:
-                raise ValueError(
+                raise OptionError(
                     f"castle changes a model in place, which a {type(model).__name__} "
                     "by itself does not allow: castle the module that holds it"
                 )
@@ -201,7 +202,7 @@ def _choose(
         stages = list(stages)
         for stage in stages:
             if not -count <= stage < count:
-                raise ValueError(
+                raise OptionError(
                     f"stages {stages!r}: {stage} is not a stage; there are {count} "
                     f"with attentions, numbered 0 to {count - 1} or -{count} to -1"
                 )
@@ -214,7 +215,7 @@ def _choose(
     }
     if not chosen:
         names = ", ".join(item.name for item in found)
-        raise ValueError(f"stages and predicate select none of the attentions {names}")
+        raise OptionError(f"stages and predicate select none of the attentions {names}")
     return chosen
 
 

@@ -20,6 +20,7 @@ from mmcastling.data.coco_annotations import (
 )
 from mmcastling.data.coco_messages import ENTRY, FILE, SETS
 from mmcastling.data.problems import CocoFormatError, raise_if_any, some_of
+from mmcastling.errors import OptionError
 
 _KINDS = {"images": "image", "categories": "category"}
 
@@ -44,7 +45,7 @@ def check_coco(
         ValueError: ``classes`` is one string.
     """
     if isinstance(classes, str):
-        raise ValueError(
+        raise OptionError(
             f"classes is the string {classes!r}; expected a sequence of names. Write "
             f"({classes!r},) with a comma."
         )

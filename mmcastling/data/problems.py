@@ -4,10 +4,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mmcastling.errors import UserError
+
 SPELLED_OUT = 5  # problems of one file or folder; the rest is counted
 
 
-class DatasetError(RuntimeError):
+class DatasetError(UserError, RuntimeError):
     """A dataset could not be fetched, read, built or written, or is malformed.
 
     The message names the offending value, what was expected and what to do about it;

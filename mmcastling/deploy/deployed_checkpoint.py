@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmcastling.checkpoint import CheckpointError, weights_of
+from mmcastling.checkpoint import weights_of
+from mmcastling.errors import CheckpointError
 from mmcastling.version import __version__
 
 DEPLOY_META_KEY = "deploy"

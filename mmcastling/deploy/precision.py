@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.deploy.int8 import QuantizedLinear, has_int8, quantize_linear_layers
+from mmcastling.errors import OptionError, UnavailableError
 from mmcastling.verbs import castling_modules
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
@@ -29,20 +30,20 @@ def check_precision(precision: str, device: torch.device | str = "cpu") -> None:
         RuntimeError: If the device emulates it or does not have it.
     """
     if precision not in PRECISIONS:
-        raise ValueError(
+        raise OptionError(
             f"precision {precision!r} is not known: choose one of {list(PRECISIONS)}"
         )
     device = torch.device(device)
     if precision in _DTYPES and not _computes_in(_DTYPES[precision], device):
         others = [p for p in _DTYPES if p != precision]
         others = [p for p in others if _computes_in(_DTYPES[p], device)]
-        raise RuntimeError(
+        raise UnavailableError(
             f"precision {precision}: this {device.type} has no instructions for "
             f"{_DTYPES[precision]} and would be slower with it than in float32: "
             f"choose one of {['fp32', *others]}, or another machine"
         )
     if precision == "int8" and not (device.type == "cpu" and has_int8()):
-        raise RuntimeError(
+        raise UnavailableError(
             f"precision int8 is for CPUs, by oneDNN's operators in torch, and this "
             f"{device.type} or build of torch has none: choose fp32, bf16 or fp16"
         )
@@ -75,13 +76,13 @@ def set_precision(model: nn.Module, precision: str) -> None:
     if precision == "fp32":
         return
     if name := next((name for name, _ in castling_modules(model)), None):
-        raise ValueError(
+        raise OptionError(
             f"precision {precision} is for deployed models, and {name or 'the model'} "
             "still has its auxiliary branch: prune it with "
             "mmcastling.switch_to_deploy(model), or leave --no-deploy out"
         )
     if lowered := _precisions(model) - {"fp32"}:
-        raise ValueError(
+        raise OptionError(
             f"precision {precision}: the model's layers compute in {min(lowered)} "
             "already; load it in float32 again"
         )

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmcastling.errors import OptionError, UnavailableError, UserError
 from mmcastling.runtime.metadata import METADATA_KEY
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "exported-program": ".pt2"}
@@ -37,7 +38,7 @@ _LIBRARIES = {
 }
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(UserError, ValueError):
     """A model, or a setting of it, that has no exportable form here."""
 
 
@@ -51,9 +52,9 @@ def check_format(name: str, opset: int = DEFAULT_OPSET) -> None:
     if name not in FORMATS:
         gone = "is gone, since torch deprecates TorchScript"
         what = gone if name == "torchscript" else "is not known"
-        raise ValueError(f"format {name!r} {what}: choose one of {list(FORMATS)}")
+        raise OptionError(f"format {name!r} {what}: choose one of {list(FORMATS)}")
     if opset not in OPSETS:
-        raise ValueError(
+        raise OptionError(
             f"opset {opset} is not supported: choose one from {OPSETS[0]} to "
             f"{OPSETS[-1]}; without --opset it is {DEFAULT_OPSET}"
         )
@@ -61,7 +62,7 @@ def check_format(name: str, opset: int = DEFAULT_OPSET) -> None:
         try:
             importlib.import_module(library)
         except ImportError as error:
-            raise RuntimeError(
+            raise UnavailableError(
                 f"format {name} needs {library} ({error}): pip install {library}"
             ) from error
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mmcastling.deploy.precision import check_precision
+from mmcastling.errors import OptionError, UnavailableError
 from mmcastling.export.formats import (
     METADATA_KEY,
     UnsupportedModelError,
@@ -37,12 +38,12 @@ def check_export_precision(precision: str, format: str) -> None:
     """
     having = [name for name, known in FORMAT_PRECISIONS.items() if precision in known]
     if not having:
-        raise ValueError(
+        raise OptionError(
             f"precision {precision!r} is not one of exported files: choose one of "
             f"{sorted(set().union(*FORMAT_PRECISIONS.values()))}"
         )
     if format not in having:
-        raise ValueError(
+        raise OptionError(
             f"precision {precision} is for --format {' or '.join(having)}, not for "
             f"{format}: choose that, or one of {list(FORMAT_PRECISIONS[format])}"
         )
@@ -50,14 +51,14 @@ def check_export_precision(precision: str, format: str) -> None:
         check_precision(precision)
     elif (format, precision) == ("openvino", "int8"):
         if importlib.util.find_spec("nncf") is None:  # importing it changes torch
-            raise RuntimeError(
+            raise UnavailableError(
                 "precision int8 of openvino needs nncf: pip install nncf"
             )
     elif (format, precision) == ("openvino", "bf16"):
         import openvino
 
         if not openvino_has_bf16(openvino):
-            raise RuntimeError(
+            raise UnavailableError(
                 "precision bf16: OpenVINO finds no instructions for it in this CPU: "
                 "choose fp32 or int8, or another machine"
             )
@@ -134,7 +135,7 @@ def _lower_openvino(
     import openvino
 
     if precision == "int8" and not feeds:
-        raise ValueError("precision int8 of OpenVINO needs examples of inputs")
+        raise OptionError("precision int8 of OpenVINO needs examples of inputs")
     with tempfile.TemporaryDirectory() as folder:
         if precision == "int8":
             passing = Path(folder) / source.name

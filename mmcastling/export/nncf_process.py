@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from mmcastling.errors import UnavailableError
+
 # What NNCF would quantize besides products.
 _NOT_INT8 = ["Convolution", "GroupConvolution", "ConvolutionBackpropData"]
 _NOT_INT8 += ["GroupConvolutionBackpropData", "Interpolate"]
@@ -40,7 +42,7 @@ def quantize_in_subprocess(
     if done.returncode or not out.exists():
         printed = done.stderr.decode(errors="replace").strip().splitlines()
         reason = printed[-1] if printed else f"it ended with status {done.returncode}"
-        raise RuntimeError(f"NNCF failed: {reason}")
+        raise UnavailableError(f"NNCF failed: {reason}")
 
 
 def _quantize(source: str, out: str, feeds: list[dict[str, np.ndarray]]) -> None:

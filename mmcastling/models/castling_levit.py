@@ -14,6 +14,7 @@ from mmpretrain.models.backbones.levit import HybridBackbone, LeViT
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch import Tensor, nn
 
+from mmcastling.errors import OptionError
 from mmcastling.models.common import (
     CastlingBackbone,
     Grid,
@@ -157,24 +158,24 @@ class CastlingLeViT(CastlingBackbone, BaseBackbone):
         lists = [arch[name] for name in names]
         same = all(is_seq_of(v, int) and len(v) == len(lists[0]) for v in lists)
         if not same:
-            raise ValueError(
+            raise OptionError(
                 f"arch {arch!r}: {names} must be lists with one number per stage"
             )
         dims, keys = arch["embed_dims"], arch["key_dims"]
         if dims[0] % 8:
-            raise ValueError(
+            raise OptionError(
                 f"arch {arch!r}: the stem halves the first of embed_dims three times, "
                 f"and {dims[0]} is not a multiple of 8"
             )
         for i, (width, key) in enumerate(zip(dims, keys, strict=True)):
             heads = width // (2 * key)
             if not heads or width % heads:
-                raise ValueError(
+                raise OptionError(
                     f"arch {arch!r}: {width} channels cannot be split into {heads} "
                     f"heads of about 2 x {key}"
                 )
             if i and dims[i - 1] % key:
-                raise ValueError(
+                raise OptionError(
                     f"arch {arch!r}: {dims[i - 1]} channels are not a multiple of the "
                     f"next stage's key width {key}"
                 )

@@ -13,6 +13,7 @@ from mmpretrain.models.utils import resize_pos_embed
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch import Tensor
 
+from mmcastling.errors import OptionError
 from mmcastling.models.common import (
     CastlingBackbone,
     check_arch,
@@ -128,7 +129,7 @@ class CastlingMViT(CastlingBackbone, MViT):
     def _check_options(kwargs: dict[str, Any]) -> None:
         known = set(inspect.signature(MViT.__init__).parameters) - {"self"}
         if unknown := set(kwargs) - (known - {"out_scales"}):
-            raise ValueError(
+            raise OptionError(
                 f"CastlingMViT has no options {sorted(unknown)}; MViT's are "
                 f"{sorted(known)}, with out_indices in place of out_scales"
             )
@@ -137,7 +138,7 @@ class CastlingMViT(CastlingBackbone, MViT):
         if attention is None or isinstance(attention, dict):
             return [attention] * self.num_scales
         if len(attention) != self.num_scales:
-            raise ValueError(
+            raise OptionError(
                 f"attention is a list of {len(attention)}: give one entry for each of "
                 f"the {self.num_scales} scales, or a single dict for all"
             )

@@ -17,6 +17,7 @@ from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch import Tensor, nn
 
 from mmcastling.attention import Attention
+from mmcastling.errors import OptionError
 from mmcastling.models.common import (
     CastlingBackbone,
     Grid,
@@ -161,11 +162,11 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
         arch = check_arch(arch, self.arch_zoo, needed)
         check_ffn_conv(ffn_conv)
         if stem not in ("patch", "conv"):
-            raise ValueError(f"stem {stem!r} is not known: choose 'patch' or 'conv'")
+            raise OptionError(f"stem {stem!r} is not known: choose 'patch' or 'conv'")
         if isinstance(img_size, Sequence):
             img_size = tuple(img_size)
         if with_dist_token and not kwargs.get("with_cls_token", True):
-            raise ValueError(
+            raise OptionError(
                 "with_dist_token needs the class token: with_cls_token=True"
             )
         # Before mmpretrain makes the position embedding, and freezes.
@@ -183,7 +184,7 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
                 **kwargs,
             )
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{type(self).__name__}: {error}") from error
+            raise OptionError(f"{type(self).__name__}: {error}") from error
 
         if with_dist_token:
             self.dist_token = nn.Parameter(torch.zeros(1, 1, self.embed_dims))
@@ -192,7 +193,7 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
                 in_channels, self.embed_dims, patch_size, self.img_size
             )
             if self.patch_embed.init_out_size != tuple(self.patch_resolution):
-                raise ValueError(
+                raise OptionError(
                     f"img_size {self.img_size} is not a multiple of patch_size "
                     f"{patch_size}"
                 )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from mmcastling.errors import OptionError
 from mmcastling.models.folding import fold_for_inference
 from mmcastling.models.pretrained import check_pretrained, pretrained_cfgs
 
@@ -123,26 +124,28 @@ def check_arch(
     """
     if isinstance(arch, str):
         if arch.lower() not in zoo:
-            raise ValueError(
+            raise OptionError(
                 f"arch {arch!r} is not known: choose one of {list(zoo)}, or a dict "
                 f"with {sorted(needed)}"
             )
         return dict(zoo[arch.lower()])
     if missing := needed - set(arch):
-        raise ValueError(f"arch {arch!r} lacks {sorted(missing)}")
+        raise OptionError(f"arch {arch!r} lacks {sorted(missing)}")
     return dict(arch)
 
 
 def check_ffn_conv(ffn_conv: int) -> None:
     """Raise ValueError unless it is a kernel size for the MLPs, or 0 for none."""
     if ffn_conv not in (0, 3, 5, 7):
-        raise ValueError(f"ffn_conv {ffn_conv!r} must be 0 (no convolution), 3, 5 or 7")
+        raise OptionError(
+            f"ffn_conv {ffn_conv!r} must be 0 (no convolution), 3, 5 or 7"
+        )
 
 
 def check_frozen_stages(frozen_stages: int, num_stages: int) -> None:
     """Raise ValueError unless there are so many stages to freeze."""
     if not -1 <= frozen_stages <= num_stages:
-        raise ValueError(
+        raise OptionError(
             f"frozen_stages {frozen_stages!r} must be -1 (nothing frozen), 0 (the "
             f"stem) or up to {num_stages} (stem and stages)"
         )
@@ -159,7 +162,7 @@ def check_out_indices(
     indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
     for index in indices:
         if not -count <= index < count:
-            raise ValueError(
+            raise OptionError(
                 f"out_indices {out_indices!r}: {index} is not a {what}; there are "
                 f"{count}, numbered 0 to {count - 1} or -{count} to -1"
             )
@@ -170,7 +173,7 @@ def image_size(img_size: int | Sequence[int]) -> Grid:
     """``(H, W)`` of a size that is given as one number or two, or ValueError."""
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if len(size) != 2 or any(not isinstance(n, int) or n < 1 for n in size):
-        raise ValueError(f"img_size {img_size!r} must be a number of pixels or (H, W)")
+        raise OptionError(f"img_size {img_size!r} must be a number of pixels or (H, W)")
     return size
 
 
@@ -178,7 +181,7 @@ def check_image(x: Tensor, smallest: int, what: str) -> None:
     """Raise ValueError if images ``(B, C, H, W)`` are smaller than ``what``."""
     height, width = x.shape[-2:]
     if min(height, width) < smallest:
-        raise ValueError(
+        raise OptionError(
             f"image of {height}x{width} pixels is smaller than {what} of "
             f"{smallest}x{smallest}; enlarge it"
         )

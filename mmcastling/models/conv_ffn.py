@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmcastling.attention import GridConv
 from mmcastling.attention.fast import onednn_name, onednn_serves
+from mmcastling.errors import OptionError
 
 
 class HiddenConv(GridConv):
@@ -88,7 +89,7 @@ class ConvFFN(FFN):
             embed_dims=embed_dims, feedforward_channels=feedforward_channels, **kwargs
         )
         if self.num_fcs != 2:
-            raise ValueError(
+            raise OptionError(
                 f"ConvFFN has two linear layers, got num_fcs={self.num_fcs}"
             )
         self.dwconv = HiddenConv(feedforward_channels, kernel_size)

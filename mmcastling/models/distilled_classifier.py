@@ -12,6 +12,7 @@ from mmpretrain.models.heads import ClsHead
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
+from mmcastling.errors import OptionError, UnavailableError
 from mmcastling.models.heads import paired_scores
 from mmcastling.models.teacher import Teacher, check_same_classes
 from mmcastling.registry import MODELS
@@ -70,14 +71,14 @@ class DistilledClassifier(ImageClassifier):
         **kwargs: Any,
     ) -> None:
         if mode not in MODES:
-            raise ValueError(f"mode {mode!r} is not known: choose one of {MODES}")
+            raise OptionError(f"mode {mode!r} is not known: choose one of {MODES}")
         if not 0.0 <= alpha <= 1.0:
-            raise ValueError(f"alpha={alpha!r} is no share: give a number from 0 to 1")
+            raise OptionError(f"alpha={alpha!r} is no share: give a number from 0 to 1")
         if not temperature > 0.0:
-            raise ValueError(f"temperature={temperature!r} must be above 0")
+            raise OptionError(f"temperature={temperature!r} must be above 0")
         super().__init__(backbone, **kwargs)
         if not isinstance(self.head, ClsHead):
-            raise ValueError(
+            raise OptionError(
                 f"head {type(self.head).__name__} has no logits to teach: give a head "
                 "derived from mmpretrain's ClsHead"
             )
@@ -98,7 +99,7 @@ class DistilledClassifier(ImageClassifier):
 
     def _ready_teacher(self) -> Teacher:
         if self._teacher is None:
-            raise RuntimeError(
+            raise UnavailableError(
                 "this classifier has been deployed and has no teacher any more: train "
                 "the one it was deployed from"
             )

@@ -8,7 +8,7 @@ import torch
 from mmpretrain.models.utils import resize_pos_embed
 from torch import Tensor, nn
 
-from mmcastling.checkpoint import CheckpointError
+from mmcastling.errors import CheckpointError
 
 Grid = tuple[int, int]
 

@@ -14,7 +14,8 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
 from mmcastling.attention.old_names import with_current_names
-from mmcastling.checkpoint import CheckpointError, weights_of
+from mmcastling.checkpoint import weights_of
+from mmcastling.errors import CheckpointError
 
 REQUIRED_SHARE = 0.5
 """Share of a backbone's parameters that weights for it must hold, and of those of its

@@ -15,6 +15,7 @@ from mmcv.cnn import ConvModule, build_norm_layer
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from mmcastling.errors import OptionError
 from mmcastling.registry import MODELS
 
 ConfigType = dict
@@ -101,9 +102,9 @@ class SimpleFeaturePyramid(BaseModule):
         super().__init__(init_cfg=init_cfg)
         strides = tuple(strides)
         if not strides or any(a >= b for a, b in pairwise(strides)):
-            raise ValueError(f"strides must be given and rise, got {strides}.")
+            raise OptionError(f"strides must be given and rise, got {strides}.")
         if num_extra_levels < 0:
-            raise ValueError(
+            raise OptionError(
                 f"num_extra_levels must be 0 or more, got {num_extra_levels}."
             )
         norm_cfg = norm_cfg or dict(type="mmcastling.ChannelLayerNorm", eps=1e-6)
@@ -135,7 +136,7 @@ class SimpleFeaturePyramid(BaseModule):
         fine, coarse = sorted((stride, self.in_stride))
         factor = coarse // fine if fine > 0 else 0
         if fine <= 0 or factor * fine != coarse or factor & (factor - 1):
-            raise ValueError(
+            raise OptionError(
                 f"stride {stride} is not in_stride {self.in_stride} times or divided "
                 f"by a power of two; take for example "
                 f"{self.in_stride // 2}, {self.in_stride} or {self.in_stride * 2}."
@@ -146,7 +147,7 @@ class SimpleFeaturePyramid(BaseModule):
                 return [], channels
             return [nn.MaxPool2d(factor, factor, ceil_mode=True)], channels
         if channels % factor:
-            raise ValueError(
+            raise OptionError(
                 f"in_channels {channels} cannot be halved {factor.bit_length() - 1} "
                 f"times, as stride {stride} from in_stride {self.in_stride} needs."
             )
@@ -190,14 +191,14 @@ class SimpleFeaturePyramid(BaseModule):
                 f"got {type(inputs).__name__}."
             )
         if len(inputs) != 1:
-            raise ValueError(
+            raise OptionError(
                 f"SimpleFeaturePyramid takes one map, got {len(inputs)}; let the "
                 "backbone give its last one only (out_indices=-1), or use an FPN."
             )
         x = inputs[0]
         if not torch.is_tensor(x) or x.ndim != 4 or x.shape[1] != self.in_channels:
             got = tuple(x.shape) if torch.is_tensor(x) else type(x).__name__
-            raise ValueError(
+            raise OptionError(
                 f"expected a map of shape (B, {self.in_channels}, H, W), got {got}; "
                 "a mmpretrain backbone gives one with out_type='featmap'."
             )

@@ -6,6 +6,8 @@ from mmengine.model import BaseModule
 from mmpretrain.models.utils import LayerNorm2d
 from torch import Tensor, nn
 
+from mmcastling.errors import OptionError
+
 
 class ConvStem(BaseModule):
     """Tokens from 3x3 convolutions of stride 2, each halving the resolution.
@@ -37,12 +39,12 @@ class ConvStem(BaseModule):
         super().__init__()
         steps = patch_size.bit_length() - 1
         if patch_size < 2 or patch_size != 2**steps:
-            raise ValueError(
+            raise OptionError(
                 f"stem='conv' needs a patch_size that is a power of two, got "
                 f"{patch_size}"
             )
         if embed_dims % 2 ** (steps - 1):
-            raise ValueError(
+            raise OptionError(
                 f"stem='conv' with {steps} steps needs embed_dims that are a multiple "
                 f"of {2 ** (steps - 1)}, got {embed_dims}"
             )

@@ -16,8 +16,9 @@ from mmpretrain.apis import ModelHub
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch import Tensor, nn
 
-from mmcastling.checkpoint import CheckpointError, load_weights
+from mmcastling.checkpoint import load_weights
 from mmcastling.compat.safe_loading import safe_mmengine_loading
+from mmcastling.errors import CheckpointError, OptionError, UnavailableError
 from mmcastling.registry import model_spec
 from mmcastling.verbs import restore_mask
 
@@ -50,12 +51,12 @@ class Teacher:
         checkpoint: str | os.PathLike[str] | None = None,
     ) -> None:
         if not isinstance(model, (Mapping, str, os.PathLike, nn.Module)):
-            raise ValueError(
+            raise OptionError(
                 f"teacher {model!r} must be the config of a model, a name of "
                 "mmpretrain's, the path of a config file, or a classifier"
             )
         if isinstance(model, nn.Module) and checkpoint is not None:
-            raise ValueError(
+            raise OptionError(
                 f"the teacher is a {type(model).__name__} that is built already: load "
                 f"{checkpoint} into it and leave teacher_checkpoint out"
             )
@@ -101,7 +102,7 @@ class Teacher:
         checkpoint = self._checkpoint or published
         timm_weights = checkpoint is None and bool(spec.get("pretrained"))
         if checkpoint is None and not timm_weights:
-            raise ValueError(
+            raise OptionError(
                 f"the teacher, a {spec.get('type')}, has no weights and would teach "
                 "noise: give model.teacher_checkpoint=FILE"
             )
@@ -129,7 +130,9 @@ class Teacher:
         """
         module = self._module
         if module is None:
-            raise RuntimeError("the teacher has not been prepared: call prepare first")
+            raise UnavailableError(
+                "the teacher has not been prepared: call prepare first"
+            )
         if module.training:  # a classifier that was given is also in other hands
             module.eval()
         weight = next(module.parameters(), None)
@@ -138,7 +141,7 @@ class Teacher:
         scores = module(inputs if self._convert is None else self._convert(inputs))
         if not isinstance(scores, Tensor) or scores.ndim != 2:
             shape = f" {tuple(scores.shape)}" if isinstance(scores, Tensor) else ""
-            raise ValueError(
+            raise OptionError(
                 f"the teacher, a {type(module).__name__}, returns a "
                 f"{type(scores).__name__}{shape} for images: expected logits (B, "
                 "classes), which an image classifier with a head returns"
@@ -149,7 +152,7 @@ class Teacher:
 def check_same_classes(theirs: int | None, own: int | None) -> None:
     """Raise ValueError unless a teacher and a student, if known, have equal classes."""
     if None not in (theirs, own) and theirs != own:
-        raise ValueError(
+        raise OptionError(
             f"the teacher has {theirs} classes, the student {own}: a student learns "
             "from a teacher of the same classes. Use a teacher trained on the same "
             "data set, or set the student's head.num_classes"
@@ -205,10 +208,10 @@ def _model_config(
         else:
             cfg, published = (found := ModelHub.get(spec)).config, found.weights
     except (FileNotFoundError, ValueError) as error:
-        raise ValueError(
+        raise OptionError(
             f"teacher {spec} does not exist: give the path of a config file, or a name "
             "that mmpretrain.list_models() has"
         ) from error
     if "model" not in cfg:
-        raise ValueError(f"teacher {spec} is a config without a model")
+        raise OptionError(f"teacher {spec} is a config without a model")
     return model_spec(cfg), published

@@ -12,7 +12,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
-from mmcastling.checkpoint import CheckpointError, load_checkpoint, save_atomically
+from mmcastling.checkpoint import load_checkpoint, save_atomically
 from mmcastling.deploy import (
     check_precision,
     deploy_checkpoint,
@@ -20,7 +20,7 @@ from mmcastling.deploy import (
     largest_difference,
     set_precision,
 )
-from mmcastling.errors import ConfigError
+from mmcastling.errors import CheckpointError, ConfigError
 from mmcastling.run.config import check_writable
 from mmcastling.run.load import PruningReport, first_test_images, load_pruned_model
 from mmcastling.run.runner import drop_training_hooks

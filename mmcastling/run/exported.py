@@ -14,7 +14,7 @@ from mmengine.model import BaseModel
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor
 
-from mmcastling.errors import ConfigError
+from mmcastling.errors import ConfigError, OptionError
 from mmcastling.registry import MODELS, model_spec
 from mmcastling.run.config import check_data, check_work_dir, require
 from mmcastling.run.runner import build_runner, run_test, testing_config
@@ -77,7 +77,7 @@ class ExportedTestModel(BaseModel):
     ) -> list[Any]:
         """Predict images ``(B, 3, H, W)`` into their samples, as other models do."""
         if mode != "predict":
-            raise ValueError(f"mode {mode!r}: an exported file can only 'predict'")
+            raise OptionError(f"mode {mode!r}: an exported file can only 'predict'")
         for image, sample in zip(inputs, data_samples, strict=True):
             begin = time.perf_counter()
             meta, shape = sample.metainfo, image.shape[1:]

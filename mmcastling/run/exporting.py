@@ -19,10 +19,10 @@ from mmengine.registry import DATASETS
 from torch import nn
 
 from mmcastling.analysis import paired_medians
-from mmcastling.checkpoint import CheckpointError, load_checkpoint
+from mmcastling.checkpoint import load_checkpoint
 from mmcastling.data import DatasetError
 from mmcastling.deploy import set_precision
-from mmcastling.errors import ConfigError
+from mmcastling.errors import CheckpointError, ConfigError
 from mmcastling.export import (
     DEFAULT_OPSET,
     FORMATS,

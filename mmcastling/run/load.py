@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmcastling.analysis import count_macs
-from mmcastling.checkpoint import CheckpointError, load_weights
+from mmcastling.checkpoint import load_weights
 from mmcastling.deploy import difference_of, features, is_deployed, select_weights
+from mmcastling.errors import CheckpointError
 from mmcastling.registry import model_spec
 from mmcastling.run.config import check_data, has_data, require
 from mmcastling.run.runner import core_model

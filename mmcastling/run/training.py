@@ -10,15 +10,10 @@ from typing import Any
 from mmengine.config import Config
 from torch import nn
 
-from mmcastling.checkpoint import (
-    CheckpointError,
-    DamagedCheckpointError,
-    check_weights_fit,
-    load_checkpoint,
-)
+from mmcastling.checkpoint import check_weights_fit, load_checkpoint
 from mmcastling.compat.safe_loading import safe_mmengine_loading
 from mmcastling.deploy import is_deployed
-from mmcastling.errors import ConfigError
+from mmcastling.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from mmcastling.registry import type_name
 from mmcastling.run.config import check_data, check_work_dir, require
 from mmcastling.run.load import build_model

@@ -6,13 +6,15 @@ import dataclasses
 import json
 from typing import Any
 
+from mmcastling.errors import OptionError, UserError
+
 METADATA_KEY = "mmcastling"
 """Under this key the file holds the metadata, as JSON."""
 
 KINDS = ("backbone", "classifier", "detector", "segmentor")
 
 
-class ExportedModelError(RuntimeError):
+class ExportedModelError(UserError, RuntimeError):
     """An exported file that cannot be read or run, or an input that it cannot take."""
 
 
@@ -96,7 +98,7 @@ class ExportMetadata:
         try:
             values = json.loads(text)
             if not isinstance(values, dict) or not values.keys() <= known:
-                raise ValueError(f"expected {sorted(known)}")
+                raise OptionError(f"expected {sorted(known)}")
             return cls(**{name: _tuples(value) for name, value in values.items()})
         except (TypeError, ValueError) as error:
             raise ExportedModelError(

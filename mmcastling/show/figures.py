@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mmcastling.checkpoint import write_atomically
+from mmcastling.errors import OptionError
 from mmcastling.show.run_log import MaskHistory
 
 
@@ -42,7 +43,7 @@ def plot_mask_density(
     for name in names:
         if name not in history.metrics:
             found = ", ".join(history.metrics) or "none: the run never validated"
-            raise ValueError(f"metric {name!r} is not in the log; there are: {found}")
+            raise OptionError(f"metric {name!r} is not in the log; there are: {found}")
     heights = (3, 2, 2) if names else (3, 2)
     # Figure instead of pyplot: no display, and no global backend to disturb.
     figure = Figure(figsize=(7, 1 + 0.85 * sum(heights)), layout="constrained")

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmcastling.errors import OptionError
+
 GROUPS = ("early", "middle", "late")
 
 # The metric that a toolbox's evaluator is usually judged by, drawn where nothing else
@@ -79,11 +81,11 @@ def read_mask_history(work_dir: str | Path) -> MaskHistory:
     """
     work_dir = Path(work_dir)
     if not work_dir.is_dir():
-        raise ValueError(f"work directory {work_dir} does not exist: check the path")
+        raise OptionError(f"work directory {work_dir} does not exist: check the path")
     files = sorted(work_dir.glob("*/vis_data/scalars.json"))
     files += work_dir.glob("vis_data/scalars.json")
     if not files:
-        raise ValueError(
+        raise OptionError(
             f"{work_dir} holds no log of a training run (TIMESTAMP/vis_data/"
             "scalars.json): give the --work-dir of tools/train.py; a config without "
             "LocalVisBackend in its visualizer writes none"
@@ -94,7 +96,7 @@ def read_mask_history(work_dir: str | Path) -> MaskHistory:
         _append_part(file, train, metrics)
     masks = [record for record in train if "mask_density" in record]
     if not masks:
-        raise ValueError(
+        raise OptionError(
             f"{work_dir} holds no record of mask density: it was trained without "
             "MaskDecayHook, or ended before its first record. Put "
             "dict(type='MaskDecayHook') into custom_hooks and train again"
@@ -165,7 +167,7 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):  # a killed run leaves half a line
                 break
-            raise ValueError(
+            raise OptionError(
                 f"{file}, line {number} is not a record of MMEngine's log: "
                 f"{line[:60]!r}. Remove the line, or the folder of that start"
             ) from error

@@ -14,6 +14,7 @@ from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.runner import Runner
 
 from mmcastling.attention import MaskThreshold
+from mmcastling.errors import OptionError
 from mmcastling.registry import HOOKS
 from mmcastling.verbs import (
     MASK_META_KEY,
@@ -96,29 +97,29 @@ class MaskDecayHook(Hook):
         interval: int = 10,
     ) -> None:
         if mode not in MODES:
-            raise ValueError(f"mode {mode!r} is not known: choose one of {MODES}")
+            raise OptionError(f"mode {mode!r} is not known: choose one of {MODES}")
         if curve not in CURVES:
-            raise ValueError(
+            raise OptionError(
                 f"curve {curve!r} is not known: choose one of {tuple(CURVES)}"
             )
         for name, value in (("begin", begin), ("finish", finish)):
             if not 0.0 <= value <= 1.0:
-                raise ValueError(
+                raise OptionError(
                     f"{name}={value!r} is not a fraction of training: give a number "
                     "from 0 to 1"
                 )
         if begin > finish:
-            raise ValueError(
+            raise OptionError(
                 f"begin={begin!r} is after finish={finish!r}: the decay must begin "
                 "before it finishes"
             )
         if not 0.0 <= mask_penalty < math.inf:
-            raise ValueError(
+            raise OptionError(
                 f"mask_penalty={mask_penalty!r} must be a finite number that is not "
                 "negative"
             )
         if interval < 1:
-            raise ValueError(f"interval={interval!r} must be at least 1 iteration")
+            raise OptionError(f"interval={interval!r} must be at least 1 iteration")
         self.mode = mode
         self.start = MaskThreshold.parse(start)
         self.end = MaskThreshold.parse(end)
@@ -161,7 +162,7 @@ class MaskDecayHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         if not any(True for _ in castling_modules(runner.model)):
-            raise ValueError(
+            raise OptionError(
                 "MaskDecayHook found no castling attention with an auxiliary branch: "
                 "castle the backbone (for example type='mmcastling.CastlingViT' with "
                 "attention=dict(type='castling')), build it with deploy=False, or "

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from mmcastling.checkpoint import CheckpointError
+from mmcastling.errors import CheckpointError
 from mmcastling.models.common import check_arch
 from mmcastling.weights.source import Weights
 

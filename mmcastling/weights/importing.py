@@ -13,7 +13,8 @@ import torch
 
 from mmcastling.attention import build_mixer
 from mmcastling.attention.old_names import with_current_names
-from mmcastling.checkpoint import CheckpointError, save_atomically
+from mmcastling.checkpoint import save_atomically
+from mmcastling.errors import CheckpointError, OptionError
 from mmcastling.models.common import image_size
 from mmcastling.models.pretrained import REQUIRED_SHARE, prepared_weights
 from mmcastling.version import __version__
@@ -75,13 +76,13 @@ def import_checkpoint(
             unexpected, or the destination cannot be written. Nothing is written then.
     """
     if family not in FAMILIES:
-        raise ValueError(
+        raise OptionError(
             f"family {family!r} is not known: choose one of {list(FAMILIES)}"
         )
     if not 0 <= noise < float("inf"):
-        raise ValueError(f"noise {noise!r} must be a number that is not negative")
+        raise OptionError(f"noise {noise!r} must be a number that is not negative")
     if dist_token and family != "vit":
-        raise ValueError(
+        raise OptionError(
             f"dist_token: no {FAMILIES[family].name} has one, leave it out"
         )
     source, destination = Path(source).expanduser(), Path(destination).expanduser()

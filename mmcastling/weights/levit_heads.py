@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmcastling.checkpoint import CheckpointError
+from mmcastling.errors import CheckpointError
 from mmcastling.weights.source import Weights
 
 SCALES = ("bn.weight", "bn.bias")

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmcastling.checkpoint import CheckpointError, load_checkpoint
+from mmcastling.checkpoint import load_checkpoint
+from mmcastling.errors import CheckpointError
 
 Weights = dict[str, Tensor]
 """Tensors by name, as one dictionary of a checkpoint holds them."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmcastling.checkpoint import CheckpointError
+from mmcastling.errors import CheckpointError
 from mmcastling.models import CastlingViT
 from mmcastling.models.position_embedding import (
     fit_position_embedding,

@@ -11,6 +11,7 @@ from mmcastling.attention.autocast import in_full_precision
 from mmcastling.attention.functional import kernel_attention, l2_normalize
 from mmcastling.attention.local_conv import Grid, GridConv, merge_heads
 from mmcastling.attention.mixer import TokenMixer
+from mmcastling.errors import OptionError
 
 
 @in_full_precision
@@ -83,7 +84,7 @@ class FocusedMixer(TokenMixer):
         if own:
             self.local_conv = FocusedConv(num_heads, head_dims)
         if focus < 1:
-            raise ValueError(
+            raise OptionError(
                 f"focus {focus!r} must be at least 1; below, it would blur the features"
             )
         self.focus = focus

@@ -8,6 +8,7 @@ from mmcastling.attention.autocast import in_full_precision
 from mmcastling.attention.functional import l2_normalize
 from mmcastling.attention.local_conv import merge_heads, split_heads
 from mmcastling.attention.mixer import TokenMixer
+from mmcastling.errors import OptionError
 
 
 @in_full_precision
@@ -35,7 +36,7 @@ class HydraMixer(TokenMixer):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.shape[-1] != v.shape[-1]:
-            raise ValueError(
+            raise OptionError(
                 f"hydra attention multiplies queries with values channel by channel: "
                 f"they need as many channels per head, not {q.shape[-1]} and "
                 f"{v.shape[-1]}"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmcastling.attention.autocast import in_full_precision
 from mmcastling.attention.mixer import TokenMixer
+from mmcastling.errors import OptionError
 
 
 def orthogonal_directions(num_features: int, dims: int, seed: int = 0) -> Tensor:
@@ -104,7 +105,7 @@ class PerformerMixer(TokenMixer):
         if num_features is None:
             num_features = max(1, round(self.key_dims * math.log(self.key_dims)))
         if num_features < 1:
-            raise ValueError(
+            raise OptionError(
                 f"num_features {num_features!r} must be a positive number of random "
                 "features, or None for d ln d of them"
             )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mmcastling.attention.local_conv import merge_heads
 from mmcastling.castle.adapter_registry import register_adapter
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
+from mmcastling.errors import OptionError
 
 
 class CastledLeViTAttention(CastledAttention):
@@ -44,7 +45,7 @@ class CastledAttentionSubsample(CastledLeViTAttention):
         """
         grid = self.find_grid(x.shape[1])
         if grid is None:
-            raise ValueError(
+            raise OptionError(
                 f"LeViT's {x.shape[1]} tokens form no square: use square images"
             )
         y = self.mix(*self.project(x), grid=grid).unflatten(2, grid)

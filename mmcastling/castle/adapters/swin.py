@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmcastling.attention.local_conv import Grid
 from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
+from mmcastling.errors import OptionError
 
 
 class CastledShiftWindowMSA(nn.Module):
@@ -61,7 +62,7 @@ class CastledShiftWindowMSA(nn.Module):
         window, shift = self.window_size, self.shift_size
         if min(hw_shape) <= window and not self.pad_small_map:
             if min(hw_shape) < window:
-                raise ValueError(
+                raise OptionError(
                     f"a map of {height}x{width} tokens is smaller than a window of "
                     f"{window}x{window}: set pad_small_map=True or use larger images"
                 )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmcastling.attention.local_conv import merge_heads, split_qkv
 from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
+from mmcastling.errors import OptionError
 
 
 class CastledMultiheadAttention(CastledAttention):
@@ -76,7 +77,7 @@ class CastledTimmAttention(CastledAttention):
             ValueError: If a mask is asked for.
         """
         if attn_mask is not None or is_causal:
-            raise ValueError(
+            raise OptionError(
                 "a castled attention takes no attn_mask and is not causal: linear "
                 "attention sums over all tokens before it sees a query"
             )
@@ -119,7 +120,7 @@ class CastledSelfAttention(CastledAttention):
             if value is not None and value is not False
         ]
         if given or key is not query or value is not query:
-            raise ValueError(
+            raise OptionError(
                 "a castled nn.MultiheadAttention attends from tokens to themselves, "
                 f"without masks and weights; it was given {given or 'other keys'}. "
                 "Leave it out with castle's predicate"
