@@ -118,11 +118,6 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     in all; ``lr_scale`` and ``param_names`` stay in each. One table is logged in place
     of MMEngine's line for every parameter.
 
-    Args:
-        optim_wrapper_cfg (dict): Config of the wrapper; its ``optimizer`` must
-            give ``lr``.
-        paramwise_cfg (dict): The fields above.
-
     Raises:
         ValueError: If ``layer_decay_rate`` is missing or not in (0, 1], if the
             optimizer has no ``lr``, or, when called, if the model has no
@@ -160,7 +155,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             module (nn.Module): The model, or one of its modules when called by
                 MMEngine's recursion.
             prefix (str): Name of ``module`` in the model. Defaults to ''.
-            **kwargs: Passed on to MMEngine's recursion.
+            **kwargs (Any): Passed on to MMEngine's recursion.
         """
         if prefix:
             super().add_params(params, module, prefix=prefix, **kwargs)
