@@ -1,6 +1,7 @@
 # make setup   the environment alone
 # make demo    train, prune and evaluate on real images
 # make test    lint and the whole test suite
+# make docs    these pages and the API reference, as a site in site/
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=DIR the environment.
 
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test docs lint clean
 
 setup: $(STAMP)
 
@@ -43,5 +44,9 @@ lint: setup
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile
 
+# The variable silences the theme's note on MkDocs 2, which is not what we pin.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

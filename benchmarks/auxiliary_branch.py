@@ -249,7 +249,7 @@ PREAMBLE = """\
 # The auxiliary branch: what training with it costs
 
 Made by `{command}`; the figures are in
-[benchmarks/results/auxiliary_branch.json](../benchmarks/results/auxiliary_branch.json).
+`benchmarks/results/auxiliary_branch.json`.
 One run on {device}, {threads} threads, torch {torch}, Python {python}, float32. Another
 machine gives other times; contenders were timed in turns, memory in a fresh process per
 cell.

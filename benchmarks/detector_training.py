@@ -111,7 +111,7 @@ PREAMBLE = """\
 # Training a detector with the auxiliary branch
 
 Made by `{command}`; the figures are in
-[benchmarks/results/detector_training.json](../benchmarks/results/detector_training.json).
+`benchmarks/results/detector_training.json`.
 Mask R-CNN with Castling-ViT-S/16 as `configs/mask_rcnn_castling_s_coco.py` has it
 (1024x1024, 4,096 tokens, 12 layers of 6 heads, no activation checkpointing), but one
 image per iteration and {iterations} iterations. One run on {device}, {threads} threads,

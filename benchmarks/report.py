@@ -1,6 +1,6 @@
 """Tables and plots from the stored results of the speed benchmarks.
 
-python benchmarks/report.py           # write docs/speed.md and its pictures
+python benchmarks/report.py   # write docs/speed.md, its pictures and the README's table
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from mmcastling.checkpoint import write_text_atomically
 matplotlib.use("Agg")
 
 PAGE = ROOT / "docs" / "speed.md"
+README = ROOT / "README.md"
 ASSETS = ROOT / "docs" / "assets"
 SCRIPTS = {
     module.BENCHMARK.name: module
@@ -39,11 +40,18 @@ SCRIPTS = {
 }
 Results = dict[str, Any]
 
+BEGIN, END = "<!-- speed-table -->\n", "<!-- /speed-table -->"
+TWINS = {
+    "Castling-ViT-S": "ViT-S, softmax",
+    "Castling-MViTv2-T": "MViTv2-T, softmax",
+    "Castling-LeViT-256": "LeViT-256, softmax",
+}
+
 PREAMBLE = """\
 # Deployed speed
 
 Made by `python benchmarks/report.py` from the results that these commands stored in
-[benchmarks/results](../benchmarks/results), each in one run on a CPU ({device}),
+`benchmarks/results`, each in one run on a CPU ({device}),
 {threads} threads, torch {torch}, mmdet {mmdet}, mmpretrain {mmpretrain}, timm {timm},
 Python {python}, float32, batch 1, default allocator:
 
@@ -283,6 +291,36 @@ def table(result: dict[str, Any]) -> str:
     return HEADER + "".join(f"{line(cell)}\n" for cell in result["cells"])
 
 
+def readme_with(result: dict[str, Any], text: str) -> str:
+    """The README's text with the backbones' speed between its two marks.
+
+    Args:
+        result: The stored result of ``benchmarks/backbones.py``.
+        text: The README.
+    """
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    height, width = backbones.LARGE
+    rows = [
+        f"| backbone, {height}x{width} pixels | softmax, ms | castled and deployed, ms "
+        "| times as fast |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, softmax in TWINS.items():
+        old, new = (median(result, n, backbones.LARGE) for n in (softmax, name))
+        model = name.removeprefix("Castling-")
+        rows.append(
+            f"| {model} | {1e3 * old:,.0f} | {1e3 * new:,.0f} | {old / new:.1f} |"
+        )
+    place = result["environment"]
+    caption = (
+        f"Medians of forward passes in float32 with batch 1 on {place['threads']} CPU "
+        f"threads ({place['device']}), torch {place['torch']}; weights are "
+        "random.\n"
+    )
+    return before + BEGIN + "\n".join([*rows, "", caption]) + END + after
+
+
 def plot_resolution(result: dict[str, Any], path: Path) -> None:
     """Latency and memory of every backbone over the image's pixels."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
@@ -352,6 +390,8 @@ def main() -> None:
     if "backbones" in results:
         plot_resolution(results["backbones"], ASSETS / "speed_resolution.png")
         plot_macs(results["backbones"], ASSETS / "speed_macs.png")
+        text = readme_with(results["backbones"], README.read_text())
+        write_text_atomically(README, text)
     write_text_atomically(PAGE, page(results))
 
 

@@ -4,9 +4,9 @@ PREAMBLE = """\
 # A study at a small scale: what castling does on real data
 
 Made by `{command} report` from the runs in
-[benchmarks/results/study](../benchmarks/results/study), one file per run with its
-exact settings; each table's command is beside it. Every sentence with a figure is
-generated.
+`benchmarks/results/study`, one file per run with its
+exact settings; each table's command is beside it and, if stopped, goes on from there.
+Every sentence with a figure is generated.
 
 **The scale is small.** Classifiers: Fashion-MNIST, the first {train:,} training
 images with a border of 2 pixels, {epochs} epochs ({seen:,} images seen, no

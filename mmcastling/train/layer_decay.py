@@ -114,10 +114,6 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     in all; ``lr_scale`` and ``param_names`` stay in each. One table is logged in place
     of MMEngine's line for every parameter.
 
-    Args:
-        optim_wrapper_cfg: Config of the wrapper; its ``optimizer`` must give ``lr``.
-        paramwise_cfg: The fields above.
-
     Raises:
         OptionError: If ``layer_decay_rate`` is missing or not in (0, 1], the optimizer
             has no ``lr``, or, when called, the model no backbone that is asked.
