@@ -44,6 +44,7 @@ from mmcastling.run.config import check_data, datasets_of, has_data
 from mmcastling.run.conversion import build_pruned
 from mmcastling.run.errors import ConfigError
 from mmcastling.runtime import SUFFIXES, ExportedInferencer, ExportMetadata
+from mmcastling.runtime.model import runtime_library
 from mmcastling.runtime.preprocess import (
     INTERPOLATIONS,
     STEPS,
@@ -51,7 +52,6 @@ from mmcastling.runtime.preprocess import (
     prepare,
     read_image,
 )
-from mmcastling.runtime.sessions import runtime_library
 from mmcastling.version import __version__
 
 ROUNDS = 3
@@ -115,6 +115,7 @@ def export(
     runtime_library(runtime)  # before minutes of work
     out = _destination(source, out, format)
     picture = read_image(_image(cfg, image))
+    facts: dict[str, Any] = dict(pipeline=tuple(_steps(cfg)))
 
     checkpoint = load_checkpoint(source)
     pruned = build_pruned(cfg, checkpoint, Path(source), force=force, ema=ema)
@@ -125,9 +126,9 @@ def export(
         print(f"pruned the branch of {pruned.attentions} attentions, {change}")
 
     model, graph = pruned.model, export_graph(pruned.model, part)
-    facts = {} if part == "backbone" else _classes(cfg, checkpoint)
-    facts |= dict(pipeline=tuple(_steps(cfg)), versions=_versions(format, runtime))
-    meta = describe(model, graph, part, **facts)
+    if part != "backbone":
+        facts |= _classes(cfg, checkpoint)
+    meta = describe(model, graph, part, versions=_versions(format, runtime), **facts)
     inputs = list(_inputs(picture, meta))
     expected = [_in_torch(model, meta, x) for x in inputs]
     try:
