@@ -7,20 +7,22 @@ models of the toolboxes: :func:`export_graph` and :func:`describe` what to write
 """
 
 from mmcastling.export.agreement import Agreement, compare, compare_detections
-from mmcastling.export.description import describe
 from mmcastling.export.formats import (
     DEFAULT_OPSET,
+    FORMAT_PRECISIONS,
     FORMATS,
     OPSETS,
     UnsupportedModelError,
+    check_export_precision,
     check_format,
+    lower,
     write,
 )
-from mmcastling.export.graphs import export_graph, reference_outputs, write_graph
-from mmcastling.export.lowering import (
-    FORMAT_PRECISIONS,
-    check_export_precision,
-    lower,
+from mmcastling.export.graphs import (
+    describe,
+    export_graph,
+    reference_outputs,
+    write_graph,
 )
 
 __all__ = [

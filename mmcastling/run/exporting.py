@@ -42,6 +42,7 @@ from mmcastling.registry import type_name
 from mmcastling.run.config import check_data, datasets_of, has_data
 from mmcastling.run.load import load_pruned_model
 from mmcastling.runtime import SUFFIXES, ExportedInferencer, ExportMetadata
+from mmcastling.runtime.model import runtime_library
 from mmcastling.runtime.preprocess import (
     INTERPOLATIONS,
     STEPS,
@@ -49,7 +50,6 @@ from mmcastling.runtime.preprocess import (
     prepare,
     read_image,
 )
-from mmcastling.runtime.sessions import runtime_library
 from mmcastling.version import __version__
 
 ROUNDS = 3
@@ -113,6 +113,7 @@ def export(
     runtime_library(runtime)  # before minutes of work
     out = _destination(source, out, format)
     picture = read_image(_image(cfg, image))
+    facts: dict[str, Any] = dict(pipeline=tuple(_steps(cfg)))
 
     checkpoint = load_checkpoint(source)
     model, pruning = load_pruned_model(cfg, checkpoint, source, ema=ema)
@@ -122,9 +123,9 @@ def export(
         print(pruning)
 
     graph = export_graph(model, part)
-    facts = {} if part == "backbone" else _classes(cfg, checkpoint)
-    facts |= dict(pipeline=tuple(_steps(cfg)), versions=_versions(format, runtime))
-    meta = describe(model, graph, part, **facts)
+    if part != "backbone":
+        facts |= _classes(cfg, checkpoint)
+    meta = describe(model, graph, part, versions=_versions(format, runtime), **facts)
     inputs = list(_inputs(picture, meta))
     expected = [_in_torch(model, meta, x) for x in inputs]
     try:

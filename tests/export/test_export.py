@@ -21,7 +21,7 @@ from mmcastling.export import (
     write,
     write_graph,
 )
-from mmcastling.export.boxes import first_rows
+from mmcastling.export.detectors import first_rows
 from mmcastling.export.graphs import AnySizeAdaptivePool
 from mmcastling.export.nncf_process import quantize_in_subprocess
 from mmcastling.run import load_config
@@ -33,7 +33,7 @@ from mmcastling.runtime import (
     ExportedModel,
     ExportedModelError,
 )
-from mmcastling.runtime.sessions import runtime_library
+from mmcastling.runtime.model import runtime_library
 from mmcastling.verbs import switch_to_deploy
 
 ENDINGS = {"onnx": "onnx", "openvino": "xml", "exported-program": "pt2"}

@@ -14,7 +14,7 @@ from mmcastling.deploy import check_precision
 from mmcastling.run import evaluate, evaluate_exported, load_config
 from mmcastling.run import exporting as module
 from mmcastling.runtime import ExportedInferencer, ExportedModelError, inferencer
-from mmcastling.runtime.sessions import openvino_has_bf16
+from mmcastling.runtime.model import openvino_has_bf16
 
 pytestmark = pytest.mark.slow
 
