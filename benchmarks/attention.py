@@ -73,7 +73,7 @@ def layer(kind: str) -> Callable[[], nn.Module]:
 
 def projections() -> nn.Module:
     block = Attention(CHANNELS, HEADS, deploy=True)
-    block.mixer = Values(HEADS, CHANNELS // HEADS)
+    block.mixer = Values(block.mixer.num_heads, block.mixer.head_dims)
     return block
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import timm
 import torch
-from attention import ProjectionsAttention
+from attention import Values
 from common import Benchmark, Contender, Size, Target, image, median
 from mmdet.utils import register_all_modules
 from mmengine.registry import MODELS
@@ -53,8 +53,9 @@ def vit(attention: dict[str, Any]) -> Callable[[], nn.Module]:
 def vit_without_mixing() -> nn.Module:
     model = vit(SOFTMAX)()
     for block in model.layers:
-        block.attn = ProjectionsAttention(block.attn.embed_dims, block.attn.num_heads)
-    return switch_to_deploy(model, inplace=True)
+        mixer = block.attn.mixer
+        block.attn.mixer = Values(mixer.num_heads, mixer.head_dims)
+    return model
 
 
 def mvit(**options: Any) -> Callable[[], nn.Module]:

@@ -52,8 +52,8 @@ def test_projections_keep_tokens_apart(layers):
 def test_no_mixing_takes_every_attention_out(load_benchmark):
     script = load_benchmark("backbones")
     model = script.vit_without_mixing()
-    kinds = {type(block.attn).__name__ for block in model.layers}
-    assert kinds == {"ProjectionsAttention"}
+    kinds = {type(block.attn.mixer).__name__ for block in model.layers}
+    assert kinds == {"Values"}
 
 
 def test_detectors_have_as_many_boxes_as_they_may_return(load_benchmark):
