@@ -38,13 +38,7 @@ def on_grid(
 ) -> tuple[Tensor, Grid]:
     """Apply what works on maps to tokens, channels last in memory and without a copy.
 
-    Args:
-        operation: From ``(B, C, H, W)`` to ``(B, C', H', W')``.
-        x: Tokens ``(B, H * W, C)``.
-        grid: ``(H, W)``.
-
-    Returns:
-        Tokens ``(B, H' * W', C')`` and their grid.
+    ``(B, H * W, C)`` to ``(B, H' * W', C')`` and ``(H', W')``.
     """
     x = operation(x.unflatten(1, grid).permute(0, 3, 1, 2))
     return x.permute(0, 2, 3, 1).flatten(1, 2), (x.shape[2], x.shape[3])
@@ -54,12 +48,8 @@ class TokenConv(nn.Conv2d):
     """Depthwise convolution along the flattened token axis, as released.
 
     One kernel per head, shared by the head's channels; the class token is part of the
-    line. Without bias: ``kernel_size * num_heads`` parameters.
-
-    Args:
-        num_heads: Number of heads ``h``.
-        head_dims: Channels per head ``e``; unused, since the kernels are shared.
-        kernel_size: Odd number of tokens. Defaults to 9, the released value.
+    line. Without bias: ``kernel_size * num_heads`` parameters, whatever ``head_dims``.
+    The released ``kernel_size``, an odd number of tokens, is 9.
     """
 
     def __init__(self, num_heads: int, head_dims: int, kernel_size: int = 9) -> None:
@@ -93,12 +83,8 @@ class TokenConv(nn.Conv2d):
 class GridConv(nn.Conv2d):
     """Depthwise convolution on the ``(H, W)`` grid of tokens, one kernel per channel.
 
-    Tokens that lead the grid (a class token) lie outside it and receive zero.
-
-    Args:
-        num_heads: Number of heads ``h``.
-        head_dims: Channels per head ``e``.
-        kernel_size: Odd size of the square kernel. Defaults to 3.
+    Tokens that lead the grid (a class token) lie outside it and receive zero. The
+    kernel is a square whose side ``kernel_size`` is odd.
     """
 
     def __init__(self, num_heads: int, head_dims: int, kernel_size: int = 3) -> None:
@@ -150,17 +136,7 @@ LOCAL_CONVS: dict[str, type[nn.Module]] = {"token": TokenConv, "grid": GridConv}
 def build_local_conv(
     spec: str | dict[str, Any] | None, num_heads: int, head_dims: int
 ) -> nn.Module | None:
-    """Build the convolution that a ``local_conv`` option names.
-
-    Args:
-        spec: ``'token'``, ``'grid'``, a dict such as ``dict(type='token',
-            kernel_size=9)``, or None for no convolution.
-        num_heads: Number of heads ``h``.
-        head_dims: Channels per head ``e``.
-
-    Raises:
-        ValueError: If the type is not known.
-    """
+    """Build what a ``local_conv`` option names; ValueError if that is not known."""
     if spec is None:
         return None
     options = dict(spec) if isinstance(spec, dict) else {"type": spec}

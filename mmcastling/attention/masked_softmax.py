@@ -18,6 +18,7 @@ that a schedule may change them at every iteration without a recompilation.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,16 +39,7 @@ _MIN_ROWS = 64
 def mask_state(
     threshold: float | str | MaskThreshold, weight: float = 1.0, penalty: float = 0.0
 ) -> Tensor:
-    """Pack a mask's values for :func:`masked_softmax_with_state`.
-
-    Args:
-        threshold: A probability, or a multiple of uniform attention such as ``'4/N'``.
-        weight: Factor of the branch. Defaults to 1.
-        penalty: Factor of the penalty on surviving probabilities. Defaults to 0.
-
-    Returns:
-        A CPU tensor of four float64 values.
-    """
+    """The arguments of :func:`masked_softmax_attention` as four float64 on the CPU."""
     threshold = MaskThreshold.parse(threshold)
     values = (threshold.probability, threshold.multiple, weight, penalty)
     return torch.tensor(values, dtype=torch.float64, device="cpu")
@@ -97,16 +89,7 @@ def masked_softmax_attention(
 def masked_softmax_with_state(
     q: Tensor, k: Tensor, v: Tensor, *, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """:func:`masked_softmax_attention` with the mask's values in a tensor.
-
-    Args:
-        q, k, v: Queries ``(B, h, N, d)``, keys ``(B, h, M, d)``, values
-            ``(B, h, M, e)``.
-        state: The values, from :func:`mask_state`.
-
-    Returns:
-        The branch ``(B, h, N, e)`` and the density, a scalar tensor.
-    """
+    """:func:`masked_softmax_attention`, and its density, by :func:`mask_state`."""
     out, _, density = _masked_softmax(q, k, v, state)
     return out, density
 
@@ -133,18 +116,10 @@ class _Tiles:
     """Some rows of queries against all keys at a time, in memory that is reused.
 
     Small attentions are taken several heads at a time, large ones by rows of one head.
-
-    Args:
-        q, k, v: Queries ``(B, h, N, d)``, keys ``(B, h, M, d)``, values
-            ``(B, h, M, e)``.
-
-    Attributes:
-        q: Queries ``(B h, N, d)``, divided by ``sqrt(d)``.
-        k: Keys ``(B h, M, d)``.
-        v: Values ``(B h, M, e)``.
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        # (B h, N, d) divided by sqrt(d), (B h, M, d) and (B h, M, e)
         self.q = q.flatten(0, 1) * q.shape[-1] ** -0.5
         self.k, self.v = k.flatten(0, 1), v.flatten(0, 1)
         self._num_heads, self._num_rows, _ = self.q.shape
@@ -158,7 +133,7 @@ class _Tiles:
 
     def _matrix(self, slot: int, heads: int, rows: int) -> Tensor:
         shape = (heads, rows, self.k.shape[-2])
-        size = shape[0] * shape[1] * shape[2]
+        size = math.prod(shape)
         if self._memory[slot].numel() < size:
             self._memory[slot] = self.q.new_empty(size)
         return self._memory[slot][:size].view(shape)
@@ -171,11 +146,8 @@ class _Tiles:
                 yield heads, slice(row, min(row + self._rows, self._num_rows))
 
     def with_survivors(self, active: Tensor) -> Iterator[tuple[slice, slice | Tensor]]:
-        """Yield tiles that together cover the active rows ``(B h, N)``.
-
-        Synchronises once, to learn how many rows each head has.
-        """
-        counts = active.sum(dim=1).tolist()
+        """Yield tiles that together cover the active rows ``(B h, N)``."""
+        counts = active.sum(dim=1).tolist()  # synchronises, once
         if self._heads > 1:
             for heads, rows in self.all():
                 if any(counts[heads]):

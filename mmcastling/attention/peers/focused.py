@@ -36,16 +36,10 @@ def focused_features(x: Tensor, scale: Tensor, *, focus: float = 3) -> Tensor:
 
 
 class FocusedConv(GridConv):
-    """The depthwise convolution of the paper: the heads share its kernels.
+    """The depthwise convolution of the paper, 5x5: the heads share its kernels."""
 
-    Args:
-        num_heads: Number of heads ``h``; unused, since the kernels are shared.
-        head_dims: Channels per head ``e``.
-        kernel_size: Odd size of the square kernel. Defaults to 5, the released value.
-    """
-
-    def __init__(self, num_heads: int, head_dims: int, kernel_size: int = 5) -> None:
-        super().__init__(1, head_dims, kernel_size)
+    def __init__(self, head_dims: int) -> None:
+        super().__init__(1, head_dims, kernel_size=5)
         self.bias = nn.Parameter(torch.zeros(head_dims))
 
     def forward(self, v: Tensor, grid: Grid | None = None) -> Tensor:
@@ -60,13 +54,10 @@ class FocusedMixer(TokenMixer):
     it fixes the number of tokens.
 
     Args:
-        num_heads: Number of heads ``h``.
-        head_dims: Channels per head of the values.
+        num_heads, head_dims, norm_output, key_dims: As in :class:`TokenMixer`.
         local_conv: ``'focused'`` for the paper's own, which needs the grid, or as in
             :class:`TokenMixer`. Defaults to ``'focused'``.
-        norm_output: As in :class:`TokenMixer`. Defaults to False.
         focus: The power ``p`` that sharpens the features, at least 1. Defaults to 3.
-        key_dims: As in :class:`TokenMixer`. Defaults to None.
     """
 
     def __init__(
@@ -82,7 +73,7 @@ class FocusedMixer(TokenMixer):
         conv = None if own else local_conv
         super().__init__(num_heads, head_dims, conv, norm_output, key_dims)
         if own:
-            self.local_conv = FocusedConv(num_heads, head_dims)
+            self.local_conv = FocusedConv(head_dims)
         if focus < 1:
             raise OptionError(
                 f"focus {focus!r} must be at least 1; below, it would blur the features"
