@@ -6,6 +6,7 @@ tasks, on the grid of tokens.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -66,16 +67,13 @@ class TokenConv(nn.Conv2d):
     def forward(self, v: Tensor, grid: Grid | None = None) -> Tensor:
         """Convolve values ``(B, h, N, e)`` over ``N``; ``grid`` is not needed."""
         heads, tokens, channels = v.shape[1:]
-        kernel = self.kernel_size
-
-        def convolve(x: Tensor) -> Tensor:  # (B, h*e, N, 1)
-            return nn.functional.conv2d(
-                x,
-                self.weight.expand(-1, channels, -1, -1).reshape(-1, 1, *kernel),
-                padding=self.padding,
-                groups=heads * channels,
-            )
-
+        weight = self.weight.expand(-1, channels, -1, -1)  # (h, e, kernel_size, 1)
+        convolve = functools.partial(
+            nn.functional.conv2d,
+            weight=weight.reshape(-1, 1, *self.kernel_size),
+            padding=self.padding,
+            groups=heads * channels,
+        )
         x, _ = on_grid(convolve, merge_heads(v), (tokens, 1))
         return split_heads(x, heads)
 

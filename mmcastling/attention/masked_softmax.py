@@ -17,15 +17,14 @@ that a schedule may change them at every iteration without a recompilation.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
-from mmcastling.attention.autocast import in_full_precision, without_autocast
+from mmcastling.attention.autocast import in_full_precision
 from mmcastling.attention.threshold import MaskThreshold
 
 # Probabilities per tile. On a CPU a tile's few matrices stay in the last-level cache;
@@ -97,19 +96,105 @@ def masked_softmax_with_state(
 # -- the operator ----------------------------------------------------------------------
 
 
-def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    # Autocast reaches into a custom operator, and a backward pass may run under it.
-    @functools.wraps(kernel)
-    def wrapped(*tensors: Tensor) -> Any:
-        with without_autocast(tensors[0].device):
-            return kernel(*tensors)
-
-    return wrapped
-
-
 def _read_state(state: Tensor, keys: int) -> tuple[float, float, float]:
     probability, multiple, weight, penalty = state.tolist()
     return MaskThreshold(probability, multiple).resolve(keys), weight, penalty
+
+
+@library.custom_op(
+    "mmcastling::masked_softmax",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor state) -> (Tensor, Tensor, Tensor)",
+)
+@in_full_precision  # autocast reaches in, and may be on around a backward pass
+def _masked_softmax(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The branch, the largest probability of each row ``(B, h, N)`` and the density."""
+    out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
+    peak = q.new_zeros(q.shape[:-1])
+    count = torch.zeros((), dtype=torch.int64, device=q.device)
+    pairs = peak.numel() * k.shape[-2]
+    if pairs:
+        threshold, weight, _ = _read_state(state, k.shape[-2])
+        tiles = _Tiles(q, k, v)
+        flat_out, flat_peak = out.flatten(0, 1), peak.flatten(0, 1)
+        for heads, rows in tiles.all():
+            p = tiles.probabilities(heads, tiles.q[heads, rows])
+            torch.amax(p, dim=-1, out=flat_peak[heads, rows])
+            # Whether a tile has survivors is free to ask on a CPU; elsewhere the answer
+            # would have to be waited for.
+            if q.is_cpu and not (flat_peak[heads, rows] > threshold).any():
+                continue
+            survivors = tiles.survivors(p, threshold)
+            count += torch.count_nonzero(survivors)
+            torch.bmm(survivors, tiles.v[heads], out=flat_out[heads, rows])
+        out.mul_(weight)
+    return out, peak, count.to(torch.float32) / max(pairs, 1)
+
+
+@_masked_softmax.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        q.new_empty((*q.shape[:-1], v.shape[-1])),
+        q.new_empty(q.shape[:-1]),
+        q.new_empty((), dtype=torch.float32),
+    )
+
+
+@library.custom_op(
+    "mmcastling::masked_softmax_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor peak, Tensor state)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+@in_full_precision
+def _masked_softmax_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, peak: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values."""
+    grads = tuple(t.new_zeros(t.shape) for t in (q, k, v))
+    if not peak.numel() or not k.shape[-2]:
+        return grads
+    threshold, weight, penalty = _read_state(state, k.shape[-2])
+    dq, dk, dv = (t.flatten(0, 1) for t in grads)
+    tiles = _Tiles(q, k, v)
+    grad = grad.flatten(0, 1)
+    for heads, rows in tiles.with_survivors(peak.flatten(0, 1) > threshold):
+        q_rows, grad_rows = tiles.q[heads, rows], grad[heads, rows] * weight
+        p = tiles.probabilities(heads, q_rows)
+        survivors = tiles.survivors(p, threshold)
+        dv[heads].baddbmm_(survivors.transpose(1, 2), grad_rows)
+        ds = tiles.product(grad_rows, tiles.v[heads])
+        if penalty:
+            ds += penalty
+        ds *= survivors
+        ds.addcmul_(p, ds.sum(dim=-1, keepdim=True), value=-1.0)
+        dq[heads, rows] = ds @ tiles.k[heads]
+        dk[heads].baddbmm_(ds.transpose(1, 2), q_rows)
+    dq *= q.shape[-1] ** -0.5
+    return grads
+
+
+@_masked_softmax_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, peak: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+    q, k, v, state = inputs
+    _, peak, density = output
+    ctx.save_for_backward(q, k, v, peak, state)
+    ctx.mark_non_differentiable(peak, density)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return (*_masked_softmax_backward(grad, *ctx.saved_tensors), None)
+
+
+_masked_softmax.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 class _Tiles:
@@ -173,99 +258,3 @@ class _Tiles:
         """``rows columns^T`` for each head; overwrites slot 0."""
         out = self._matrix(0, *rows.shape[:2])
         return torch.bmm(rows, columns.transpose(1, 2), out=out)
-
-
-@library.custom_op(
-    "mmcastling::masked_softmax",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor state) -> (Tensor, Tensor, Tensor)",
-)
-@_without_autocast
-def _masked_softmax(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The branch, the largest probability of each row ``(B, h, N)`` and the density."""
-    out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
-    peak = q.new_zeros(q.shape[:-1])
-    count = torch.zeros((), dtype=torch.int64, device=q.device)
-    pairs = peak.numel() * k.shape[-2]
-    if pairs:
-        threshold, weight, _ = _read_state(state, k.shape[-2])
-        tiles = _Tiles(q, k, v)
-        flat_out, flat_peak = out.flatten(0, 1), peak.flatten(0, 1)
-        for heads, rows in tiles.all():
-            p = tiles.probabilities(heads, tiles.q[heads, rows])
-            torch.amax(p, dim=-1, out=flat_peak[heads, rows])
-            # Whether a tile has survivors is free to ask on a CPU; elsewhere the answer
-            # would have to be waited for.
-            if q.is_cpu and not (flat_peak[heads, rows] > threshold).any():
-                continue
-            survivors = tiles.survivors(p, threshold)
-            count += torch.count_nonzero(survivors)
-            torch.bmm(survivors, tiles.v[heads], out=flat_out[heads, rows])
-        out.mul_(weight)
-    return out, peak, count.to(torch.float32) / max(pairs, 1)
-
-
-@_masked_softmax.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        q.new_empty((*q.shape[:-1], v.shape[-1])),
-        q.new_empty(q.shape[:-1]),
-        q.new_empty((), dtype=torch.float32),
-    )
-
-
-@library.custom_op(
-    "mmcastling::masked_softmax_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor peak, Tensor state)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-@_without_autocast
-def _masked_softmax_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, peak: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values."""
-    grads = tuple(t.new_zeros(t.shape) for t in (q, k, v))
-    if not peak.numel() or not k.shape[-2]:
-        return grads
-    threshold, weight, penalty = _read_state(state, k.shape[-2])
-    dq, dk, dv = (t.flatten(0, 1) for t in grads)
-    tiles = _Tiles(q, k, v)
-    grad = grad.flatten(0, 1)
-    for heads, rows in tiles.with_survivors(peak.flatten(0, 1) > threshold):
-        q_rows, grad_rows = tiles.q[heads, rows], grad[heads, rows] * weight
-        p = tiles.probabilities(heads, q_rows)
-        survivors = tiles.survivors(p, threshold)
-        dv[heads].baddbmm_(survivors.transpose(1, 2), grad_rows)
-        ds = tiles.product(grad_rows, tiles.v[heads])
-        if penalty:
-            ds += penalty
-        ds *= survivors
-        ds.addcmul_(p, ds.sum(dim=-1, keepdim=True), value=-1.0)
-        dq[heads, rows] = ds @ tiles.k[heads]
-        dk[heads].baddbmm_(ds.transpose(1, 2), q_rows)
-    dq *= q.shape[-1] ** -0.5
-    return grads
-
-
-@_masked_softmax_backward.register_fake
-def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, peak: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-    q, k, v, state = inputs
-    _, peak, density = output
-    ctx.save_for_backward(q, k, v, peak, state)
-    ctx.mark_non_differentiable(peak, density)
-
-
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return (*_masked_softmax_backward(grad, *ctx.saved_tensors), None)
-
-
-_masked_softmax.register_autograd(_backward, setup_context=_save_for_backward)

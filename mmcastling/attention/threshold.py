@@ -52,11 +52,9 @@ class MaskThreshold:
 
     @classmethod
     def parse(cls, value: float | str | MaskThreshold) -> MaskThreshold:
-        """Read a threshold from a config value.
+        """Read a probability in [0, 1], or text such as ``'4/N'`` or ``'0.01+2/N'``.
 
-        Args:
-            value: A probability in [0, 1], text such as ``'4/N'`` or ``'0.01+2/N'``,
-                or a threshold, which is returned as it is.
+        A threshold is returned as it is.
 
         Raises:
             ValueError: If the value cannot be read or is out of range.

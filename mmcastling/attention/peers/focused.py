@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmcastling.attention.autocast import in_full_precision
 from mmcastling.attention.functional import kernel_attention, l2_normalize
-from mmcastling.attention.local_conv import Grid, GridConv, merge_heads
+from mmcastling.attention.local_conv import Grid, GridConv, merge_heads, split_heads
 from mmcastling.attention.mixer import TokenMixer
 from mmcastling.errors import OptionError
 
@@ -20,14 +20,8 @@ def focused_features(x: Tensor, scale: Tensor, *, focus: float = 3) -> Tensor:
 
     As released, the lengths are taken over all channels, before they are split into
     heads. A row without a positive entry gives zero (the released 1e-6 is not added).
-
-    Args:
-        x: Queries or keys ``(..., N, C)``.
-        scale: ``(C,)``, before the softplus.
-        focus: The power ``p``. Defaults to 3.
-
-    Returns:
-        ``(..., N, C)``, none negative.
+    Of queries or keys ``(..., N, C)`` with a scale ``(C,)`` they are ``(..., N, C)``,
+    none negative; ``focus`` is the power ``p``.
     """
     x = x.relu() / nn.functional.softplus(scale)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -85,6 +79,5 @@ class FocusedMixer(TokenMixer):
         return kernel_attention(self._features(q), self._features(k), v)
 
     def _features(self, x: Tensor) -> Tensor:
-        flat = merge_heads(x)  # (B, N, h*d)
-        flat = focused_features(flat, self.scale, focus=self.focus)
-        return flat.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
+        x, heads = merge_heads(x), x.shape[1]  # (B, N, h*d)
+        return split_heads(focused_features(x, self.scale, focus=self.focus), heads)

@@ -53,13 +53,8 @@ def performer_attention(q: Tensor, k: Tensor, v: Tensor, directions: Tensor) -> 
     features (weights: a softmax again). In that form nothing can overflow or divide by
     zero, so no epsilon biases the features.
 
-    Args:
-        q, k, v: Queries ``(B, h, N, d)``, keys ``(B, h, M, d)``, values
-            ``(B, h, M, e)``.
-        directions: ``(m, d)``.
-
-    Returns:
-        ``(B, h, N, e)``; float32 for half-precision inputs.
+    Queries ``(B, h, N, d)``, keys ``(B, h, M, d)``, values ``(B, h, M, e)`` and
+    directions ``(m, d)`` give ``(B, h, N, e)``; float32 for half-precision inputs.
     """
     q_log = performer_log_features(q, directions)
     k_log = performer_log_features(k, directions)
