@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from machine import PeakMemory, environment
 
-from mmcastling.attention import masked_branch, naive_masked_softmax_attention
+from mmcastling.attention import castling, naive_masked_softmax_attention
 from mmcastling.checkpoint import write_json_atomically, write_text_atomically
 from mmcastling.run import load_config, train
 from mmcastling.verbs import castling_modules
@@ -64,7 +64,7 @@ def measure(name: str, data_root: str, seed: int = 0) -> dict[str, Any]:
             dict(type="MaskDecayHook", mode="none", start=threshold, interval=1)
         ]
         if name == "naive":
-            masked_branch.masked_softmax_with_state = _naive_with_state
+            castling.masked_softmax_with_state = _naive_with_state
         with PeakMemory(device) as peak:
             model = train(cfg)
         (log,) = Path(folder).glob("*/vis_data/scalars.json")

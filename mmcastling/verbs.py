@@ -23,11 +23,7 @@ MASK_META_KEY = "mask_decay"
 
 
 def castling_modules(model: nn.Module) -> Iterator[tuple[str, CastlingMixer]]:
-    """Yield ``(name, module)`` of every castling attention whose branch still exists.
-
-    Args:
-        model: Any module, wrapped or not.
-    """
+    """Yield ``(name, module)`` of every castling attention that has its branch."""
     for name, module in model.named_modules():
         if isinstance(module, CastlingMixer) and not module.deploy:
             yield name, module
@@ -69,14 +65,10 @@ def set_mask(
 
 
 def restore_mask(model: nn.Module, checkpoint: dict[str, Any]) -> bool:
-    """Set the masks of a model to the state in which a checkpoint was saved.
-
-    Args:
-        model: A model with castling attentions; one without is left alone.
-        checkpoint: A loaded checkpoint.
+    """Set the masks of a model to the state in which a loaded checkpoint was saved.
 
     Returns:
-        Whether a state was found and set.
+        Whether there are masks in the model, and a state in the checkpoint.
     """
     state = (checkpoint.get("meta") or {}).get(MASK_META_KEY)
     if state is None or not any(True for _ in castling_modules(model)):

@@ -151,7 +151,7 @@ class Attention(nn.Module):
 
 @mmcastling.register_adapter(Attention)
 def adapt(attention, settings):
-    from mmcastling.attention import CastlingAttention
+    from mmcastling.attention import Attention as CastlingAttention
     new = CastlingAttention(16, 4)
     new.qkv.load_state_dict(attention.qkv.state_dict())
     new.proj.load_state_dict(attention.proj.state_dict())

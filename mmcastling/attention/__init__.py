@@ -5,7 +5,11 @@ from typing import Any
 from mmcastling.attention.attention import Attention
 from mmcastling.attention.autocast import in_full_precision
 from mmcastling.attention.build import MIXERS, build_mixer
-from mmcastling.attention.castling import CastlingMixer, LinearAngularMixer
+from mmcastling.attention.castling import (
+    CastlingMixer,
+    LinearAngularMixer,
+    MaskedBranch,
+)
 from mmcastling.attention.functional import (
     angular_attention,
     angular_similarity,
@@ -16,7 +20,6 @@ from mmcastling.attention.functional import (
     naive_masked_softmax_attention,
 )
 from mmcastling.attention.local_conv import GridConv, TokenConv
-from mmcastling.attention.masked_branch import MaskedBranch
 from mmcastling.attention.masked_softmax import masked_softmax_attention
 from mmcastling.attention.mixer import TokenMixer
 from mmcastling.attention.threshold import MaskThreshold

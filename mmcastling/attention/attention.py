@@ -15,12 +15,7 @@ from mmcastling.errors import OptionError
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel, named as mmpretrain names it.
-
-    Args:
-        embed_dims: Channels ``C`` of the last axis.
-        init_value: Initial factor.
-    """
+    """A learned factor per channel of the last axis, named as mmpretrain names it."""
 
     def __init__(self, embed_dims: int, init_value: float) -> None:
         super().__init__()

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mmcastling.attention.fast import normalized_linear_angular_attention
 from mmcastling.attention.functional import linear_angular_attention
 from mmcastling.attention.local_conv import Grid
-from mmcastling.attention.masked_branch import MaskedBranch
+from mmcastling.attention.masked_softmax import mask_state, masked_softmax_with_state
 from mmcastling.attention.mixer import TokenMixer
 from mmcastling.attention.threshold import MaskThreshold
 from mmcastling.errors import OptionError, UnavailableError
@@ -20,8 +21,7 @@ class LinearAngularMixer(TokenMixer):
     """What is deployed: linear-angular attention with a local convolution.
 
     Args:
-        num_heads: Number of heads ``h``.
-        head_dims: Channels per head of the values.
+        num_heads, head_dims: As in :class:`TokenMixer`.
         local_conv: As in :class:`TokenMixer`. Defaults to ``'token'``.
         norm_output: As in :class:`TokenMixer`. Defaults to True.
         reference_tokens: See :func:`linear_angular_attention`. Defaults to None.
@@ -56,7 +56,11 @@ class LinearAngularMixer(TokenMixer):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid | None = None
     ) -> Tensor:
-        """Mix tokens; shapes as in :meth:`TokenMixer.forward`."""
+        """``normalize(linear-angular + masked softmax) + local_conv(v)``.
+
+        Without the masked softmax once its branch is off or removed; shapes as in
+        :meth:`TokenMixer.forward`.
+        """
         local = self.convolve(v, grid)
         options = dict(reference_tokens=self.reference_tokens)
         if self.norm_output and not self.mask_is_on:
@@ -65,7 +69,12 @@ class LinearAngularMixer(TokenMixer):
             return y.to(v.dtype)
         y = linear_angular_attention(q, k, v, **options)
         if self.mask_is_on:
-            y = self.branch(q, k, v, training=self.training) + y
+            masked, density = masked_softmax_with_state(
+                q, k, v, state=self.branch.state
+            )
+            if self.training:
+                self.branch.density = density
+            y = masked + y
         return self.normalize_and_add(y, local, v.dtype)
 
 
@@ -73,8 +82,7 @@ class CastlingMixer(LinearAngularMixer):
     """Linear-angular mixing, and a masked softmax branch that deployment removes.
 
     Args:
-        num_heads: Number of heads ``h``.
-        head_dims: Channels per head of the values.
+        num_heads, head_dims: As in :class:`TokenMixer`.
         mask_threshold: Smallest surviving attention probability at the start, a number
             in [0, 1] or a multiple of uniform attention such as ``'4/N'``. Defaults to
             0.02, the released value.
@@ -124,3 +132,54 @@ class CastlingMixer(LinearAngularMixer):
             return "deploy=True"
         mask = self.branch
         return f"mask_threshold={mask.threshold}, mask_weight={mask.weight:g}"
+
+
+class MaskedBranch:
+    """The state of the branch ``weight * ([P > threshold] * P) v`` (section 3.3).
+
+    No module and without parameters or buffers, so that checkpoints, EMA and
+    distributed wrappers never see one vanish.
+
+    Attributes:
+        threshold: The threshold in force, a :class:`MaskThreshold`.
+        weight: The branch's factor in force.
+        penalty: The factor of the penalty on surviving probabilities in force.
+        is_on: Whether the branch contributes to the output.
+        density: Fraction of pairs that survived the mask in the last training forward,
+            a scalar tensor; zero once the branch is off.
+    """
+
+    def __init__(self, threshold: float | str | MaskThreshold) -> None:
+        self.density = torch.zeros((), device="cpu")
+        self.set(threshold)
+
+    def set(
+        self,
+        threshold: float | str | MaskThreshold,
+        weight: float = 1.0,
+        penalty: float = 0.0,
+    ) -> None:
+        """Set threshold, weight and penalty; see :func:`masked_softmax_attention`.
+
+        The branch is off, and computes nothing, when the threshold reaches 1 or the
+        weight is 0.
+
+        Raises:
+            ValueError: If a value is out of range.
+        """
+        threshold = MaskThreshold.parse(threshold)
+        for name, value in (("weight", weight), ("penalty", penalty)):
+            if not 0.0 <= value < float("inf"):
+                raise OptionError(
+                    f"mask {name} {value!r} must be a finite number that is not "
+                    "negative"
+                )
+        self.threshold = threshold
+        self.weight = float(weight)
+        self.penalty = float(penalty)
+        # What the forward pass reads: a flag, and values in a tensor. torch.compile
+        # guards on the one and not on the other, so that a schedule recompiles once.
+        self.is_on = weight > 0.0 and not threshold.rejects_all
+        self.state = mask_state(threshold, weight, penalty)
+        if not self.is_on:
+            self.density = torch.zeros_like(self.density)

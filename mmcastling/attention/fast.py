@@ -50,8 +50,7 @@ def normalized_linear_angular_attention(
     sum over keys, once for the queries.
 
     Args:
-        q, k, v: Queries and keys ``(B, h, N, d)``, values ``(B, h, N, e)``.
-        reference_tokens: As in
+        q, k, v, reference_tokens: As in
             :func:`~mmcastling.attention.functional.linear_angular_attention`.
         residual: Added to the result ``(B, h, N, e)``. Defaults to None.
 
@@ -110,12 +109,11 @@ def _mix(
 
 @torch.no_grad()
 def fold_layer_scale(linear: nn.Linear, scale: nn.Module) -> nn.Module:
-    """Multiply a linear layer by the learned factors behind it, in place.
+    """Multiply a layer by the learned factors per channel behind it, in place.
 
     Args:
         linear: The layer.
-        scale: What follows it: a module with a ``weight`` of factors per channel, or
-            ``nn.Identity``.
+        scale: A module with a ``weight`` of factors, or ``nn.Identity``.
 
     Returns:
         What is left to follow the layer, ``nn.Identity()``.
@@ -134,19 +132,13 @@ class FusedLinear(nn.Linear):
     On a CPU, oneDNN adds the bias and applies the activation to what is still in the
     cache, where torch's own layer passes over memory once more for each. Wherever
     oneDNN cannot be used (gradients, autocast, other devices, and graphs that are being
-    compiled, traced or exported) it is the layer and then the activation. The
-    parameters, and their names, are those of ``nn.Linear``.
-
-    Made by :func:`fuse_linear` out of a layer that exists.
-
-    Attributes:
-        activation: The activation, ``nn.Identity()`` for none.
+    compiled, traced or exported) it is the layer and then the activation. Made by
+    :func:`fuse_linear` out of a layer that exists, whose parameters it keeps.
     """
 
     activation: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply to ``(..., in_features)``."""
         if onednn_serves(x, self.weight, self.bias):
             return torch.ops.mkldnn._linear_pointwise(
                 x, self.weight, self.bias, *onednn_name(self.activation)
@@ -194,11 +186,7 @@ def onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def onednn_name(activation: nn.Module) -> tuple[str, list[float], str] | None:
-    """oneDNN's name of an activation behind a layer, None for one it does not know.
-
-    Returns:
-        Name, parameters and variant, as torch's operators of oneDNN take them.
-    """
+    """oneDNN's name, parameters and variant of an activation; None if unknown to it."""
     if type(activation) is nn.GELU:
         return "gelu", [], activation.approximate
     names = {nn.Identity: "none", nn.ReLU: "relu", nn.Hardswish: "hardswish"}

@@ -65,11 +65,7 @@ def kernel_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def angular_similarity(q: Tensor, k: Tensor) -> Tensor:
     """The angular kernel ``Sim(q, k) = 1 - arccos(<q^, k^>) / pi`` of every pair.
 
-    Args:
-        q, k: Queries ``(..., N, d)``, keys ``(..., M, d)``.
-
-    Returns:
-        Similarities ``(..., N, M)`` in [0, 1].
+    ``(..., N, d)`` and ``(..., M, d)`` to ``(..., N, M)`` in [0, 1].
     """
     cosine = l2_normalize(q) @ l2_normalize(k).transpose(-2, -1)
     return 1.0 - torch.arccos(cosine.clamp(-1.0, 1.0)) / math.pi
@@ -80,13 +76,7 @@ def angular_similarity_series(q: Tensor, k: Tensor, order: int) -> Tensor:
 
     ``1/2 + c/pi + (1/pi) sum_{i=1}^{order} (2i)! / (4^i (i!)^2 (2i+1)) c^(2i+1)`` with
     ``c = <q^, k^>``. Order 0 leaves the linear terms, which is what inference keeps.
-
-    Args:
-        q, k: Queries ``(..., N, d)``, keys ``(..., M, d)``.
-        order: Number of terms of the high-order residual.
-
-    Returns:
-        Similarities ``(..., N, M)``.
+    ``(..., N, d)`` and ``(..., M, d)`` to ``(..., N, M)``.
     """
     c = l2_normalize(q) @ l2_normalize(k).transpose(-2, -1)
     total = 0.5 + c / math.pi
@@ -168,18 +158,7 @@ def naive_masked_softmax_attention(
     """The auxiliary branch as the paper writes it: the oracle for the bounded form.
 
     Keeps ``(B, h, N, M)`` matrices for the backward pass.
-
-    Args:
-        q, k, v: Queries ``(B, h, N, d)``, keys ``(B, h, M, d)``, values
-            ``(B, h, M, e)``.
-        threshold: As in :func:`masked_softmax_attention`. Defaults to 0.02.
-        weight: Factor of the branch. Defaults to 1.
-        return_density: Also return the fraction of pairs that survive. Defaults to
-            False.
-
-    Returns:
-        ``(B, h, N, e)``; float32 for half-precision inputs. With ``return_density`` a
-        pair of that and a scalar tensor.
+    Arguments and results as of :func:`masked_softmax_attention`.
     """
     threshold = MaskThreshold.parse(threshold)
     probability = torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1)

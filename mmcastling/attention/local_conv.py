@@ -6,6 +6,7 @@ tasks, on the grid of tokens.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,13 +39,7 @@ def on_grid(
 ) -> tuple[Tensor, Grid]:
     """Apply what works on maps to tokens, channels last in memory and without a copy.
 
-    Args:
-        operation: From ``(B, C, H, W)`` to ``(B, C', H', W')``.
-        x: Tokens ``(B, H * W, C)``.
-        grid: ``(H, W)``.
-
-    Returns:
-        Tokens ``(B, H' * W', C')`` and their grid.
+    ``(B, H * W, C)`` to ``(B, H' * W', C')`` and ``(H', W')``.
     """
     x = operation(x.unflatten(1, grid).permute(0, 3, 1, 2))
     return x.permute(0, 2, 3, 1).flatten(1, 2), (x.shape[2], x.shape[3])
@@ -54,12 +49,8 @@ class TokenConv(nn.Conv2d):
     """Depthwise convolution along the flattened token axis, as released.
 
     One kernel per head, shared by the head's channels; the class token is part of the
-    line. Without bias: ``kernel_size * num_heads`` parameters.
-
-    Args:
-        num_heads: Number of heads ``h``.
-        head_dims: Channels per head ``e``; unused, since the kernels are shared.
-        kernel_size: Odd number of tokens. Defaults to 9, the released value.
+    line. Without bias: ``kernel_size * num_heads`` parameters, whatever ``head_dims``.
+    The released ``kernel_size``, an odd number of tokens, is 9.
     """
 
     def __init__(self, num_heads: int, head_dims: int, kernel_size: int = 9) -> None:
@@ -76,16 +67,13 @@ class TokenConv(nn.Conv2d):
     def forward(self, v: Tensor, grid: Grid | None = None) -> Tensor:
         """Convolve values ``(B, h, N, e)`` over ``N``; ``grid`` is not needed."""
         heads, tokens, channels = v.shape[1:]
-        kernel = self.kernel_size
-
-        def convolve(x: Tensor) -> Tensor:  # (B, h*e, N, 1)
-            return nn.functional.conv2d(
-                x,
-                self.weight.expand(-1, channels, -1, -1).reshape(-1, 1, *kernel),
-                padding=self.padding,
-                groups=heads * channels,
-            )
-
+        weight = self.weight.expand(-1, channels, -1, -1)  # (h, e, kernel_size, 1)
+        convolve = functools.partial(
+            nn.functional.conv2d,
+            weight=weight.reshape(-1, 1, *self.kernel_size),
+            padding=self.padding,
+            groups=heads * channels,
+        )
         x, _ = on_grid(convolve, merge_heads(v), (tokens, 1))
         return split_heads(x, heads)
 
@@ -93,12 +81,8 @@ class TokenConv(nn.Conv2d):
 class GridConv(nn.Conv2d):
     """Depthwise convolution on the ``(H, W)`` grid of tokens, one kernel per channel.
 
-    Tokens that lead the grid (a class token) lie outside it and receive zero.
-
-    Args:
-        num_heads: Number of heads ``h``.
-        head_dims: Channels per head ``e``.
-        kernel_size: Odd size of the square kernel. Defaults to 3.
+    Tokens that lead the grid (a class token) lie outside it and receive zero. The
+    kernel is a square whose side ``kernel_size`` is odd.
     """
 
     def __init__(self, num_heads: int, head_dims: int, kernel_size: int = 3) -> None:
@@ -150,17 +134,7 @@ LOCAL_CONVS: dict[str, type[nn.Module]] = {"token": TokenConv, "grid": GridConv}
 def build_local_conv(
     spec: str | dict[str, Any] | None, num_heads: int, head_dims: int
 ) -> nn.Module | None:
-    """Build the convolution that a ``local_conv`` option names.
-
-    Args:
-        spec: ``'token'``, ``'grid'``, a dict such as ``dict(type='token',
-            kernel_size=9)``, or None for no convolution.
-        num_heads: Number of heads ``h``.
-        head_dims: Channels per head ``e``.
-
-    Raises:
-        ValueError: If the type is not known.
-    """
+    """Build what a ``local_conv`` option names; ValueError if that is not known."""
     if spec is None:
         return None
     options = dict(spec) if isinstance(spec, dict) else {"type": spec}

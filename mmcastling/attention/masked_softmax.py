@@ -17,14 +17,14 @@ that a schedule may change them at every iteration without a recompilation.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
-from mmcastling.attention.autocast import in_full_precision, without_autocast
+from mmcastling.attention.autocast import in_full_precision
 from mmcastling.attention.threshold import MaskThreshold
 
 # Probabilities per tile. On a CPU a tile's few matrices stay in the last-level cache;
@@ -38,16 +38,7 @@ _MIN_ROWS = 64
 def mask_state(
     threshold: float | str | MaskThreshold, weight: float = 1.0, penalty: float = 0.0
 ) -> Tensor:
-    """Pack a mask's values for :func:`masked_softmax_with_state`.
-
-    Args:
-        threshold: A probability, or a multiple of uniform attention such as ``'4/N'``.
-        weight: Factor of the branch. Defaults to 1.
-        penalty: Factor of the penalty on surviving probabilities. Defaults to 0.
-
-    Returns:
-        A CPU tensor of four float64 values.
-    """
+    """The arguments of :func:`masked_softmax_attention` as four float64 on the CPU."""
     threshold = MaskThreshold.parse(threshold)
     values = (threshold.probability, threshold.multiple, weight, penalty)
     return torch.tensor(values, dtype=torch.float64, device="cpu")
@@ -97,16 +88,7 @@ def masked_softmax_attention(
 def masked_softmax_with_state(
     q: Tensor, k: Tensor, v: Tensor, *, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """:func:`masked_softmax_attention` with the mask's values in a tensor.
-
-    Args:
-        q, k, v: Queries ``(B, h, N, d)``, keys ``(B, h, M, d)``, values
-            ``(B, h, M, e)``.
-        state: The values, from :func:`mask_state`.
-
-    Returns:
-        The branch ``(B, h, N, e)`` and the density, a scalar tensor.
-    """
+    """:func:`masked_softmax_attention`, and its density, by :func:`mask_state`."""
     out, _, density = _masked_softmax(q, k, v, state)
     return out, density
 
@@ -114,93 +96,9 @@ def masked_softmax_with_state(
 # -- the operator ----------------------------------------------------------------------
 
 
-def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    # Autocast reaches into a custom operator, and a backward pass may run under it.
-    @functools.wraps(kernel)
-    def wrapped(*tensors: Tensor) -> Any:
-        with without_autocast(tensors[0].device):
-            return kernel(*tensors)
-
-    return wrapped
-
-
 def _read_state(state: Tensor, keys: int) -> tuple[float, float, float]:
     probability, multiple, weight, penalty = state.tolist()
     return MaskThreshold(probability, multiple).resolve(keys), weight, penalty
-
-
-class _Tiles:
-    """Some rows of queries against all keys at a time, in memory that is reused.
-
-    Small attentions are taken several heads at a time, large ones by rows of one head.
-
-    Args:
-        q, k, v: Queries ``(B, h, N, d)``, keys ``(B, h, M, d)``, values
-            ``(B, h, M, e)``.
-
-    Attributes:
-        q: Queries ``(B h, N, d)``, divided by ``sqrt(d)``.
-        k: Keys ``(B h, M, d)``.
-        v: Values ``(B h, M, e)``.
-    """
-
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self.q = q.flatten(0, 1) * q.shape[-1] ** -0.5
-        self.k, self.v = k.flatten(0, 1), v.flatten(0, 1)
-        self._num_heads, self._num_rows, _ = self.q.shape
-        keys = k.shape[-2]
-        size = _TILE_CPU if q.is_cpu else _TILE_DEVICE
-        self._heads = min(self._num_heads, max(1, size // (self._num_rows * keys)))
-        self._rows = self._num_rows
-        if self._heads == 1:
-            self._rows = min(self._num_rows, max(_MIN_ROWS, size // keys))
-        self._memory = [q.new_empty(0) for _ in range(3)]
-
-    def _matrix(self, slot: int, heads: int, rows: int) -> Tensor:
-        shape = (heads, rows, self.k.shape[-2])
-        size = shape[0] * shape[1] * shape[2]
-        if self._memory[slot].numel() < size:
-            self._memory[slot] = self.q.new_empty(size)
-        return self._memory[slot][:size].view(shape)
-
-    def all(self) -> Iterator[tuple[slice, slice]]:
-        """Yield the heads and the rows of every tile."""
-        for head in range(0, self._num_heads, self._heads):
-            heads = slice(head, min(head + self._heads, self._num_heads))
-            for row in range(0, self._num_rows, self._rows):
-                yield heads, slice(row, min(row + self._rows, self._num_rows))
-
-    def with_survivors(self, active: Tensor) -> Iterator[tuple[slice, slice | Tensor]]:
-        """Yield tiles that together cover the active rows ``(B h, N)``.
-
-        Synchronises once, to learn how many rows each head has.
-        """
-        counts = active.sum(dim=1).tolist()
-        if self._heads > 1:
-            for heads, rows in self.all():
-                if any(counts[heads]):
-                    yield heads, rows
-            return
-        first = active.argsort(dim=1, descending=True, stable=True)
-        for head, count in enumerate(counts):
-            for row in range(0, count, self._rows):
-                rows = first[head, row : min(row + self._rows, count)]
-                yield slice(head, head + 1), rows
-
-    def probabilities(self, heads: slice, q: Tensor) -> Tensor:
-        """Softmax of scaled queries against the keys; overwrites slots 0 and 1."""
-        scores = self.product(q, self.k[heads])
-        return torch.softmax(scores, dim=-1, out=self._matrix(1, *scores.shape[:2]))
-
-    def survivors(self, p: Tensor, threshold: float) -> Tensor:
-        """Probabilities above the threshold, zero elsewhere; overwrites slot 2."""
-        out = self._matrix(2, *p.shape[:2])
-        return torch.ops.aten.threshold.out(p, threshold, 0.0, out=out)
-
-    def product(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """``rows columns^T`` for each head; overwrites slot 0."""
-        out = self._matrix(0, *rows.shape[:2])
-        return torch.bmm(rows, columns.transpose(1, 2), out=out)
 
 
 @library.custom_op(
@@ -208,7 +106,7 @@ class _Tiles:
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor state) -> (Tensor, Tensor, Tensor)",
 )
-@_without_autocast
+@in_full_precision  # autocast reaches in, and may be on around a backward pass
 def _masked_softmax(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,7 +148,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, T
     schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor peak, Tensor state)"
     " -> (Tensor, Tensor, Tensor)",
 )
-@_without_autocast
+@in_full_precision
 def _masked_softmax_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, peak: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -297,3 +195,66 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 
 _masked_softmax.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+class _Tiles:
+    """Some rows of queries against all keys at a time, in memory that is reused.
+
+    Small attentions are taken several heads at a time, large ones by rows of one head.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        # (B h, N, d) divided by sqrt(d), (B h, M, d) and (B h, M, e)
+        self.q = q.flatten(0, 1) * q.shape[-1] ** -0.5
+        self.k, self.v = k.flatten(0, 1), v.flatten(0, 1)
+        self._num_heads, self._num_rows, _ = self.q.shape
+        keys = k.shape[-2]
+        size = _TILE_CPU if q.is_cpu else _TILE_DEVICE
+        self._heads = min(self._num_heads, max(1, size // (self._num_rows * keys)))
+        self._rows = self._num_rows
+        if self._heads == 1:
+            self._rows = min(self._num_rows, max(_MIN_ROWS, size // keys))
+        self._memory = [q.new_empty(0) for _ in range(3)]
+
+    def _matrix(self, slot: int, heads: int, rows: int) -> Tensor:
+        shape = (heads, rows, self.k.shape[-2])
+        size = math.prod(shape)
+        if self._memory[slot].numel() < size:
+            self._memory[slot] = self.q.new_empty(size)
+        return self._memory[slot][:size].view(shape)
+
+    def all(self) -> Iterator[tuple[slice, slice]]:
+        """Yield the heads and the rows of every tile."""
+        for head in range(0, self._num_heads, self._heads):
+            heads = slice(head, min(head + self._heads, self._num_heads))
+            for row in range(0, self._num_rows, self._rows):
+                yield heads, slice(row, min(row + self._rows, self._num_rows))
+
+    def with_survivors(self, active: Tensor) -> Iterator[tuple[slice, slice | Tensor]]:
+        """Yield tiles that together cover the active rows ``(B h, N)``."""
+        counts = active.sum(dim=1).tolist()  # synchronises, once
+        if self._heads > 1:
+            for heads, rows in self.all():
+                if any(counts[heads]):
+                    yield heads, rows
+            return
+        first = active.argsort(dim=1, descending=True, stable=True)
+        for head, count in enumerate(counts):
+            for row in range(0, count, self._rows):
+                rows = first[head, row : min(row + self._rows, count)]
+                yield slice(head, head + 1), rows
+
+    def probabilities(self, heads: slice, q: Tensor) -> Tensor:
+        """Softmax of scaled queries against the keys; overwrites slots 0 and 1."""
+        scores = self.product(q, self.k[heads])
+        return torch.softmax(scores, dim=-1, out=self._matrix(1, *scores.shape[:2]))
+
+    def survivors(self, p: Tensor, threshold: float) -> Tensor:
+        """Probabilities above the threshold, zero elsewhere; overwrites slot 2."""
+        out = self._matrix(2, *p.shape[:2])
+        return torch.ops.aten.threshold.out(p, threshold, 0.0, out=out)
+
+    def product(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """``rows columns^T`` for each head; overwrites slot 0."""
+        out = self._matrix(0, *rows.shape[:2])
+        return torch.bmm(rows, columns.transpose(1, 2), out=out)

@@ -18,12 +18,7 @@ _noted: list[Any] = [None]
 
 
 def with_current_names(weights: dict[str, Any], own: Container[str]) -> dict[str, Any]:
-    """Give weights that a model knows under a newer name that name.
-
-    Args:
-        weights: Weights of a checkpoint, or what else belongs to their names.
-        own: The names that the model has.
-    """
+    """Give weights, or what else has their names, those that ``own`` has now."""
     names = {}
     for name in weights:
         for old in _MOVED:

@@ -52,33 +52,25 @@ class MaskThreshold:
 
     @classmethod
     def parse(cls, value: float | str | MaskThreshold) -> MaskThreshold:
-        """Read a threshold from a config value.
+        """Read a probability in [0, 1], or text such as ``'4/N'`` or ``'0.01+2/N'``.
 
-        Args:
-            value: A probability in [0, 1], text such as ``'4/N'`` or ``'0.01+2/N'``,
-                or a threshold, which is returned as it is.
+        A threshold is returned as it is.
 
         Raises:
             ValueError: If the value cannot be read or is out of range.
         """
         if isinstance(value, MaskThreshold):
             return value
-        if isinstance(value, str):
-            match = _SPEC.fullmatch(value)
-            if match is None:
-                raise OptionError(
-                    f"mask threshold {value!r} is not understood: give a probability "
-                    "such as 0.02, or a multiple of uniform attention such as '4/N'"
-                )
-            probability = match["alone"] or match["probability"] or 0.0
-            return cls(float(probability), float(match["multiple"] or 0.0))
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return cls(float(value))
+        match = _SPEC.fullmatch(value) if isinstance(value, str) else None
+        if match is None:
             raise OptionError(
-                f"mask threshold {value!r} is of type {type(value).__name__}: give a "
-                "probability such as 0.02, or a multiple of uniform attention such as "
-                "'4/N'"
+                f"mask threshold {value!r} is not understood: give a probability such "
+                "as 0.02, or a multiple of uniform attention such as '4/N'"
             )
-        return cls(float(value))
+        probability = match["alone"] or match["probability"] or 0.0
+        return cls(float(probability), float(match["multiple"] or 0.0))
 
     @property
     def rejects_all(self) -> bool:

@@ -2,10 +2,7 @@
 
 from mmcastling.castle import adapters  # noqa: F401, registers them
 from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
-from mmcastling.castle.castled_attention import (
-    CastledAttention,
-    MixerBuilder,
-)
+from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
 from mmcastling.castle.report import Castled, CastleReport
 from mmcastling.castle.swap import castle
 

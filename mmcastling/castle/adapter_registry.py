@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import nn
@@ -17,6 +16,7 @@ from torch import nn
 from mmcastling.errors import UserError
 
 Adapt = TypeVar("Adapt", bound=Callable[..., nn.Module])
+ModuleType = type[nn.Module] | str
 
 
 class CannotCastle(UserError):
@@ -26,20 +26,12 @@ class CannotCastle(UserError):
     """
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """A registered adapter: see :func:`register_adapter`."""
-
-    attention: type[nn.Module] | str
-    inside: type[nn.Module] | str | None
-    adapt: Callable[..., nn.Module]
-
-
-_ADAPTERS: list[Adapter] = []
+# What was registered: the attention, what it must be inside of, and its adapter.
+_ADAPTERS: list[tuple[ModuleType, ModuleType | None, Callable[..., nn.Module]]] = []
 
 
 def register_adapter(
-    attention: type[nn.Module] | str, *, inside: type[nn.Module] | str | None = None
+    attention: ModuleType, *, inside: ModuleType | None = None
 ) -> Callable[[Adapt], Adapt]:
     """Register the decorated function as the adapter of an attention class.
 
@@ -62,39 +54,36 @@ def register_adapter(
     """
 
     def register(adapt: Adapt) -> Adapt:
-        _ADAPTERS.append(Adapter(attention, inside, adapt))
+        _ADAPTERS.append((attention, inside, adapt))
         return adapt
 
     return register
 
 
-def find_adapter(module: nn.Module, parent: nn.Module | None) -> Adapter | None:
-    """The adapter of a module, or None.
-
-    Args:
-        module: Any module of a model.
-        parent: The module that holds it, if any.
+def find_adapter(
+    module: nn.Module, parent: nn.Module | None
+) -> Callable[..., nn.Module] | None:
+    """The adapter of a module that ``parent`` holds, or None.
 
     Raises:
         CannotCastle: If the module is of a subclass that overrides ``forward``.
     """
     for cls in type(module).__mro__:
-        for adapter in reversed(_ADAPTERS):
-            if _resolve(adapter.attention) is not cls:
+        for attention, inside, adapt in reversed(_ADAPTERS):
+            if _resolve(attention) is not cls:
                 continue
-            inside = adapter.inside and _resolve(adapter.inside)
-            if adapter.inside and not (inside and isinstance(parent, inside)):
+            if inside and not isinstance(parent, _resolve(inside) or ()):
                 continue
             if type(module).forward is not cls.forward:
                 raise CannotCastle(
                     f"{type(module).__name__} overrides the forward of {cls.__name__}: "
                     "register an adapter for it"
                 )
-            return adapter
+            return adapt
     return None
 
 
-def _resolve(target: type[nn.Module] | str) -> type[nn.Module] | None:
+def _resolve(target: ModuleType) -> type[nn.Module] | None:
     if not isinstance(target, str):
         return target
     module, _, name = target.rpartition(".")

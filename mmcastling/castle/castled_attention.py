@@ -21,12 +21,9 @@ class MixerBuilder:
 
     Args:
         attention: The attention that will be replaced.
-        options: Options of :func:`mmcastling.attention.build_mixer`, with ``type``.
-        deploy: Build the deployed form.
+        options, deploy: Arguments of :func:`mmcastling.attention.build_mixer`.
         grid: ``(H, W)`` of the attention's tokens, if it was given.
         extra_tokens: Tokens before those of the grid (class and register tokens).
-
-    Attributes:
         notes: What the report should say about this attention.
     """
 
@@ -48,10 +45,9 @@ class MixerBuilder:
         mixer = build_mixer(
             self.options, num_heads, head_dims, key_dims=key_dims, deploy=self.deploy
         )
-        for weight in self.attention.parameters():
-            if weight.is_floating_point():
-                mixer.to(device=weight.device, dtype=weight.dtype)
-                break
+        for weight in filter(Tensor.is_floating_point, self.attention.parameters()):
+            mixer.to(weight)
+            break
         return mixer.train(self.attention.training)
 
     def note(self, text: str) -> None:
@@ -74,9 +70,7 @@ class CastledAttention(nn.Module):
 
     Args:
         build: What the adapter was given.
-        num_heads: Number of heads ``h``.
-        head_dims: Channels per head of the values.
-        key_dims: Those of queries and keys. Defaults to None (``head_dims``).
+        num_heads, head_dims, key_dims: As of the mixer.
         scale: Factor of the logits, which only a softmax depends on. Defaults to None
             (``d ** -0.5``).
         keep: Names of layers, parameters and settings to take over from the old

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Castled:
-    """One attention that was swapped.
+    """One attention that was swapped."""
 
-    Args:
-        name: Its name in the model.
-        was: Name of its class before.
-        stage: Index of the stage it belongs to, as ``castle(stages=...)`` counts.
-        notes: What else its adapter has to say.
-    """
-
-    name: str
-    was: str
-    stage: int
-    notes: tuple[str, ...] = ()
+    name: str  # in the model
+    was: str  # its class
+    stage: int  # as castle(stages=...) counts
+    notes: tuple[str, ...] = ()  # of its adapter
 
 
 @dataclass
@@ -32,8 +24,7 @@ class CastleReport:
         type: The attention that took the others' place.
         castled: The attentions that were swapped.
         left_alone: The reason for each attention that was not, by name.
-        dropped: Names of weights and buffers that the model no longer has.
-        new: Names of weights and buffers that it did not have before.
+        dropped, new: Names of weights and buffers that are gone, and of new ones.
         num_kept: Number of weights and buffers that are the same tensors as before.
     """
 
@@ -66,25 +57,14 @@ class CastleReport:
         said += [("new", name, "") for name in self.new]
         said += [("note", n, note) for note, names in self.notes.items() for n in names]
         said.append(("kept", f"{self.num_kept} weights and buffers", ""))
-        groups: dict[tuple[str, str], list[str]] = {}
+        groups: dict[tuple[str, str, str], list[str]] = {}
         for kind, name, what in said:
-            groups.setdefault((kind, what), []).append(name)
+            pattern = re.sub(r"\d+", "*", name)
+            groups.setdefault((kind, what, pattern), []).append(name)
         rows = [
-            (kind, name, what)
-            for (kind, what), names in groups.items()
-            for name in _together(names)
+            (kind, names[0] if len(names) == 1 else f"{pattern} (x{len(names)})", what)
+            for (kind, what, pattern), names in groups.items()
         ]
         width = max(len(name) for _, name, _ in rows)
         lines = [f"{kind:<10}  {name:<{width}}  {what}" for kind, name, what in rows]
         return "\n".join(line.rstrip() for line in lines)
-
-
-def _together(names: Iterable[str]) -> list[str]:
-    """``['layers.*.attn (x12)']`` for names that differ in their numbers only."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
-    return [
-        same[0] if len(same) == 1 else f"{pattern} (x{len(same)})"
-        for pattern, same in groups.items()
-    ]

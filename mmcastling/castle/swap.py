@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from mmcastling.attention import TokenMixer
-from mmcastling.castle.adapter_registry import Adapter, CannotCastle, find_adapter
+from mmcastling.castle.adapter_registry import CannotCastle, find_adapter
 from mmcastling.castle.castled_attention import MixerBuilder
 from mmcastling.castle.report import Castled, CastleReport
 from mmcastling.errors import OptionError
@@ -30,7 +30,7 @@ class _Found:
 
     name: str
     module: nn.Module
-    adapter: Adapter
+    adapt: Callable[..., nn.Module]
     ancestors: list[nn.Module]  # the nearest first
     stage: int = 0
 
@@ -91,7 +91,7 @@ def castle(
         extra_tokens = _extra_tokens_of(item.ancestors)
         build = MixerBuilder(item.module, options, deploy, grid, extra_tokens)
         try:
-            new = item.adapter.adapt(item.module, build)
+            new = item.adapt(item.module, build)
         except CannotCastle as reason:
             report.left_alone[item.name] = str(reason)
             continue
@@ -146,23 +146,22 @@ def _find(model: nn.Module) -> tuple[list[_Found], dict[str, str]]:
         holders = [".".join(parts[:i]) for i in reversed(range(len(parts)))]
         ancestors = [modules[h] for h in holders if h in modules]
         try:
-            adapter = find_adapter(module, ancestors[0] if ancestors else None)
+            adapt = find_adapter(module, ancestors[0] if ancestors else None)
         except CannotCastle as reason:
             declined[name] = str(reason)
             continue
-        if adapter is not None:
+        if adapt is not None:
             if not ancestors:
                 raise OptionError(
                     f"castle changes a model in place, which a {type(model).__name__} "
                     "by itself does not allow: castle the module that holds it"
                 )
-            found.append(_Found(name, module, adapter, ancestors))
+            found.append(_Found(name, module, adapt, ancestors))
     # An adapter of the outer module speaks for what is inside.
-    names = [item.name for item in found]
     found = [
         item
         for item in found
-        if not any(_holds(n, item.name) for n in names if n != item.name)
+        if not any(_holds(o.name, item.name) for o in found if o is not item)
     ]
     for item, stage in zip(found, _stages([i.name for i in found]), strict=True):
         item.stage = stage
@@ -185,7 +184,7 @@ def _stages(names: Sequence[str]) -> list[int]:
     """Number what the names first differ in, in order of appearance."""
     paths = [name.split(".") for name in names]
     shared = 0
-    while len({tuple(path[: shared + 1]) for path in paths}) == 1 and all(
+    while len({path[shared] for path in paths}) == 1 and all(
         shared + 1 < len(path) for path in paths
     ):
         shared += 1
@@ -234,12 +233,11 @@ def _like_attention(model: nn.Module, castled: Sequence[str] = ()) -> dict[str, 
 
 
 def _nothing_found(model: nn.Module, left_alone: dict[str, str]) -> str:
-    met = [
+    met = ", ".join(
         f"{name} ({left_alone.get(name, kind)})"
         for name, kind in _like_attention(model).items()
-    ]
-    met = ", ".join(met) if met else "none"
+    )
     return (
         f"castle knows no attention in {type(model).__name__}. Modules that resemble "
-        f"one: {met}. Make a class known with mmcastling.register_adapter"
+        f"one: {met or 'none'}. Make a class known with mmcastling.register_adapter"
     )

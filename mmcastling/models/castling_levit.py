@@ -14,10 +14,10 @@ from mmpretrain.models.backbones.levit import HybridBackbone, LeViT
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch import Tensor, nn
 
+from mmcastling.attention.local_conv import Grid
 from mmcastling.errors import OptionError
 from mmcastling.models.common import (
     CastlingBackbone,
-    Grid,
     check_arch,
     check_ffn_conv,
     check_frozen_stages,
@@ -65,8 +65,7 @@ class CastlingLeViT(CastlingBackbone, BaseBackbone):
     mmpretrain's ``LeViT``, whose weights load by name. Every other attention, softmax
     with ``local_conv`` or ``norm_output`` included, keeps the castled projections.
 
-    A classifier puts mmpretrain's ``GlobalAveragePooling`` and ``LeViTClsHead`` behind
-    it.
+    Classify with mmpretrain's ``GlobalAveragePooling`` and ``LeViTClsHead``.
 
     Args:
         arch: ``'128s'``, ``'128'``, ``'192'``, ``'256'``, ``'384'``, or a dict with the
@@ -86,8 +85,8 @@ class CastlingLeViT(CastlingBackbone, BaseBackbone):
         attention: Options of the mixer: ``type`` (such as ``'castling'``,
             ``'linear_angular'``, ``'softmax'``) and its arguments, see
             :func:`mmcastling.attention.build_mixer`. Defaults to None (castling).
-        ffn_conv: Kernel size of the depthwise convolution in each MLP (3, 5, 7), or 0
-            for none. Defaults to 0.
+        ffn_conv, with_cp, deploy: As of
+            :class:`~mmcastling.models.castling_vit.CastlingViT`.
         mlp_ratio: Channels of the MLPs' hidden layers in units of the stage's.
             Defaults to 2.
         drop_path_rate: Stochastic depth rate of the last block; the rates rise linearly
@@ -96,9 +95,6 @@ class CastlingLeViT(CastlingBackbone, BaseBackbone):
             stem and first ``n`` stages. Defaults to -1.
         norm_eval: Keep batch norms in evaluation, as small batches of a detector that
             starts from trained weights need. Defaults to False.
-        with_cp: Recompute blocks in the backward pass to save memory. Defaults to
-            False.
-        deploy: Build the deployed graph. Defaults to False.
         init_cfg: Initialisation. Defaults to None.
 
     Raises:
@@ -145,9 +141,10 @@ class CastlingLeViT(CastlingBackbone, BaseBackbone):
         )
         for index in self.out_indices:
             if final_norm or index != self.num_stages - 1:
-                self._add_norm(f"norm{index}", norm_cfg, self.embed_dims[index])
+                norm = build_norm_layer(norm_cfg, self.embed_dims[index])[1]
+                self.add_module(f"norm{index}", norm)
         if out_stem:
-            self._add_norm("norm_stem", norm_cfg, self.embed_dims[0] // 2)
+            self.norm_stem = build_norm_layer(norm_cfg, self.embed_dims[0] // 2)[1]
         self._freeze_stages()
         if deploy:
             self.switch_to_deploy()
@@ -156,8 +153,7 @@ class CastlingLeViT(CastlingBackbone, BaseBackbone):
         names = ("embed_dims", "key_dims", "num_heads", "depths")
         arch = check_arch(arch, self.arch_zoo, set(names))
         lists = [arch[name] for name in names]
-        same = all(is_seq_of(v, int) and len(v) == len(lists[0]) for v in lists)
-        if not same:
+        if not all(is_seq_of(v, int) and len(v) == len(lists[0]) for v in lists):
             raise OptionError(
                 f"arch {arch!r}: {names} must be lists with one number per stage"
             )
@@ -197,16 +193,14 @@ class CastlingLeViT(CastlingBackbone, BaseBackbone):
         stages = ModuleList()
         for i, width in enumerate(self.embed_dims):
             blocks: list[nn.Module] = []
-            if i:
-                blocks.append(self._attention(i - 1, i, attention, grid))
-                grid = strided_grid(grid, 2)
+            for source in ([i - 1] if i else []) + [i] * depths[i]:
+                mixing = self._attention(source, i, attention, grid)
+                if source == i:
+                    mixing = GridResidual(mixing, next(rates))
+                else:
+                    grid = strided_grid(grid, 2)
                 mlp = ConvLeViTMLP(width, mlp_ratio, ffn_conv)
-                blocks.append(GridResidual(mlp, next(rates)))
-            for _ in range(depths[i]):
-                mixing = self._attention(i, i, attention, grid)
-                blocks.append(GridResidual(mixing, next(rates)))
-                mlp = ConvLeViTMLP(width, mlp_ratio, ffn_conv)
-                blocks.append(GridResidual(mlp, next(rates)))
+                blocks += [mixing, GridResidual(mlp, next(rates))]
             stages.append(ModuleList(blocks))
         return stages
 
@@ -238,21 +232,14 @@ class CastlingLeViT(CastlingBackbone, BaseBackbone):
             deploy=self.deploy,
         )
 
-    def _add_norm(self, name: str, norm_cfg: dict[str, Any], channels: int) -> None:
-        self.add_module(name, build_norm_layer(norm_cfg, channels)[1])
-
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Extract features.
+        """Maps ``(B, C, h, w)``: with ``out_stem`` the stem's, then ``out_indices``'.
 
         Args:
-            x: Images ``(B, 3, H, W)`` of any size not below 16 pixels.
-
-        Returns:
-            Maps ``(B, C, h, w)``: the stem's where ``out_stem`` asks for it, then one
-            per entry of ``out_indices``.
+            x: Images ``(B, 3, H, W)``.
 
         Raises:
-            ValueError: If the image is smaller than the stem's stride.
+            ValueError: If they are smaller than the stem's stride.
         """
         check_image(x, STEM_STRIDE, "the stem's stride")
         outs = []
@@ -272,25 +259,13 @@ class CastlingLeViT(CastlingBackbone, BaseBackbone):
                 outs.append(out if norm is None else norm(out))
         return tuple(outs)
 
-    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
-        """The layer of a parameter and the number of layers, for learning-rate decay.
+    @property
+    def num_layers(self) -> int:
+        """Number of layers, each an attention and the MLP behind it."""
+        return sum(map(len, self.stages)) // 2
 
-        As mmpretrain's: 0 is the stem, the last are norms of the outputs and whatever
-        ``prefix`` does not begin. A layer is an attention and the MLP behind it.
-        """
-        depths = [
-            depth + (i > 0) for i, depth in enumerate(self.arch_settings["depths"])
-        ]
-        num_layers = sum(depths) + 2
-        if not param_name.startswith(prefix):
-            return num_layers - 1, num_layers
-        part, *place = param_name[len(prefix) :].split(".")
-        if part == "patch_embed":
-            return 0, num_layers
-        if part == "stages":
-            stage, block = int(place[0]), int(place[1])
-            return sum(depths[:stage]) + block // 2 + 1, num_layers
-        return num_layers - 1, num_layers
+    def _layer_index(self, stage: str, block: str, *inside: str) -> int:
+        return (sum(map(len, self.stages[: int(stage)])) + int(block)) // 2
 
     def _freeze_stages(self) -> None:
         if self.frozen_stages >= 0:

@@ -41,17 +41,14 @@ class CastlingMViT(CastlingBackbone, MViT):
     and 32, and odd grids round up.
 
     Castled blocks keep one grid for q, k and v and pool the output where the original
-    pools q; see
-    :class:`~mmcastling.models.mvit_blocks.CastlingMultiScaleAttention`. The softmax
-    twin, ``attention=dict(type='softmax')`` without further options, is the published
-    original: pooled keys and values, relative positions. It equals mmpretrain's
-    ``MViT``, whose weights load by name, up to one point: outputs of inner scales are
-    normed copies, where mmpretrain passes the normed tokens on to the next scale. Every
-    other attention, softmax with ``local_conv`` or ``norm_output`` included, keeps the
-    castled pooling.
+    pools q. The softmax twin, ``attention=dict(type='softmax')`` without further
+    options, is the published original: pooled keys and values, relative positions. It
+    equals mmpretrain's ``MViT``, whose weights load by name, up to one point: outputs
+    of inner scales are normed copies, where mmpretrain passes the normed tokens on to
+    the next scale. Every other attention, softmax with ``local_conv`` or
+    ``norm_output`` included, keeps the castled pooling.
 
-    A classifier puts mmpretrain's ``GlobalAveragePooling`` and ``LinearClsHead`` behind
-    it.
+    Classify with mmpretrain's ``GlobalAveragePooling`` and ``LinearClsHead``.
 
     Args:
         arch: ``'tiny'``, ``'small'``, ``'base'``, or a dict with ``embed_dims``,
@@ -69,15 +66,12 @@ class CastlingMViT(CastlingBackbone, MViT):
             mixes). At a detector's sizes the first scales have too many tokens for the
             branch; ``'linear_angular'`` is the same network without it. Defaults to
             None (castling).
-        ffn_conv: Kernel size of the depthwise convolution in each MLP (3, 5, 7), or 0
-            for none. Defaults to 0.
+        ffn_conv, with_cp, deploy: As of
+            :class:`~mmcastling.models.castling_vit.CastlingViT`.
         drop_path_rate: Stochastic depth rate of the last block; the rates rise linearly
             from 0. Defaults to 0.
         frozen_stages: -1 to train everything, 0 to freeze the patch embedding, ``n`` to
             freeze it and the first ``n`` scales. Defaults to -1.
-        with_cp: Recompute blocks in the backward pass to save memory. Defaults to
-            False.
-        deploy: Build the deployed graph. Defaults to False.
         **kwargs: Further arguments of mmpretrain's ``MViT``, such as
             ``use_abs_pos_embed``, ``rel_pos_spatial``, ``mlp_ratio`` and ``init_cfg``.
 
@@ -105,7 +99,12 @@ class CastlingMViT(CastlingBackbone, MViT):
         arch = check_arch(arch, self.arch_zoo, needed)
         check_ffn_conv(ffn_conv)
         num_scales = len(arch["downscale_indices"]) + 1
-        self._check_options(kwargs)
+        known = set(inspect.signature(MViT.__init__).parameters) - {"self"}
+        if unknown := set(kwargs) - (known - {"out_scales"}):
+            raise OptionError(
+                f"CastlingMViT has no options {sorted(unknown)}; MViT's are "
+                f"{sorted(known)}, with out_indices in place of out_scales"
+            )
         check_frozen_stages(frozen_stages, num_scales)
         super().__init__(
             arch=arch,
@@ -118,39 +117,25 @@ class CastlingMViT(CastlingBackbone, MViT):
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
         self.deploy = deploy
-        self._castle_blocks(
-            self._per_scale(attention), ffn_conv, drop_path_rate, kwargs
-        )
+        self._castle_blocks(attention, ffn_conv, drop_path_rate, kwargs)
         self._freeze_stages()
         if deploy:
             self.switch_to_deploy()
 
-    @staticmethod
-    def _check_options(kwargs: dict[str, Any]) -> None:
-        known = set(inspect.signature(MViT.__init__).parameters) - {"self"}
-        if unknown := set(kwargs) - (known - {"out_scales"}):
-            raise OptionError(
-                f"CastlingMViT has no options {sorted(unknown)}; MViT's are "
-                f"{sorted(known)}, with out_indices in place of out_scales"
-            )
-
-    def _per_scale(self, attention: Any) -> list[dict[str, Any] | None]:
+    def _castle_blocks(
+        self,
+        attention: dict[str, Any] | Sequence[dict[str, Any] | None] | None,
+        ffn_conv: int,
+        drop_path_rate: float,
+        kwargs: dict[str, Any],
+    ) -> None:
         if attention is None or isinstance(attention, dict):
-            return [attention] * self.num_scales
+            attention = [attention] * self.num_scales
         if len(attention) != self.num_scales:
             raise OptionError(
                 f"attention is a list of {len(attention)}: give one entry for each of "
                 f"the {self.num_scales} scales, or a single dict for all"
             )
-        return list(attention)
-
-    def _castle_blocks(
-        self,
-        attention: list[dict[str, Any] | None],
-        ffn_conv: int,
-        drop_path_rate: float,
-        kwargs: dict[str, Any],
-    ) -> None:
         names = set(inspect.signature(MultiScaleBlock).parameters) - {"init_cfg"}
         shared = {name: kwargs[name] for name in kwargs if name in names}
         shared.setdefault("norm_cfg", dict(type="LN", eps=1e-6))  # as MViT has it
@@ -175,16 +160,13 @@ class CastlingMViT(CastlingBackbone, MViT):
             scale += i in self.downscale_indices
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Extract features.
+        """Maps ``(B, C, h, w)``, one per entry of ``out_indices``.
 
         Args:
-            x: Images ``(B, in_channels, H, W)`` of any size not below a patch.
-
-        Returns:
-            One map ``(B, C, h, w)`` per entry of ``out_indices``.
+            x: Images ``(B, in_channels, H, W)``.
 
         Raises:
-            ValueError: If the image is smaller than a patch.
+            ValueError: If they are smaller than a patch.
         """
         check_image(x, self.patch_embed.projection.stride[0], "a patch")
         x, grid = self.patch_embed(x)
@@ -205,22 +187,6 @@ class CastlingMViT(CastlingBackbone, MViT):
                 out = getattr(self, f"norm{scale}")(x)
                 outs.append(out.transpose(1, 2).unflatten(2, grid).contiguous())
         return tuple(outs)
-
-    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
-        """The layer of a parameter and the number of layers, for learning-rate decay.
-
-        As mmpretrain's: 0 are patch and position embedding, the last are norms of the
-        outputs and whatever ``prefix`` does not begin.
-        """
-        num_layers = self.num_layers + 2
-        if not param_name.startswith(prefix):
-            return num_layers - 1, num_layers
-        part, *place = param_name[len(prefix) :].split(".")
-        if part in ("patch_embed", "pos_embed"):
-            return 0, num_layers
-        if part == "blocks":
-            return int(place[0]) + 1, num_layers
-        return num_layers - 1, num_layers
 
     def _freeze_stages(self) -> None:
         if self.frozen_stages < 0:

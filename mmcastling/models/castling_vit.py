@@ -17,14 +17,15 @@ from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch import Tensor, nn
 
 from mmcastling.attention import Attention
+from mmcastling.attention.local_conv import Grid
 from mmcastling.errors import OptionError
 from mmcastling.models.common import (
     CastlingBackbone,
-    Grid,
     check_arch,
     check_ffn_conv,
     check_image,
     check_out_indices,
+    image_size,
 )
 from mmcastling.models.conv_ffn import ConvFFN
 from mmcastling.models.position_embedding import fit_position_embedding
@@ -38,11 +39,7 @@ class CastlingEncoderLayer(TransformerEncoderLayer):
     """A pre-norm encoder layer whose attention and MLP may know the grid of tokens.
 
     Args:
-        attention: Options of :class:`mmcastling.attention.Attention`. Defaults to None
-            (castling).
-        ffn_conv: Kernel size of the depthwise convolution in the MLP, 0 for none.
-            Defaults to 0.
-        deploy: Build the deployed attention. Defaults to False.
+        attention, ffn_conv, deploy: As of :class:`CastlingViT`.
         **kwargs: Arguments of mmpretrain's ``TransformerEncoderLayer``.
     """
 
@@ -56,9 +53,8 @@ class CastlingEncoderLayer(TransformerEncoderLayer):
         super().__init__(**kwargs)
         embed_dims = self.embed_dims
         drop_rate = kwargs.get("drop_rate", 0.0)
-        drop_path = dict(
-            type="DropPath", drop_prob=float(kwargs.get("drop_path_rate", 0.0))
-        )
+        drop_path_rate = float(kwargs.get("drop_path_rate", 0.0))
+        drop_path = dict(type="DropPath", drop_prob=drop_path_rate)
         layer_scale = kwargs.get("layer_scale_init_value", 0.0)
         options = dict(
             embed_dims=embed_dims,
@@ -131,12 +127,9 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
     """
 
     arch_zoo = {
-        "nano": {
-            "embed_dims": 128,
-            "num_layers": 4,
-            "num_heads": 4,
-            "feedforward_channels": 128 * 4,
-        },
+        "nano": dict(
+            embed_dims=128, num_layers=4, num_heads=4, feedforward_channels=128 * 4
+        ),
         "tiny": VisionTransformer.arch_zoo["deit-tiny"],
         "small": VisionTransformer.arch_zoo["deit-small"],
         "base": VisionTransformer.arch_zoo["deit-base"],
@@ -163,8 +156,6 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
         check_ffn_conv(ffn_conv)
         if stem not in ("patch", "conv"):
             raise OptionError(f"stem {stem!r} is not known: choose 'patch' or 'conv'")
-        if isinstance(img_size, Sequence):
-            img_size = tuple(img_size)
         if with_dist_token and not kwargs.get("with_cls_token", True):
             raise OptionError(
                 "with_dist_token needs the class token: with_cls_token=True"
@@ -177,7 +168,7 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
         try:
             super().__init__(
                 arch=arch,
-                img_size=img_size,
+                img_size=image_size(img_size),
                 patch_size=patch_size,
                 in_channels=in_channels,
                 out_indices=indices,
@@ -201,7 +192,13 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
         self.with_cp = with_cp
         self.deploy = deploy
         norm_cfg = kwargs.get("norm_cfg", dict(type="LN", eps=1e-6))
-        self._castle_layers(attention, ffn_conv, norm_cfg, kwargs)
+        self._castle_layers(
+            kwargs,
+            norm_cfg=norm_cfg,
+            attention=attention,
+            ffn_conv=ffn_conv,
+            deploy=deploy,
+        )
 
         for index in indices:
             if index != num_layers - 1:  # the last layer's norm is ln1
@@ -211,32 +208,17 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
             self.switch_to_deploy()
         self._freeze_stages()
 
-    def _castle_layers(
-        self,
-        attention: dict[str, Any] | None,
-        ffn_conv: int,
-        norm_cfg: dict[str, Any],
-        kwargs: dict[str, Any],
-    ) -> None:
-        drop_path_rates = np.linspace(
-            0, kwargs.get("drop_path_rate", 0.0), self.num_layers
-        ).tolist()
+    def _castle_layers(self, kwargs: dict[str, Any], **shared: Any) -> None:
         names = ("layer_scale_init_value", "drop_rate", "qkv_bias")
-        shared = dict(
-            {name: kwargs[name] for name in names if name in kwargs},
-            embed_dims=self.embed_dims,
-            num_heads=self.arch_settings["num_heads"],
-            feedforward_channels=self.arch_settings["feedforward_channels"],
-            norm_cfg=norm_cfg,
-            attention=attention,
-            ffn_conv=ffn_conv,
-            deploy=self.deploy,
-        )
+        shared.update({name: kwargs[name] for name in names if name in kwargs})
+        for name in ("embed_dims", "num_heads", "feedforward_channels"):
+            shared[name] = self.arch_settings[name]
+        rates = np.linspace(0, kwargs.get("drop_path_rate", 0.0), self.num_layers)
         per_layer = kwargs.get("layer_cfgs", {})
         if isinstance(per_layer, dict):
             per_layer = [per_layer] * self.num_layers
         for i, options in enumerate(per_layer):
-            options = {**shared, "drop_path_rate": drop_path_rates[i], **options}
+            options = {**shared, "drop_path_rate": rates[i].item(), **options}
             self.layers[i] = CastlingEncoderLayer(**options)
 
     def init_weights(self) -> None:
@@ -262,16 +244,13 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
                 MMLogger.get_current_instance().info(f"{name}: {note}")
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Extract features.
+        """One output per entry of ``out_indices``, of the form ``out_type`` names.
 
         Args:
-            x: Images ``(B, in_channels, H, W)`` of any size not below a patch.
-
-        Returns:
-            One output per entry of ``out_indices``, of the form ``out_type`` names.
+            x: Images ``(B, in_channels, H, W)``.
 
         Raises:
-            ValueError: If the image is smaller than a patch.
+            ValueError: If they are smaller than a patch.
         """
         check_image(x, self.patch_size, "a patch")
         if _is_traced() and not isinstance(self.patch_embed, ConvStem):
@@ -323,12 +302,6 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
         if self.out_type == "cls_token" and self.dist_token is not None:
             return x[:, 0], x[:, 1]
         return super()._format_output(x, grid)
-
-    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
-        """Depth of a parameter and number of depths; tokens belong to the stem."""
-        if param_name == f"{prefix}dist_token":
-            param_name = f"{prefix}cls_token"
-        return super().get_layer_depth(param_name, prefix)
 
     def _freeze_stages(self) -> None:
         if self.frozen_stages > 0:

@@ -12,23 +12,24 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from mmcastling.attention.local_conv import Grid
 from mmcastling.errors import OptionError
 from mmcastling.models.folding import fold_for_inference
 from mmcastling.models.pretrained import check_pretrained, pretrained_cfgs
 
-Grid = tuple[int, int]
 Backbone = TypeVar("Backbone", bound="CastlingBackbone")
 
 
 class CastlingBackbone:
     """Modes, weights and deployment, mixed into a backbone before mmpretrain's class.
 
-    Expects the attributes ``deploy`` and ``with_cp``, and ``_freeze_stages()``, which
-    puts what is frozen in evaluation and is called whenever training begins.
+    Expects the attributes below, and ``_freeze_stages()``, which puts what is frozen in
+    evaluation and is called whenever training begins.
     """
 
     deploy: bool
     with_cp: bool
+    num_layers: int
 
     def init_weights(self) -> None:
         """Initialise, and load what ``init_cfg`` names.
@@ -65,9 +66,25 @@ class CastlingBackbone:
             self._freeze_stages()
         return self
 
-    def eval(self: Backbone) -> Backbone:
-        """Set evaluation mode. Returns the backbone."""
-        return self.train(False)
+    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
+        """The layer of a parameter and the number of layers, for learning-rate decay.
+
+        As mmpretrain's: 0 is what comes before the layers, the last are norms of the
+        outputs and whatever ``prefix`` does not begin.
+        """
+        last = self.num_layers + 1
+        if not param_name.startswith(prefix):
+            return last, last + 1
+        part, *place = param_name[len(prefix) :].split(".")
+        if part in ("patch_embed", "pos_embed", "cls_token", "dist_token"):
+            return 0, last + 1
+        if part in ("layers", "blocks", "stages"):
+            return 1 + self._layer_index(*place), last + 1
+        return last, last + 1
+
+    def _layer_index(self, index: str, *inside: str) -> int:
+        """The layer that names of parameters number so."""
+        return int(index)
 
     def _run(self, layer: nn.Module, x: Tensor, *args: Any) -> Any:
         """Call a layer; ``with_cp`` recomputes it in the backward pass."""
@@ -117,11 +134,7 @@ def check_arch(
     zoo: Mapping[str, Mapping[str, Any]],
     needed: set[str],
 ) -> dict[str, Any]:
-    """Look an architecture up in ``zoo``, or check settings that are given.
-
-    Raises:
-        ValueError: If the name is not known or one of the keys ``needed`` is missing.
-    """
+    """Look an architecture up in ``zoo``, or check the keys of one that is given."""
     if isinstance(arch, str):
         if arch.lower() not in zoo:
             raise OptionError(
@@ -135,7 +148,6 @@ def check_arch(
 
 
 def check_ffn_conv(ffn_conv: int) -> None:
-    """Raise ValueError unless it is a kernel size for the MLPs, or 0 for none."""
     if ffn_conv not in (0, 3, 5, 7):
         raise OptionError(
             f"ffn_conv {ffn_conv!r} must be 0 (no convolution), 3, 5 or 7"
@@ -143,7 +155,6 @@ def check_ffn_conv(ffn_conv: int) -> None:
 
 
 def check_frozen_stages(frozen_stages: int, num_stages: int) -> None:
-    """Raise ValueError unless there are so many stages to freeze."""
     if not -1 <= frozen_stages <= num_stages:
         raise OptionError(
             f"frozen_stages {frozen_stages!r} must be -1 (nothing frozen), 0 (the "
@@ -154,11 +165,7 @@ def check_frozen_stages(frozen_stages: int, num_stages: int) -> None:
 def check_out_indices(
     out_indices: int | Sequence[int], count: int, what: str
 ) -> list[int]:
-    """Resolve negative indices; sort, and drop what is named twice.
-
-    Raises:
-        ValueError: If an index is out of range of ``count`` things named ``what``.
-    """
+    """Resolve negative indices of ``count`` things; sort, drop what is named twice."""
     indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
     for index in indices:
         if not -count <= index < count:

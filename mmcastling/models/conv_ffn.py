@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmcastling.attention import GridConv
 from mmcastling.attention.fast import onednn_name, onednn_serves
-from mmcastling.errors import OptionError
+from mmcastling.attention.local_conv import Grid
 
 
 class HiddenConv(GridConv):
@@ -25,13 +25,6 @@ class HiddenConv(GridConv):
 
     Deployment gives it the activation behind it, which oneDNN then applies in the same
     pass, as in a :class:`~mmcastling.attention.fast.FusedLinear`.
-
-    Args:
-        channels: Channels of the hidden layer.
-        kernel_size: Odd kernel size. Defaults to 5.
-
-    Attributes:
-        activation: What is applied to the outputs.
     """
 
     def __init__(self, channels: int, kernel_size: int = 5) -> None:
@@ -41,7 +34,7 @@ class HiddenConv(GridConv):
         with torch.no_grad():
             self.weight[:, :, kernel_size // 2, kernel_size // 2] = 1.0
 
-    def forward(self, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, hidden: Tensor, grid: Grid) -> Tensor:
         """Convolve ``(B, N, channels)``; class tokens before the grid keep their value.
 
         Raises:
@@ -69,59 +62,33 @@ class ConvFFN(FFN):
     """The MLP of a plain vision transformer, with a convolution.
 
     Args:
-        embed_dims: Channels ``C`` of the tokens.
-        feedforward_channels: Channels of the hidden layer.
+        *args, **kwargs: Of :class:`mmcv.cnn.bricks.transformer.FFN`, with two layers.
         kernel_size: Odd kernel size. Defaults to 5.
-        **kwargs: Further arguments of :class:`mmcv.cnn.bricks.transformer.FFN`.
-
-    Raises:
-        ValueError: If ``num_fcs`` is not 2.
     """
 
-    def __init__(
-        self,
-        embed_dims: int,
-        feedforward_channels: int,
-        kernel_size: int = 5,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            embed_dims=embed_dims, feedforward_channels=feedforward_channels, **kwargs
-        )
-        if self.num_fcs != 2:
-            raise OptionError(
-                f"ConvFFN has two linear layers, got num_fcs={self.num_fcs}"
-            )
-        self.dwconv = HiddenConv(feedforward_channels, kernel_size)
+    def __init__(self, *args: Any, kernel_size: int = 5, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.dwconv = HiddenConv(self.feedforward_channels, kernel_size)
 
     def forward(
-        self, x: Tensor, identity: Tensor | None = None, grid: tuple[int, int] = ()
+        self, x: Tensor, identity: Tensor | None = None, grid: Grid = ()
     ) -> Tensor:
         """Apply to tokens ``(B, N, C)`` on ``grid``, and add ``identity``."""
         (fc1, activation, drop1), fc2, drop2 = self.layers
         hidden = self.dwconv(fc1(x), grid)  # (B, N, hidden)
         out = self.gamma2(drop2(fc2(drop1(activation(hidden)))))
-        out = self.dropout_layer(out)
-        if not self.add_identity:
-            return out
-        return out + (x if identity is None else identity)
+        return self.dropout_layer(out) + (x if identity is None else identity)
 
 
 class ConvMViTMLP(MViTMLP):
-    """MViTv2's MLP on a grid, with or without a convolution.
-
-    Args:
-        in_channels: Channels of the tokens.
-        kernel_size: Odd kernel size, 0 for no convolution. Defaults to 5.
-        **kwargs: Further arguments of mmpretrain's MLP of MViT.
-    """
+    """MViTv2's MLP on a grid; with ``kernel_size=0`` it has no convolution."""
 
     def __init__(self, in_channels: int, kernel_size: int = 5, **kwargs: Any) -> None:
         super().__init__(in_channels, **kwargs)
         if kernel_size:
             self.dwconv = HiddenConv(self.fc1.out_features, kernel_size)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """Apply to tokens ``(B, H * W, in_channels)``."""
         hidden = self.fc1(x)
         if hasattr(self, "dwconv"):
@@ -130,26 +97,18 @@ class ConvMViTMLP(MViTMLP):
 
 
 class ConvLeViTMLP(LeViTMLP):
-    """LeViT's MLP on a grid, with or without a convolution.
+    """LeViT's MLP on a grid; with ``kernel_size=0`` it has no convolution.
 
     The convolution follows the batch norm of the first layer and has none of its own:
     at deployment that norm folds into the layer, and nothing remains to fold.
-
-    Args:
-        embed_dims: Channels ``C`` of the tokens.
-        mlp_ratio: Channels of the hidden layer in units of ``embed_dims``.
-        kernel_size: Odd kernel size, 0 for no convolution. Defaults to 5.
-        **kwargs: Further arguments of mmpretrain's MLP of LeViT.
     """
 
-    def __init__(
-        self, embed_dims: int, mlp_ratio: int, kernel_size: int = 5, **kwargs: Any
-    ) -> None:
-        super().__init__(embed_dims, mlp_ratio, **kwargs)
+    def __init__(self, embed_dims: int, mlp_ratio: int, kernel_size: int = 5) -> None:
+        super().__init__(embed_dims, mlp_ratio)
         if kernel_size:
             self.dwconv = HiddenConv(self.linear1.linear.out_features, kernel_size)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """Apply to tokens ``(B, H * W, C)``."""
         hidden = self.linear1(x)
         if hasattr(self, "dwconv"):

@@ -24,9 +24,6 @@ def fold_for_inference(module: nn.Module) -> None:
     :class:`~mmcastling.attention.fast.FusedLinear`, those of an MLP together with the
     activation that follows. Inference stays the same up to rounding, names of
     parameters change. Idempotent.
-
-    Args:
-        module: What holds the layers, at any depth.
     """
     for name, child in module.named_children():
         if isinstance(child, _WITHOUT_EFFECT):

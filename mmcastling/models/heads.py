@@ -21,8 +21,7 @@ class LeViTHead(LeViTClsHead):
     load by name.
 
     Args:
-        num_classes: Number of classes.
-        in_channels: Channels of the pooled features.
+        num_classes, in_channels: Numbers of classes and of pooled channels.
         distillation: Have the second output. Defaults to True.
         deploy: Build the fused graph, without batch norms. Defaults to False.
         **kwargs: Arguments of mmpretrain's ``ClsHead``, such as ``loss``.
@@ -48,12 +47,7 @@ class LeViTHead(LeViTClsHead):
 
 
 def paired_scores(head: ClsHead, feats: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """What a head says to the labels and to a teacher; the same for one output.
-
-    Args:
-        head: A head of mmpretrain or of ours.
-        feats: What it is given by the neck, or the backbone.
-    """
+    """What a head says to the labels and to a teacher; the same for one output."""
     if isinstance(head, LeViTClsHead):
         x = head.pre_logits(feats)
         scores = head.head(x)

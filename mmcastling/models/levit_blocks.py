@@ -15,8 +15,7 @@ from mmpretrain.models.backbones.levit import LinearBatchNorm, Residual
 from torch import Tensor, nn
 
 from mmcastling.attention import build_mixer
-from mmcastling.attention.local_conv import merge_heads, split_qkv
-from mmcastling.models.common import Grid
+from mmcastling.attention.local_conv import Grid, merge_heads, split_heads, split_qkv
 
 
 def strided_grid(grid: Grid, stride: int) -> Grid:
@@ -51,14 +50,9 @@ class CastlingLeViTAttention(BaseModule):
     are those whose cost equals the published one (inferred from arithmetic).
 
     Args:
-        in_dims: Channels of the tokens.
         inner_dims: Channels of each of q, k and v, a multiple of ``num_heads``.
-        out_dims: Channels of the output.
-        num_heads: Number of heads.
         stride: 1, or 2 to subsample the output. Defaults to 1.
-        attention: Options of the mixer, see :func:`mmcastling.attention.build_mixer`.
-            Defaults to None (castling).
-        deploy: Build the deployed mixer. Defaults to False.
+        attention, deploy: As of :func:`mmcastling.attention.build_mixer`.
     """
 
     def __init__(
@@ -75,12 +69,8 @@ class CastlingLeViTAttention(BaseModule):
         self.stride = stride
         self.num_heads = num_heads
         self.qkv = LinearBatchNorm(in_dims, 3 * inner_dims)
-        self.mixer = build_mixer(
-            attention,
-            deploy=deploy,
-            num_heads=num_heads,
-            head_dims=inner_dims // num_heads,
-        )
+        head_dims = inner_dims // num_heads
+        self.mixer = build_mixer(attention, num_heads, head_dims, deploy=deploy)
         self.proj = nn.Sequential(nn.Hardswish(), LinearBatchNorm(inner_dims, out_dims))
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
@@ -99,10 +89,7 @@ class BiasedSoftmaxAttention(BaseModule):
     attention, whose weights load by name.
 
     Args:
-        in_dims: Channels of the tokens.
-        out_dims: Channels of the output.
         key_dims: Channels per head of queries and keys.
-        num_heads: Number of heads.
         attn_ratio: Channels per head of the values in units of ``key_dims``.
         grid: Usual grid ``(H, W)`` of the tokens that enter.
         stride: 1, or 2 for queries from every second row and column. Defaults to 1.
@@ -138,11 +125,12 @@ class BiasedSoftmaxAttention(BaseModule):
         """Attend: ``(B, H * W, in_dims)`` to ``(B, H' * W', out_dims)``."""
         widths = [self.key_dims, self.value_dims]
         if self.stride == 1:
-            q, k, v = self._heads(self.qkv(x), [self.key_dims, *widths])
+            qkv = split_heads(self.qkv(x), self.num_heads)
+            q, k, v = qkv.split([self.key_dims, *widths], dim=-1)
         else:
-            k, v = self._heads(self.kv(x), widths)
+            k, v = split_heads(self.kv(x), self.num_heads).split(widths, dim=-1)
             queries = self.q(subsample(x, grid, self.stride))
-            (q,) = self._heads(queries, [self.key_dims])
+            q = split_heads(queries, self.num_heads)
         y = nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=self.bias(grid).to(q.dtype)
         )
@@ -160,22 +148,16 @@ class BiasedSoftmaxAttention(BaseModule):
         bias = table[:, rows.abs()[:, None, :, None], columns.abs()[None, :, None, :]]
         return bias.flatten(3).flatten(1, 2)  # from (h, H', W', H, W)
 
-    def _heads(self, x: Tensor, widths: list[int]) -> list[Tensor]:
-        """Split ``(B, N, h * sum(widths))`` into one ``(B, h, N, width)`` each."""
-        x = x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        return list(x.split(widths, dim=-1))
-
     def _prepare_biases(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any
     ) -> None:
         # mmpretrain stores the indices, which here follow from the grid.
         state_dict.pop(f"{prefix}attention_bias_idxs", None)
         name = f"{prefix}attention_biases"
-        if name in state_dict:
-            table = state_dict[name]
+        table = state_dict.get(name)
+        if table is not None and table.shape != self.attention_biases.shape:
             side = round(table.shape[1] ** 0.5)
-            # Only a square table tells its grid.
-            if table.shape != self.attention_biases.shape and side**2 == table.shape[1]:
+            if side**2 == table.shape[1]:  # only a square table tells its grid
                 state_dict[name] = resize_table(table, (side, side), self.grid)
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
-from mmpretrain.models.backbones.mvit import (
-    MultiScaleAttention,
-    MultiScaleBlock,
-)
+from mmpretrain.models.backbones.mvit import MultiScaleAttention, MultiScaleBlock
 from torch import Tensor, nn
 
 from mmcastling.attention import build_mixer
-from mmcastling.attention.local_conv import merge_heads, on_grid, split_heads
-from mmcastling.models.common import Grid
+from mmcastling.attention.local_conv import Grid, merge_heads, on_grid, split_heads
 from mmcastling.models.conv_ffn import ConvMViTMLP
 
 
@@ -31,66 +28,40 @@ class CastlingMultiScaleAttention(MultiScaleAttention):
     for all three and has no logits. Parameters keep mmpretrain's names.
 
     Args:
-        in_dims: Channels of the tokens.
-        out_dims: Channels of the output.
-        num_heads: Number of heads.
+        *args, **kwargs: Of mmpretrain's ``MultiScaleAttention``.
         stride_q: Stride of the output, 1 or 2. Defaults to 1.
-        attention: Options of the mixer, see :func:`mmcastling.attention.build_mixer`.
-            Defaults to None (castling).
-        norm_cfg: Norm after each pooling. Defaults to None (``dict(type='LN')``).
-        pool_kernel: Kernel of each pooling. Defaults to (3, 3).
-        deploy: Build the deployed mixer. Defaults to False.
-        **kwargs: Further arguments of mmpretrain's ``MultiScaleAttention``.
+        attention, deploy: As of :func:`mmcastling.attention.build_mixer`.
     """
 
     def __init__(
         self,
-        in_dims: int,
-        out_dims: int,
-        num_heads: int,
+        *args: Any,
         stride_q: int = 1,
         attention: dict[str, Any] | None = None,
-        norm_cfg: dict[str, Any] | None = None,
-        pool_kernel: tuple[int, int] = (3, 3),
         deploy: bool = False,
         **kwargs: Any,
     ) -> None:
-        norm_cfg = norm_cfg or dict(type="LN")
-        super().__init__(
-            in_dims,
-            out_dims,
-            num_heads,
-            norm_cfg=norm_cfg,
-            pool_kernel=pool_kernel,
-            rel_pos_spatial=False,
-            **kwargs,
-        )
-        head_dims = out_dims // num_heads
-        self.mixer = build_mixer(
-            attention, deploy=deploy, num_heads=num_heads, head_dims=head_dims
-        )
+        super().__init__(*args, rel_pos_spatial=False, **kwargs)
+        head_dims = self.out_dims // self.num_heads
+        self.mixer = build_mixer(attention, self.num_heads, head_dims, deploy=deploy)
         self.pool_out = None
         if stride_q > 1:
             self.pool_out = nn.Conv2d(
                 head_dims,
                 head_dims,
-                pool_kernel,
+                self.pool_q.kernel_size,
                 stride=stride_q,
-                padding=tuple(k // 2 for k in pool_kernel),
+                padding=self.pool_q.padding,
                 groups=head_dims,
                 bias=False,
             )
-            self.norm_out = build_norm_layer(norm_cfg, head_dims)[1]
+            self.norm_out = copy.deepcopy(self.norm_q)
 
     def init_weights(self) -> None:
         BaseModule.init_weights(self)  # there are no relative positions
 
     def forward(self, x: Tensor, in_size: Grid) -> tuple[Tensor, Grid]:
-        """Attend: ``(B, H * W, in_dims)`` to ``(B, H' * W', out_dims)``.
-
-        Returns:
-            The tokens and their grid ``(H', W')``.
-        """
+        """``(B, H * W, in_dims)`` to ``(B, H' * W', out_dims)`` and ``(H', W')``."""
         qkv, _ = self._pool(
             (self.pool_q, self.pool_k, self.pool_v), self.qkv(x), in_size
         )
@@ -113,29 +84,20 @@ class CastlingMultiScaleAttention(MultiScaleAttention):
     ) -> tuple[Tensor, Grid]:
         """One depthwise convolution in place of several, over all heads of each.
 
-        Args:
-            convolutions: Each acts on ``out_dims`` channels, alike in every head; all
-                have the same stride and padding.
-            x: Tokens ``(B, H * W, len(convolutions) * out_dims)``.
-            grid: ``(H, W)``.
-
-        Returns:
-            As many channels on the pooled grid, and that grid.
+        Those have one stride and padding; each acts on its ``out_dims`` of the channels
+        of ``x``, alike in every head.
         """
         first = convolutions[0]
         weight = torch.cat(
             [conv.weight.repeat(self.num_heads, 1, 1, 1) for conv in convolutions]
         )
-
-        def convolve(x: Tensor) -> Tensor:
-            return nn.functional.conv2d(
-                x,
-                weight,
-                stride=first.stride,
-                padding=first.padding,
-                groups=weight.shape[0],
-            )
-
+        convolve = functools.partial(
+            nn.functional.conv2d,
+            weight=weight,
+            stride=first.stride,
+            padding=first.padding,
+            groups=weight.shape[0],
+        )
         return on_grid(convolve, x, grid)
 
 
@@ -144,11 +106,6 @@ class SoftmaxMultiScaleAttention(MultiScaleAttention):
 
     Its tables of relative positions are resized, on another grid in the forward as in
     mmpretrain, and when weights of another image size are loaded.
-
-    Args:
-        input_size: Usual grid ``(H, W)`` of the tokens that enter.
-        rel_pos_spatial: Whether logits get relative positions. Defaults to True.
-        **kwargs: Arguments of mmpretrain's ``MultiScaleAttention``.
     """
 
     def __init__(
@@ -186,19 +143,10 @@ class CastlingMultiScaleBlock(MultiScaleBlock):
     """MViTv2's block whose attention and MLP know the grid of tokens.
 
     Args:
-        in_dims: Channels of the tokens.
-        out_dims: Channels of the output.
-        num_heads: Number of heads.
         input_size: Usual grid ``(H, W)`` of the tokens that enter.
-        attention: Options of the attention; ``dict(type='softmax')`` alone is the
-            published one. Defaults to None (castling).
-        ffn_conv: Kernel size of the depthwise convolution in the MLP, 0 for none.
-            Defaults to 0.
-        stride_q: Stride of the output. Defaults to 1.
-        stride_kv: Stride of the published attention's keys and values. Defaults to 1.
-        rel_pos_spatial: Whether the published attention has relative positions.
-            Defaults to True.
-        deploy: Build the deployed mixer. Defaults to False.
+        attention, ffn_conv, deploy: As of the backbone; ``dict(type='softmax')`` alone
+            is the published attention, which ``stride_kv`` and ``rel_pos_spatial`` are
+            for.
         **kwargs: Further arguments of mmpretrain's ``MultiScaleBlock``.
     """
 
@@ -252,11 +200,7 @@ class CastlingMultiScaleBlock(MultiScaleBlock):
         )
 
     def forward(self, x: Tensor, in_size: Grid) -> tuple[Tensor, Grid]:
-        """Apply to tokens ``(B, H * W, in_dims)``.
-
-        Returns:
-            Tokens ``(B, H' * W', out_dims)`` and their grid ``(H', W')``.
-        """
+        """``(B, H * W, in_dims)`` to ``(B, H' * W', out_dims)`` and ``(H', W')``."""
         normed = self.norm1(x)
         attended, grid = self.attn(normed, in_size)
         # Channels grow in the attention, or else in the MLP.

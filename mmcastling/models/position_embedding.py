@@ -8,9 +8,8 @@ import torch
 from mmpretrain.models.utils import resize_pos_embed
 from torch import Tensor, nn
 
+from mmcastling.attention.local_conv import Grid
 from mmcastling.errors import CheckpointError
-
-Grid = tuple[int, int]
 
 
 def grid_of_positions(
@@ -56,10 +55,8 @@ def fit_position_embedding(
     token, the second, is removed first.
 
     Args:
-        table: Positions ``(1, N, C)``, those of class tokens first.
-        held: Class tokens that came with it.
-        grid: The grid ``(H, W)`` that is wanted.
-        wanted: The number of class tokens that is wanted.
+        table, held: As in :func:`grid_of_positions`.
+        grid, wanted: The grid ``(H, W)`` and number of class tokens that are wanted.
         mode: How patches are interpolated. Defaults to ``'bicubic'``.
 
     Returns:

@@ -70,14 +70,13 @@ def check_pretrained(
         ("its", list(own)),
         ("its attentions'", [n for n in own if n.startswith(tuple(attentions))]),
     ):
-        shapes = {n: tuple(found[n].shape) for n in names if n in found}
-        fits = [n for n, shape in shapes.items() if shape == own[n].shape]
+        fits = [n for n in names if n in found and found[n].shape == own[n].shape]
         total = sum(own[n].numel() for n in names)
         share = sum(own[n].numel() for n in fits) / max(1, total)
         if names and share < REQUIRED_SHARE:
             misses = [
-                f"{n} is {shapes[n]}, expected {tuple(own[n].shape)}"
-                if n in shapes
+                f"{n} is {tuple(found[n].shape)}, expected {tuple(own[n].shape)}"
+                if n in found
                 else f"no {n}"
                 for n in names
                 if n not in fits

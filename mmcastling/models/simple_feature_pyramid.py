@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from mmcastling.errors import OptionError
 from mmcastling.registry import MODELS
 
-ConfigType = dict
-
 
 @MODELS.register_module()
 class ChannelLayerNorm(nn.LayerNorm):
@@ -29,9 +27,6 @@ class ChannelLayerNorm(nn.LayerNorm):
     an mmdet or mmseg config, whose scope ends at MMEngine's root registry. It is a
     ``nn.LayerNorm`` so that ``norm_decay_mult`` recognises it.
 
-    Args:
-        num_channels (int): ``C``.
-        eps (float): Added to the variance. Defaults to 1e-6.
     """
 
     def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
@@ -39,16 +34,11 @@ class ChannelLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each position; shape, dtype and memory format are kept."""
-        weight, bias = self.weight.float(), self.bias.float()
         # Statistics of half-precision maps are taken in fp32, with or without
         # autocast (CPU autocast leaves layer_norm in bf16).
-        out = F.layer_norm(
-            x.float().permute(0, 2, 3, 1),  # (B, H, W, C)
-            self.normalized_shape,
-            weight,
-            bias,
-            self.eps,
-        )
+        weight, bias = self.weight.float(), self.bias.float()
+        out = x.float().permute(0, 2, 3, 1)  # (B, H, W, C)
+        out = F.layer_norm(out, self.normalized_shape, weight, bias, self.eps)
         out = out.permute(0, 3, 1, 2).to(x.dtype)
         # Whose channels lie together already needs no copy, before or after.
         channels_last = x.is_contiguous(memory_format=torch.channels_last)
@@ -68,25 +58,21 @@ class SimpleFeaturePyramid(BaseModule):
     a ResNet gives: no border of an odd map is dropped, no level is ever empty, and
     the anchors and points of mmdet cover the whole image.
 
-    Use it from any toolbox as ``type='mmcastling.SimpleFeaturePyramid'``.
-
     Args:
-        in_channels (int): Channels of the backbone's map.
-        out_channels (int): Channels of every level. Defaults to 256.
-        in_stride (int): Stride of the backbone's map in pixels. Defaults to 16.
-        strides (Sequence[int]): Strides of the levels, rising; each is ``in_stride``
-            times or divided by a power of two. Defaults to (4, 8, 16, 32).
-        num_extra_levels (int): Levels added by subsampling the last one; one gives
-            the stride-64 level that a region proposal network expects. Defaults to 1.
-        norm_cfg (dict): Norm after each convolution. Defaults to
-            ``dict(type='mmcastling.ChannelLayerNorm', eps=1e-6)``.
-        init_cfg (dict, optional): Initialisation, on top of the Kaiming
-            initialisation of ``ConvModule``. Defaults to None.
+        in_channels: Channels of the backbone's map.
+        out_channels: Channels of every level. Defaults to 256.
+        in_stride: Stride of the backbone's map in pixels. Defaults to 16.
+        strides: Strides of the levels, rising; each is ``in_stride`` times or divided
+            by a power of two. Defaults to (4, 8, 16, 32).
+        num_extra_levels: Levels added by subsampling the last one; one gives the
+            stride-64 level that a region proposal network expects. Defaults to 1.
+        norm_cfg: Norm after each convolution. Defaults to None
+            (:class:`ChannelLayerNorm`).
+        init_cfg: Initialisation, on top of ``ConvModule``'s. Defaults to None.
 
     Raises:
-        ValueError: If a stride is no power-of-two multiple or fraction of
-            ``in_stride``, if the strides do not rise, or if the channels cannot be
-            halved as often as the finest stride needs.
+        ValueError: If the strides are none of these, or the channels cannot be halved
+            as often as the finest needs.
     """
 
     def __init__(
@@ -96,8 +82,8 @@ class SimpleFeaturePyramid(BaseModule):
         in_stride: int = 16,
         strides: Sequence[int] = (4, 8, 16, 32),
         num_extra_levels: int = 1,
-        norm_cfg: ConfigType | None = None,
-        init_cfg: ConfigType | list[ConfigType] | None = None,
+        norm_cfg: dict | None = None,
+        init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
         strides = tuple(strides)
@@ -113,14 +99,13 @@ class SimpleFeaturePyramid(BaseModule):
         self.out_channels = out_channels
         self.in_stride = in_stride
         self.num_extra_levels = num_extra_levels
-        self.strides = strides + tuple(
-            strides[-1] * 2 ** (i + 1) for i in range(num_extra_levels)
-        )
+        extra = (strides[-1] * 2 ** (i + 1) for i in range(num_extra_levels))
+        self.strides = (*strides, *extra)
         self.levels = nn.ModuleList(
             self._make_level(stride, norm_cfg) for stride in strides
         )
 
-    def _make_level(self, stride: int, norm_cfg: ConfigType) -> nn.Sequential:
+    def _make_level(self, stride: int, norm_cfg: dict) -> nn.Sequential:
         layers, channels = self._make_resampling(stride, norm_cfg)
         conv_cfg = dict(norm_cfg=norm_cfg, act_cfg=None)
         return nn.Sequential(
@@ -130,12 +115,12 @@ class SimpleFeaturePyramid(BaseModule):
         )
 
     def _make_resampling(
-        self, stride: int, norm_cfg: ConfigType
+        self, stride: int, norm_cfg: dict
     ) -> tuple[list[nn.Module], int]:
         """Layers from ``in_stride`` to ``stride``, and the channels they end with."""
         fine, coarse = sorted((stride, self.in_stride))
-        factor = coarse // fine if fine > 0 else 0
-        if fine <= 0 or factor * fine != coarse or factor & (factor - 1):
+        factor = coarse // max(fine, 1)
+        if factor * fine != coarse or factor & (factor - 1):
             raise OptionError(
                 f"stride {stride} is not in_stride {self.in_stride} times or divided "
                 f"by a power of two; take for example "
@@ -163,17 +148,15 @@ class SimpleFeaturePyramid(BaseModule):
         """Build the levels.
 
         Args:
-            inputs (Sequence[Tensor]): The backbone's maps: exactly one, of shape
-                ``(B, in_channels, H, W)``.
+            inputs: The backbone's maps: exactly one, ``(B, in_channels, H, W)``.
 
         Returns:
-            tuple[Tensor, ...]: One map per stride in ``self.strides``, of shape
-            ``(B, out_channels, ceil(H * in_stride / s), ceil(W * in_stride / s))``.
+            One map per stride ``s`` in ``self.strides``, ``(B, out_channels,
+            ceil(H * in_stride / s), ceil(W * in_stride / s))``.
 
         Raises:
-            TypeError: If ``inputs`` is not a tuple or list.
-            ValueError: If it holds more or less than one map, or one of the wrong
-                shape.
+            TypeError, ValueError: If ``inputs`` is not a tuple or list, or holds
+                anything but one such map.
         """
         # With channels last the norms need no copies and convolutions are faster.
         x = self._single_map(inputs).contiguous(memory_format=torch.channels_last)

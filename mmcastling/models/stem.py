@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from mmengine.model import BaseModule
 from mmpretrain.models.utils import LayerNorm2d
 from torch import Tensor, nn
@@ -17,16 +19,9 @@ class ConvStem(BaseModule):
 
     Args:
         in_channels: Channels of the image.
-        embed_dims: Channels ``C`` of the tokens.
+        embed_dims: Channels ``C`` of the tokens, a multiple of ``patch_size / 2``.
         patch_size: Total stride, a power of two.
-        input_size: The usual ``(H, W)`` of an image, for ``init_out_size``.
-
-    Attributes:
-        init_out_size: Grid of tokens at ``input_size``.
-
-    Raises:
-        ValueError: If ``patch_size`` is not a power of two, or ``embed_dims`` cannot be
-            halved often enough.
+        input_size: The usual ``(H, W)`` of an image; ``init_out_size`` is its grid.
     """
 
     def __init__(
@@ -50,12 +45,10 @@ class ConvStem(BaseModule):
             )
         widths = [in_channels] + [embed_dims >> (steps - 1 - i) for i in range(steps)]
         layers: list[nn.Module] = []
-        for i in range(steps):
-            layers.append(nn.Conv2d(widths[i], widths[i + 1], 3, stride=2, padding=1))
-            layers.append(LayerNorm2d(widths[i + 1]))
-            if i < steps - 1:
-                layers.append(nn.GELU())
-        self.layers = nn.Sequential(*layers)
+        for before, width in pairwise(widths):
+            conv = nn.Conv2d(before, width, 3, stride=2, padding=1)
+            layers += [conv, LayerNorm2d(width), nn.GELU()]
+        self.layers = nn.Sequential(*layers[:-1])
         self.init_out_size = tuple(-(-size // patch_size) for size in input_size)
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -63,7 +63,7 @@ class Teacher:
         self._spec = model
         self._checkpoint = checkpoint
         self._module: nn.Module | None = None
-        self._convert: Callable[[Tensor], Tensor] | None = None
+        self._convert: Callable[[Tensor], Tensor] = nn.Identity()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         return self
@@ -138,7 +138,7 @@ class Teacher:
         weight = next(module.parameters(), None)
         if weight is not None and weight.device != inputs.device:
             module.to(inputs.device)
-        scores = module(inputs if self._convert is None else self._convert(inputs))
+        scores = module(self._convert(inputs))
         if not isinstance(scores, Tensor) or scores.ndim != 2:
             shape = f" {tuple(scores.shape)}" if isinstance(scores, Tensor) else ""
             raise OptionError(
@@ -150,7 +150,7 @@ class Teacher:
 
 
 def check_same_classes(theirs: int | None, own: int | None) -> None:
-    """Raise ValueError unless a teacher and a student, if known, have equal classes."""
+    """Raise unless a teacher and a student, where known, have equal classes."""
     if None not in (theirs, own) and theirs != own:
         raise OptionError(
             f"the teacher has {theirs} classes, the student {own}: a student learns "

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mmcastling.errors import OptionError
 from mmcastling.models import CastlingLeViT, CastlingViT
+from mmcastling.models.common import image_size
 from mmcastling.registry import MODELS
 
 # The depthwise convolution in the MLPs with which costs meet the published ones.
@@ -31,30 +32,26 @@ class CastlingClassifier(ImageClassifier):
     """A classifier with timm's interface around a castled backbone.
 
     Args:
-        backbone: Config of the backbone.
+        backbone, neck: As for ``ImageClassifier``.
         head: Config of mmpretrain's head, without its number of classes.
-        neck: Config of the neck. Defaults to None.
-        num_classes: Number of classes, 0 for features. Defaults to 1000.
-        default_cfg: What timm's data pipelines ask for. Defaults to None.
-
-    Attributes:
-        num_features: Channels of what the head classifies.
+        num_classes: Number of classes, 0 for features.
+        default_cfg: What timm's data pipelines ask for.
     """
 
     def __init__(
         self,
         backbone: dict[str, Any],
         head: dict[str, Any],
-        neck: dict[str, Any] | None = None,
-        num_classes: int = 1000,
-        default_cfg: dict[str, Any] | None = None,
+        neck: dict[str, Any] | None,
+        num_classes: int,
+        default_cfg: dict[str, Any],
     ) -> None:
         with DefaultScope.overwrite_default_scope("mmpretrain"):
             super().__init__(backbone, neck=neck)
         self._head_config = head
         self.num_features = self.head_hidden_size = head["in_channels"]
         self.reset_classifier(num_classes)
-        self.default_cfg = self.pretrained_cfg = default_cfg or {}
+        self.default_cfg = self.pretrained_cfg = default_cfg
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Pooled features ``(B, C)`` of images ``(B, in_chans, H, W)``."""
@@ -146,11 +143,10 @@ def create(
     if "deploy" in options and "LeViT" in head["type"]:
         head = dict(head, deploy=options["deploy"])
     backbone = dict(dict(backbone, ffn_conv=FFN_CONV, img_size=img_size), **options)
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     default_cfg = dict(
         architecture=name,
         num_classes=num_classes,
-        input_size=(in_chans, height, width),
+        input_size=(in_chans, *image_size(img_size)),
         interpolation="bicubic",
         crop_pct=0.875,
         mean=IMAGENET_MEAN,

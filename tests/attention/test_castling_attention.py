@@ -81,9 +81,7 @@ def test_an_off_branch_computes_nothing(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("the branch was computed")
 
-    monkeypatch.setattr(
-        "mmcastling.attention.masked_branch.masked_softmax_with_state", fail
-    )
+    monkeypatch.setattr("mmcastling.attention.castling.masked_softmax_with_state", fail)
     attention.mixer.set_mask(1.0)
     attention(x)
     with pytest.raises(AssertionError, match="was computed"):

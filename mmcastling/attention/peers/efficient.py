@@ -14,13 +14,8 @@ def efficient_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """``softmax_channels(q) (softmax_tokens(k)^T v)``, in O(N).
 
     The product of the two softmaxes has rows that sum to one, as softmax attention has.
-
-    Args:
-        q, k, v: Queries ``(B, h, N, d)``, keys ``(B, h, M, d)``, values
-            ``(B, h, M, e)``.
-
-    Returns:
-        ``(B, h, N, e)``; float32 for half-precision inputs.
+    Queries ``(B, h, N, d)``, keys ``(B, h, M, d)`` and values ``(B, h, M, e)`` give
+    ``(B, h, N, e)``; float32 for half-precision inputs.
     """
     context = torch.softmax(k, dim=-2).transpose(-2, -1) @ v  # (B, h, d, e)
     return torch.softmax(q, dim=-1) @ context

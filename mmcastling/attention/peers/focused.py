@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmcastling.attention.autocast import in_full_precision
 from mmcastling.attention.functional import kernel_attention, l2_normalize
-from mmcastling.attention.local_conv import Grid, GridConv, merge_heads
+from mmcastling.attention.local_conv import Grid, GridConv, merge_heads, split_heads
 from mmcastling.attention.mixer import TokenMixer
 from mmcastling.errors import OptionError
 
@@ -20,14 +20,8 @@ def focused_features(x: Tensor, scale: Tensor, *, focus: float = 3) -> Tensor:
 
     As released, the lengths are taken over all channels, before they are split into
     heads. A row without a positive entry gives zero (the released 1e-6 is not added).
-
-    Args:
-        x: Queries or keys ``(..., N, C)``.
-        scale: ``(C,)``, before the softplus.
-        focus: The power ``p``. Defaults to 3.
-
-    Returns:
-        ``(..., N, C)``, none negative.
+    Of queries or keys ``(..., N, C)`` with a scale ``(C,)`` they are ``(..., N, C)``,
+    none negative; ``focus`` is the power ``p``.
     """
     x = x.relu() / nn.functional.softplus(scale)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -36,16 +30,10 @@ def focused_features(x: Tensor, scale: Tensor, *, focus: float = 3) -> Tensor:
 
 
 class FocusedConv(GridConv):
-    """The depthwise convolution of the paper: the heads share its kernels.
+    """The depthwise convolution of the paper, 5x5: the heads share its kernels."""
 
-    Args:
-        num_heads: Number of heads ``h``; unused, since the kernels are shared.
-        head_dims: Channels per head ``e``.
-        kernel_size: Odd size of the square kernel. Defaults to 5, the released value.
-    """
-
-    def __init__(self, num_heads: int, head_dims: int, kernel_size: int = 5) -> None:
-        super().__init__(1, head_dims, kernel_size)
+    def __init__(self, head_dims: int) -> None:
+        super().__init__(1, head_dims, kernel_size=5)
         self.bias = nn.Parameter(torch.zeros(head_dims))
 
     def forward(self, v: Tensor, grid: Grid | None = None) -> Tensor:
@@ -60,13 +48,10 @@ class FocusedMixer(TokenMixer):
     it fixes the number of tokens.
 
     Args:
-        num_heads: Number of heads ``h``.
-        head_dims: Channels per head of the values.
+        num_heads, head_dims, norm_output, key_dims: As in :class:`TokenMixer`.
         local_conv: ``'focused'`` for the paper's own, which needs the grid, or as in
             :class:`TokenMixer`. Defaults to ``'focused'``.
-        norm_output: As in :class:`TokenMixer`. Defaults to False.
         focus: The power ``p`` that sharpens the features, at least 1. Defaults to 3.
-        key_dims: As in :class:`TokenMixer`. Defaults to None.
     """
 
     def __init__(
@@ -82,7 +67,7 @@ class FocusedMixer(TokenMixer):
         conv = None if own else local_conv
         super().__init__(num_heads, head_dims, conv, norm_output, key_dims)
         if own:
-            self.local_conv = FocusedConv(num_heads, head_dims)
+            self.local_conv = FocusedConv(head_dims)
         if focus < 1:
             raise OptionError(
                 f"focus {focus!r} must be at least 1; below, it would blur the features"
@@ -94,6 +79,5 @@ class FocusedMixer(TokenMixer):
         return kernel_attention(self._features(q), self._features(k), v)
 
     def _features(self, x: Tensor) -> Tensor:
-        flat = merge_heads(x)  # (B, N, h*d)
-        flat = focused_features(flat, self.scale, focus=self.focus)
-        return flat.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
+        x, heads = merge_heads(x), x.shape[1]  # (B, N, h*d)
+        return split_heads(focused_features(x, self.scale, focus=self.focus), heads)

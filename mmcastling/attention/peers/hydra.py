@@ -16,14 +16,9 @@ def hydra_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """``q^ * sum_j (k^_j * v_j)``, channel by channel, in O(N) and O(C).
 
     The cosine kernel normalises a token over all its channels, before they become
-    heads of one channel each (over one channel it would only leave the sign).
-
-    Args:
-        q, k, v: Queries ``(..., N, C)``, keys ``(..., M, C)``, values
-            ``(..., M, C)``.
-
-    Returns:
-        ``(..., N, C)``; float32 for half-precision inputs.
+    heads of one channel each (over one channel it would only leave the sign). Queries
+    ``(..., N, C)``, keys and values ``(..., M, C)`` give ``(..., N, C)``; float32 for
+    half-precision inputs.
     """
     return l2_normalize(q) * (l2_normalize(k) * v).sum(dim=-2, keepdim=True)
 

@@ -17,15 +17,8 @@ def orthogonal_directions(num_features: int, dims: int, seed: int = 0) -> Tensor
     """Gaussian vectors that are orthogonal within each block of ``dims`` of them.
 
     Each vector alone is distributed as ``N(0, I)``, which keeps the estimate unbiased;
-    orthogonality lowers its variance.
-
-    Args:
-        num_features: Number of vectors ``m``.
-        dims: Their length ``d``.
-        seed: Seed of a generator of its own; the global one is not touched.
-
-    Returns:
-        ``(m, d)``.
+    orthogonality lowers its variance. Returns ``(num_features, dims)``; the global
+    generator is not touched.
     """
     generator = torch.Generator().manual_seed(seed)
     blocks = []
@@ -42,14 +35,8 @@ def performer_log_features(x: Tensor, directions: Tensor) -> Tensor:
     """Logarithms of the positive random features of the softmax kernel.
 
     ``phi(x) = exp(w x' - |x'|^2 / 2) / sqrt(m)`` with ``x' = x / d^(1/4)``, so that
-    ``<phi(q), phi(k)>`` has the mean ``exp(<q, k> / sqrt(d))``.
-
-    Args:
-        x: Queries or keys ``(..., N, d)``.
-        directions: ``(m, d)``.
-
-    Returns:
-        ``(..., N, m)``.
+    ``<phi(q), phi(k)>`` has the mean ``exp(<q, k> / sqrt(d))``. Of queries or keys
+    ``(..., N, d)`` and directions ``(m, d)`` it is ``(..., N, m)``.
     """
     x = x * x.shape[-1] ** -0.25
     half_norm = x.square().sum(dim=-1, keepdim=True) / 2
@@ -66,13 +53,8 @@ def performer_attention(q: Tensor, k: Tensor, v: Tensor, directions: Tensor) -> 
     features (weights: a softmax again). In that form nothing can overflow or divide by
     zero, so no epsilon biases the features.
 
-    Args:
-        q, k, v: Queries ``(B, h, N, d)``, keys ``(B, h, M, d)``, values
-            ``(B, h, M, e)``.
-        directions: ``(m, d)``.
-
-    Returns:
-        ``(B, h, N, e)``; float32 for half-precision inputs.
+    Queries ``(B, h, N, d)``, keys ``(B, h, M, d)``, values ``(B, h, M, e)`` and
+    directions ``(m, d)`` give ``(B, h, N, e)``; float32 for half-precision inputs.
     """
     q_log = performer_log_features(q, directions)
     k_log = performer_log_features(k, directions)
@@ -85,8 +67,7 @@ class PerformerMixer(TokenMixer):
     """FAVOR+ as a mixer. Its random directions are a buffer that checkpoints save.
 
     Args:
-        num_heads: Number of heads ``h``.
-        head_dims: Channels per head of the values.
+        num_heads, head_dims: As in :class:`TokenMixer`.
         num_features: Random features ``m`` per head, the same ones in every head.
             Defaults to None (``d ln d``, as the paper advises).
         seed: Seed of the features. Defaults to 0.

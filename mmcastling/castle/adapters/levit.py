@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mmcastling.attention.local_conv import merge_heads
+from mmcastling.attention.local_conv import merge_heads, split_heads
 from mmcastling.castle.adapter_registry import register_adapter
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
 from mmcastling.errors import OptionError
@@ -17,13 +17,8 @@ class CastledLeViTAttention(CastledAttention):
     """LeViT's ``Attention``, castled; without attention bias."""
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self._heads(self.qkv(x)).split(
-            [self.key_dims, self.key_dims, self.head_dims], dim=-1
-        )
-        return q, k, v
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        widths = [self.key_dims, self.key_dims, self.head_dims]
+        return split_heads(self.qkv(x), self.num_heads).split(widths, dim=-1)
 
 
 class CastledAttentionSubsample(CastledLeViTAttention):
@@ -34,7 +29,7 @@ class CastledAttentionSubsample(CastledLeViTAttention):
     """
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, kv = self._heads(self.q(x)), self._heads(self.kv(x))
+        q, kv = (split_heads(layer(x), self.num_heads) for layer in (self.q, self.kv))
         return q, *kv.split([self.key_dims, self.head_dims], dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:

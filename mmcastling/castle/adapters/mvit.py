@@ -20,15 +20,7 @@ class CastledMultiScaleAttention(CastledAttention):
     """mmpretrain's ``MultiScaleAttention``, castled."""
 
     def forward(self, x: Tensor, in_size: Grid) -> tuple[Tensor, Grid]:
-        """Attend.
-
-        Args:
-            x: Tokens ``(B, H * W, C)``.
-            in_size: ``(H, W)``.
-
-        Returns:
-            Tokens ``(B, H' * W', C')`` and ``(H', W')``.
-        """
+        """Tokens ``(B, H * W, C)`` to ``(B, H' * W', C')`` and ``(H', W')``."""
         grid = (int(in_size[0]), int(in_size[1]))
         q, k, v = self.project(x)
         q = self._pool(q, self.pool_q, self.norm_q, grid)

@@ -22,38 +22,21 @@ class CastledShiftWindowMSA(nn.Module):
     """``ShiftWindowMSA`` of mmpretrain, mmdet and mmseg, castled.
 
     Args:
+        old: The module as it was.
         w_msa: The castled attention within a window.
-        drop: What is applied last.
-        window_size: Side of a window, in tokens.
-        shift_size: How far windows are shifted, in tokens.
-        pad_small_map: Whether maps smaller than a window are padded to one, and windows
-            are shifted also on maps of one window.
     """
 
-    def __init__(
-        self,
-        w_msa: CastledAttention,
-        drop: nn.Module,
-        window_size: int,
-        shift_size: int,
-        pad_small_map: bool,
-    ) -> None:
+    def __init__(self, old: nn.Module, w_msa: CastledAttention) -> None:
         super().__init__()
         self.w_msa = w_msa
-        self.drop = drop
-        self.window_size = window_size
-        self.shift_size = shift_size
-        self.pad_small_map = pad_small_map
+        self.drop = old.drop
+        self.window_size = old.window_size
+        self.shift_size = old.shift_size
+        # mmdet's and mmseg's always pad and shift; the option is mmpretrain's.
+        self.pad_small_map = getattr(old, "pad_small_map", True)
 
     def forward(self, query: Tensor, hw_shape: Grid) -> Tensor:
-        """Attend within windows.
-
-        Args:
-            query: Tokens ``(B, H * W, C)``.
-            hw_shape: ``(H, W)``.
-
-        Returns:
-            ``(B, H * W, C)``.
+        """Attend within windows, tokens ``(B, H * W, C)`` to the same.
 
         Raises:
             ValueError: If the map is smaller than a window and is not to be padded.
@@ -88,12 +71,8 @@ class CastledShiftWindowMSA(nn.Module):
             columns, left = [], 0
             for width, window_width in _bands(grid[1], self.window_size, shift):
                 window = (window_height, window_width)
-                block = [
-                    _to_windows(
-                        t[:, :, top : top + height, left : left + width], window
-                    )
-                    for t in qkv
-                ]
+                down, across = slice(top, top + height), slice(left, left + width)
+                block = [_to_windows(t[:, :, down, across], window) for t in qkv]
                 y = attention.mix(*block, grid=window)
                 columns.append(_from_windows(y, (height, width), window))
                 pairs = height * width * window_height * window_width
@@ -155,8 +134,4 @@ def castle_shift_window_msa(old: nn.Module, build: MixerBuilder) -> nn.Module:
         proj_drop=inner.proj_drop,
     )
     w_msa.training = inner.training
-    # mmdet's and mmseg's always pad and shift; the option is mmpretrain's.
-    pad_small_map = getattr(old, "pad_small_map", True)
-    return CastledShiftWindowMSA(
-        w_msa, old.drop, old.window_size, old.shift_size, pad_small_map
-    )
+    return CastledShiftWindowMSA(old, w_msa)
