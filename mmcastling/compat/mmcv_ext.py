@@ -21,7 +21,7 @@ from typing import NoReturn
 
 import torch
 
-from mmcastling.compat.mmcv_ops.kernels import KERNELS
+from mmcastling.compat.mmcv_ops import KERNELS
 from mmcastling.errors import UserError
 
 EXT_NAME = "mmcv._ext"

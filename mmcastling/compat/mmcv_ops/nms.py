@@ -28,19 +28,12 @@ def nms(op: SimpleNamespace) -> Tensor:
     return torch.ops.torchvision.nms(boxes, scores, float(op.iou_threshold))
 
 
-def _naive(iou: Tensor, threshold: float, sigma: float) -> Tensor:
-    return (iou < threshold).to(iou)
-
-
-def _linear(iou: Tensor, threshold: float, sigma: float) -> Tensor:
-    return torch.where(iou >= threshold, 1 - iou, torch.ones_like(iou))
-
-
-def _gaussian(iou: Tensor, threshold: float, sigma: float) -> Tensor:
-    return torch.exp(-(iou * iou) / sigma)
-
-
-_DECAYS = (_naive, _linear, _gaussian)
+_DECAYS = (
+    lambda iou, threshold, sigma: (iou < threshold).to(iou),
+    lambda iou, threshold, sigma: (1 - iou).where(iou >= threshold, 1),
+    lambda iou, threshold, sigma: torch.exp(-(iou * iou) / sigma),
+)
+"""Naive, linear and gaussian."""
 
 
 @register_op("boxes scores dets iou_threshold sigma min_score method offset")
