@@ -32,12 +32,8 @@ DEFAULT_MAX_DETECTIONS = 100
 def fast_coco_eval(metrics: Iterable[object], enabled: bool = True) -> Iterator[str]:
     """Let mmdet's COCO metrics evaluate with faster-coco-eval while this is open.
 
-    Args:
-        metrics: The metrics of the evaluation that follows.
-        enabled: False leaves pycocotools in place. Defaults to True.
-
-    Yields:
-        The name and version of what evaluates; empty where no metric is COCO's.
+    Yields the name and version of what evaluates, pycocotools if it is not
+    ``enabled`` or not installed; nothing where no metric is COCO's.
     """
     if not any(_is_coco_metric(metric) for metric in metrics):
         yield ""
