@@ -74,11 +74,8 @@ def _faster_evaluator() -> type | None:
             super().summarize()
             # The library's first number counts as many detections as its last maxDets,
             # pycocotools' always 100; mmdet asks for up to 1,000.
-            limits = list(self.params.maxDets)
-            if (
-                self.params.iouType in ("bbox", "segm")
-                and limits[-1] != DEFAULT_MAX_DETECTIONS
-            ):
+            limits, kind = list(self.params.maxDets), self.params.iouType
+            if kind in ("bbox", "segm") and limits[-1] != DEFAULT_MAX_DETECTIONS:
                 self.stats[0] = self._headline(limits)
 
         def _headline(self, limits: list[int]) -> float:

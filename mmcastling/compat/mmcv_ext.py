@@ -78,11 +78,8 @@ def _missing_op(name: str) -> Callable[..., NoReturn]:
 def require_ops() -> None:
     """Make sure that ``mmcv.ops`` can be imported, by the stand-in if need be.
 
-    Warns where it comes too late for parts of mmdet or mmseg.
-
-    Raises:
-        ImportError: If mmcv is not installed, or if the stand-in is needed and
-            torchvision, or its compiled kernels, cannot be loaded.
+    Raises ImportError if mmcv, or what the stand-in needs of torchvision, is not there;
+    warns where it comes too late for parts of mmdet or mmseg.
     """
     if importlib.util.find_spec("mmcv") is None:
         raise ImportError(

@@ -112,17 +112,14 @@ def import_checkpoint(
 
 
 def _check_destination(source: Path, destination: Path) -> None:
-    problem = None
-    if destination.suffix != ".pth":
-        problem = "must end in .pth"
-    elif destination.is_dir():
-        problem = "is a folder: name a file"
-    elif not destination.parent.is_dir():
-        problem = f"cannot be: the folder {destination.parent} does not exist"
-    elif destination.resolve() == source.resolve():
-        problem = "is the source: choose another name"
-    if problem:
-        raise CheckpointError(f"destination {destination} {problem}")
+    problems = {
+        "must end in .pth": destination.suffix != ".pth",
+        "is a folder: name a file": destination.is_dir(),
+        "is the source: choose another name": destination.resolve() == source.resolve(),
+    }
+    for problem, is_there in problems.items():
+        if is_there:
+            raise CheckpointError(f"destination {destination} {problem}")
 
 
 def _import(

@@ -63,10 +63,7 @@ def _forward(output: Tensor, *arguments) -> None:
 
 
 def _backward(grad_output: Tensor, *arguments) -> Sequence[Tensor]:
-    """Gradients of input, weight, offset, mask and bias, in this order.
-
-    Without a mask the fourth means nothing.
-    """
+    """Gradients of input, weight, offset, mask (if there is one) and bias."""
     given = _arguments(*arguments)
     if grad_output.numel() == 0:
         return [torch.zeros_like(tensor) for tensor in given[:5]]

@@ -14,9 +14,7 @@ def nms(op: SimpleNamespace) -> Tensor:
 
     A box goes when its IoU with a kept one is larger than ``iou_threshold``. ``offset``
     is 0, or 1 if x2 and y2 name the last pixel inside the box.
-
-    Returns:
-        Indices of the kept boxes, highest score first, int64 ``(M,)``.
+    Returns indices of the kept boxes, highest score first, int64 ``(M,)``.
     """
     boxes, scores = widen(op.boxes), widen(op.scores).to(widen(op.boxes))
     if boxes.numel() == 0:
@@ -51,10 +49,9 @@ def softnms(op: SimpleNamespace) -> Tensor:
     One thing differs: two boxes without area have an IoU of 0 here; in the compiled op
     0/0 makes the score of the second NaN under the gaussian method.
 
-    Returns:
-        Indices of the kept boxes in the order in which they were taken, int64 ``(M,)``.
-        The first M rows of ``dets``, ``(N, 5)``, are overwritten by these boxes and
-        their decayed scores.
+    Returns indices of the kept boxes in the order in which they were taken, int64
+    ``(M,)``, and overwrites the first M rows of ``dets``, ``(N, 5)``, by these boxes
+    and their decayed scores.
     """
     boxes, scores, offset = widen(op.boxes), widen(op.scores).clone(), op.offset
     areas = (boxes[:, 2:] - boxes[:, :2] + offset).prod(1)
