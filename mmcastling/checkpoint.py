@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import pickle
-import tempfile
+import secrets
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +19,7 @@ from torch import nn
 from mmcastling.attention.old_names import with_current_names
 from mmcastling.errors import CheckpointError, DamagedCheckpointError
 
-_TEMPORARY = ".mmcastling-tmp"
-"""How the name of a file ends while it is written."""
-
-
+_TEMPORARY = ".mmcastling-tmp"  # ends the name of a file while it is written
 _multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray
 SAFE_GLOBALS: list[Any] = [
     slice,
@@ -123,10 +120,7 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], source: str) -> None:
-    """Load all of a checkpoint's weights into a model, or none.
-
-    The arguments and errors are those of :func:`check_weights_fit`.
-    """
+    """Load all of a checkpoint's weights, or none: see :func:`check_weights_fit`."""
     check_weights_fit(model, checkpoint, source)
     model.load_state_dict(weights_of(checkpoint))
 
@@ -134,15 +128,9 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], source: str) -> N
 def check_weights_fit(
     model: nn.Module, checkpoint: dict[str, Any], source: str
 ) -> None:
-    """Raise unless a checkpoint has exactly the weights that a model expects.
+    """Raise CheckpointError unless a checkpoint's names and shapes are a model's.
 
-    Args:
-        model: The model, not wrapped.
-        checkpoint: A loaded checkpoint.
-        source: Its path, for the message.
-
-    Raises:
-        CheckpointError: If a name is missing or unexpected, or a shape differs.
+    The model is not wrapped; ``source`` is the checkpoint's path, for the message.
     """
     own = model.state_dict()
     weights = with_current_names(weights_of(checkpoint), own)
@@ -172,14 +160,9 @@ def write_atomically(
 ) -> None:
     """Write a file so that at any moment it is the previous one or the new one, whole.
 
-    Args:
-        path: Destination; its folder must exist.
-        write: Called with the open temporary file, which lies beside the destination
-            until it is on the disk.
-
-    Raises:
-        CheckpointError: If it cannot be written, for example on a full disk. Nothing is
-            left behind, and a previous file stays as it was.
+    ``write`` is called with an open temporary file beside it. Raises CheckpointError if
+    that fails, for example on a full disk: nothing is left behind then, and a previous
+    file stays as it was.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -187,16 +170,12 @@ def write_atomically(
             f"cannot write {path}: the folder {path.parent} does not exist, create it "
             "first"
         )
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY, delete=False
-        ) as file:
-            temporary = Path(file.name)
+        with temporary.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
@@ -204,8 +183,7 @@ def write_atomically(
             f"cannot write {path}: {error}; what was saved before is untouched"
         ) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)  # nothing is there once it was renamed
+        temporary.unlink(missing_ok=True)  # nothing is there once it was renamed
 
 
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
@@ -221,11 +199,7 @@ def write_json_atomically(path: str | os.PathLike[str], value: Any) -> None:
 def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
     """Remove what :func:`write_atomically` left in a folder when it was killed.
 
-    Args:
-        folder: A folder in which no other process is saving.
-
-    Returns:
-        The removed files.
+    No other process may be saving there. Returns the removed files.
     """
     leftovers = sorted(Path(folder).glob(f".*{_TEMPORARY}"))
     for path in leftovers:
@@ -241,9 +215,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

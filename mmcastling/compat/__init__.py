@@ -14,8 +14,8 @@ module                      what it mends or adds             can go when
 ``registrations``           registries, inferencers and       toolboxes read entry
                             ``get_model`` find what is ours;  points of packages
                             debug messages stay off screen
-``registry``,               what inherits from our configs    MMEngine builds a base
-``scoped_registry``         is built in our scope, where the  config's parts in its
+``registry``                what inherits from our configs    MMEngine builds a base
+                            is built in our scope, where the  config's parts in its
                             toolbox's names are unknown       toolbox's scope
 ``model_index``             finds our configs by name         never
 ``mmcv_ext``, ``mmcv_ops``  mmcv without its compiled ops     wheels of mmcv have

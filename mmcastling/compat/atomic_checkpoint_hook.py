@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.fileio.backends import prefix_to_backends
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, checkpoint_hook
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.runner import Runner
 
@@ -48,9 +50,9 @@ class AtomicCheckpointHook(CheckpointHook):
 
     Checkpoints, and ``last_checkpoint`` which names the newest, are written under
     temporary names and renamed when they are on the disk. Outdated ones
-    (``max_keep_ckpts``, the former best) are removed after that, not before, so for the
-    time of saving there is one more. A full disk ends training with the checkpoint's
-    name. What a killed run left half-written is removed when the next one starts.
+    (``max_keep_ckpts``, the former best) are removed after that, so for the time of
+    saving there is one more. A full disk ends training with the checkpoint's name.
+    What a killed run left half-written is removed when the next one starts.
 
     It takes the arguments of ``CheckpointHook`` and its place in a config of any
     toolbox. Storage that is not local (``backend_args``) keeps its own way of writing::
@@ -75,61 +77,41 @@ class AtomicCheckpointHook(CheckpointHook):
     def _save_checkpoint_with_step(
         self, runner: Runner, step: int, meta: dict[str, Any]
     ) -> None:
-        # Differs from MMEngine's in the order: save, name as the last one, remove.
-        outdated = None
-        if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
-            if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
-                outdated = self._path_of(self.keep_ckpt_ids[0])
-            self.keep_ckpt_ids.append(step)  # drops the first one if it is full
-            runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
-        self.last_ckpt = self._path_of(step)
-        runner.message_hub.update_info("last_ckpt", self.last_ckpt)
-        with whole_local_files():
-            runner.save_checkpoint(
-                self.out_dir,
-                self.filename_tmpl.format(step),
-                self.file_client_args,
-                save_optimizer=self.save_optimizer,
-                save_param_scheduler=self.save_param_scheduler,
-                meta=meta,
-                by_epoch=self.by_epoch,
-                backend_args=self.backend_args,
-                **self.args,
-            )
-        if is_main_process():
-            write_text_atomically(
-                Path(runner.work_dir) / "last_checkpoint", self.last_ckpt
-            )
-            if outdated is not None:
-                _remove(self.file_backend, outdated)
+        # The name of the newest checkpoint is the one file that MMEngine opens itself.
+        opened = mock.patch.object(
+            checkpoint_hook, "open", _open_atomically, create=True
+        )
+        with whole_local_files(), self._removals_last(), opened:
+            super()._save_checkpoint_with_step(runner, step, meta)
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, float]) -> None:
         with whole_local_files(), self._removals_last():
             super()._save_best_checkpoint(runner, metrics)
 
-    def _path_of(self, step: int) -> str:
-        name = self.filename_tmpl.format(step)
-        return self.file_backend.join_path(self.out_dir, name)
-
     @contextlib.contextmanager
     def _removals_last(self) -> Iterator[None]:
         """Put off what is removed until all is saved."""
-        backend, outdated = self.file_backend, []
+        backend = self.file_backend
+        files: list[str] = []
+        folders: list[str] = []  # of FSDP or DeepSpeed
         self.file_backend = copy.copy(backend)
-        self.file_backend.remove = self.file_backend.rmtree = outdated.append
+        self.file_backend.remove = files.append
+        self.file_backend.rmtree = folders.append
         try:
             yield
         finally:
             self.file_backend = backend
-        for path in outdated:
-            _remove(backend, path)
+        for path in files:
+            backend.remove(path)
+        for path in folders:
+            backend.rmtree(path)
 
 
-def _remove(backend: Any, path: str) -> None:
-    if backend.isfile(path):
-        backend.remove(path)
-    elif backend.isdir(path):  # of FSDP or DeepSpeed
-        backend.rmtree(path)
+@contextlib.contextmanager
+def _open_atomically(path: str, mode: str) -> Iterator[io.StringIO]:
+    text = io.StringIO()
+    yield text
+    write_text_atomically(path, text.getvalue())
 
 
 @contextlib.contextmanager

@@ -32,12 +32,8 @@ DEFAULT_MAX_DETECTIONS = 100
 def fast_coco_eval(metrics: Iterable[object], enabled: bool = True) -> Iterator[str]:
     """Let mmdet's COCO metrics evaluate with faster-coco-eval while this is open.
 
-    Args:
-        metrics: The metrics of the evaluation that follows.
-        enabled: False leaves pycocotools in place. Defaults to True.
-
-    Yields:
-        The name and version of what evaluates; empty where no metric is COCO's.
+    Yields the name and version of what evaluates, pycocotools if it is not
+    ``enabled`` or not installed; nothing where no metric is COCO's.
     """
     if not any(_is_coco_metric(metric) for metric in metrics):
         yield ""
@@ -78,11 +74,8 @@ def _faster_evaluator() -> type | None:
             super().summarize()
             # The library's first number counts as many detections as its last maxDets,
             # pycocotools' always 100; mmdet asks for up to 1,000.
-            limits = list(self.params.maxDets)
-            if (
-                self.params.iouType in ("bbox", "segm")
-                and limits[-1] != DEFAULT_MAX_DETECTIONS
-            ):
+            limits, kind = list(self.params.maxDets), self.params.iouType
+            if kind in ("bbox", "segm") and limits[-1] != DEFAULT_MAX_DETECTIONS:
                 self.stats[0] = self._headline(limits)
 
         def _headline(self, limits: list[int]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,8 +23,7 @@ from mmcastling.compat.seeded_data import (
 from mmcastling.errors import OptionError
 from mmcastling.registry import HOOKS
 
-GRADIENTS_KEY = "accumulated_gradients"
-"""Where a checkpoint holds gradients that wait for the rest of their accumulation."""
+GRADIENTS_KEY = "accumulated_gradients"  # in a checkpoint
 META_KEY = "exact_resume"
 """Where a checkpoint's ``meta`` holds what the order of the data depends on."""
 
@@ -35,15 +33,13 @@ META_KEY = "exact_resume"
 class ExactResumeHook(Hook):
     """Make everything random in training a pure function of its place in training.
 
-    MMEngine restores weights, optimizer, schedules, averaged weights and the log. It
-    loses the states of the random generators, those of the data workers too, the place
-    inside an epoch, and gradients that are still accumulating. With this hook
+    MMEngine loses the states of the random generators, the place inside an epoch, and
+    gradients that are still accumulating. With this hook
 
     - the generators of Python, numpy and torch (of all devices) are seeded before every
-      iteration with the run's seed, the iteration and the rank;
-    - the same generators are seeded before every sample with the run's seed, the epoch
-      and the sample's number in it, wherever the sample is loaded: the number of
-      workers makes no difference;
+      iteration with the run's seed, the iteration and the rank, and before every sample
+      with the seed, the epoch and the sample's number in it: the number of workers
+      makes no difference;
     - a resumed run begins inside the epoch, after the batches already trained, which
       are counted off and not loaded;
     - a checkpoint inside a window of gradient accumulation holds the gradients.
@@ -69,9 +65,8 @@ class ExactResumeHook(Hook):
     - a training dataloader that another hook iterates while it has an infinite sampler;
     - gradients still accumulating in processes other than the first: let the interval
       of checkpoints be a multiple of ``accumulative_counts`` there;
-    - a validation that was due between the last checkpoint and the kill: it is not
-      repeated, which changes no weights;
-    - times in the log.
+    - a validation that was due between the last checkpoint and the kill, and times in
+      the log.
     """
 
     priority = "VERY_HIGH"
@@ -82,8 +77,6 @@ class ExactResumeHook(Hook):
         self._gradients: dict[str, torch.Tensor] = {}
         self._settings_before: dict[str, int] = {}
 
-    # -- what MMEngine calls -----------------------------------------------------------
-
     def before_run(self, runner: Runner) -> None:
         self._seed_at_start = runner.seed
 
@@ -93,8 +86,7 @@ class ExactResumeHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         loop = runner.train_loop
-        endless = isinstance(loop, IterBasedTrainLoop)
-        if not endless and not isinstance(loop, EpochBasedTrainLoop):
+        if not isinstance(loop, (EpochBasedTrainLoop, IterBasedTrainLoop)):
             raise OptionError(
                 f"ExactResumeHook does not know where {type(loop).__name__} draws its "
                 "data: use EpochBasedTrainLoop or IterBasedTrainLoop, or remove the "
@@ -110,6 +102,7 @@ class ExactResumeHook(Hook):
         if self._is_resumed:
             self._check_setting(runner)
             self._restore_gradients(runner)
+        endless = isinstance(loop, IterBasedTrainLoop)
         batches = PlacedBatchSampler(
             loader.batch_sampler, get_rank(), get_world_size(), endless
         )
@@ -126,7 +119,10 @@ class ExactResumeHook(Hook):
             skip = self._batches_done(runner) if self._is_resumed else 0
             loop.dataloader.batch_sampler.begin(loop.epoch, skip)
             if skip:
-                _shift_batch_idx(loop, skip)
+                # The loop hands its count to all hooks, which compare it with the
+                # length of the epoch: it goes on from the batches left out.
+                run_iter = loop.run_iter
+                loop.run_iter = lambda idx, batch: run_iter(idx + skip, batch)
 
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None
@@ -154,8 +150,6 @@ class ExactResumeHook(Hook):
                 "holds the gradients of the first process only: a resume from it is "
                 "not exact. Let the interval be a multiple of accumulative_counts"
             )
-
-    # -- resuming ----------------------------------------------------------------------
 
     def _check_setting(self, runner: Runner) -> None:
         if runner.seed != self._seed_at_start:
@@ -197,15 +191,6 @@ class ExactResumeHook(Hook):
         return 0
 
 
-def _shift_batch_idx(loop: EpochBasedTrainLoop, skip: int) -> None:
-    """Let the loop count batches from the ones left out, until the epoch ends.
-
-    It hands its count to all hooks, which compare it with the length of the epoch.
-    """
-    run_iter = loop.run_iter
-    loop.run_iter = lambda idx, data_batch: run_iter(idx + skip, data_batch)
-
-
 def _settings(runner: Runner) -> dict[str, int]:
     loader = runner.train_dataloader
     return dict(
@@ -217,9 +202,8 @@ def _settings(runner: Runner) -> dict[str, int]:
 
 def _is_accumulating(runner: Runner) -> bool:
     wrapper = runner.optim_wrapper
-    several = isinstance(wrapper, OptimWrapperDict)
-    wrappers: Iterator[Any] = wrapper.values() if several else iter([wrapper])
-    return any(not one.should_update() for one in wrappers)
+    wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+    return not all(one.should_update() for one in wrappers)
 
 
 def _core(model: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ from typing import NoReturn
 
 import torch
 
-from mmcastling.compat.mmcv_ops.kernels import KERNELS
+from mmcastling.compat.mmcv_ops import KERNELS
 from mmcastling.errors import UserError
 
 EXT_NAME = "mmcv._ext"
@@ -32,31 +32,24 @@ _KEEPS_PLACEHOLDERS = ("mmdet.structures.mask", "mmseg.models")
 
 
 class MissingOpError(UserError, RuntimeError):
-    """An mmcv op was called that only a compiled mmcv has.
-
-    Args:
-        op: The op's name in ``mmcv._ext``.
-    """
+    """An mmcv op, by its name in ``mmcv._ext``, was called that is not there."""
 
     def __init__(self, op: str) -> None:
         self.op = op
-        super().__init__(
-            f"mmcv op '{op}' was called, but this mmcv was built without its compiled "
-            f"ops and mmcastling has no replacement for '{op}'. Either install an "
-            f"mmcv with ops compiled for torch {torch.__version__}, for example from "
-            "source with `MMCV_WITH_OPS=1 pip install --no-build-isolation "
-            "--no-binary onedl-mmcv --force-reinstall --no-deps onedl-mmcv`, or choose "
-            "a config that does not use this op."
-        )
+        super().__init__(op)
 
-    def __reduce__(self) -> tuple[type, tuple[str]]:
-        # The default would rebuild the error from its message instead of the op.
-        return type(self), (self.op,)
+    def __str__(self) -> str:
+        return (
+            f"mmcv op '{self.op}' was called, but this mmcv was built without its "
+            f"compiled ops and mmcastling has no replacement for '{self.op}'. Either "
+            f"install an mmcv with ops compiled for torch {torch.__version__}, for "
+            "example from source with `MMCV_WITH_OPS=1 pip install "
+            "--no-build-isolation --no-binary onedl-mmcv --force-reinstall --no-deps "
+            "onedl-mmcv`, or choose a config that does not use this op."
+        )
 
 
 class _StandInLoader(importlib.abc.Loader):
-    """Fills the stand-in."""
-
     def exec_module(self, module: ModuleType) -> None:
         _require_torchvision_kernels()
         module.__doc__ = "mmcastling's stand-in for mmcv's compiled ops."
@@ -65,11 +58,7 @@ class _StandInLoader(importlib.abc.Loader):
 
 
 def stand_in_spec() -> importlib.machinery.ModuleSpec:
-    """What the import system needs to make the stand-in.
-
-    Importing it raises ImportError where torchvision, or its compiled kernels, cannot
-    be loaded.
-    """
+    """What the import system needs to make the stand-in."""
     return importlib.machinery.ModuleSpec(EXT_NAME, _StandInLoader(), origin=__name__)
 
 
@@ -89,11 +78,8 @@ def _missing_op(name: str) -> Callable[..., NoReturn]:
 def require_ops() -> None:
     """Make sure that ``mmcv.ops`` can be imported, by the stand-in if need be.
 
-    Warns where it comes too late for parts of mmdet or mmseg.
-
-    Raises:
-        ImportError: If mmcv is not installed, or if the stand-in is needed and
-            torchvision, or its compiled kernels, cannot be loaded.
+    Raises ImportError if mmcv, or what the stand-in needs of torchvision, is not there;
+    warns where it comes too late for parts of mmdet or mmseg.
     """
     if importlib.util.find_spec("mmcv") is None:
         raise ImportError(
@@ -112,11 +98,6 @@ def require_ops() -> None:
 
 
 def _require_torchvision_kernels() -> None:
-    advice = (
-        "mmcv has no compiled ops here, so mmcastling runs them on torchvision's "
-        f"kernels, but these cannot be used: {{reason}}. Install the torchvision "
-        f"release that belongs to torch {torch.__version__}."
-    )
     try:
         importlib.import_module("torchvision")
         # Attribute access on torch.ops is what looks the kernel up.
@@ -124,6 +105,9 @@ def _require_torchvision_kernels() -> None:
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
         # A torchvision built for another torch fails with any of these four.
         raise ImportError(
-            advice.format(reason=f"{type(error).__name__}: {error}"),
+            "mmcv has no compiled ops here, so mmcastling runs them on torchvision's "
+            f"kernels, but these cannot be used: {type(error).__name__}: {error}. "
+            "Install the torchvision release that belongs to torch "
+            f"{torch.__version__}.",
             name="torchvision",
         ) from error

@@ -31,11 +31,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def models() -> dict[str, dict[str, Any]]:
-    """What the metafiles say of each model, by name.
-
-    Raises:
-        UnavailableError: If there are none: the installation is not complete.
-    """
+    """What the metafiles say of each model, by name."""
     folder = _root()
     parts = read(folder / "model-index.yml")["Import"]
     entries = [entry for part in parts for entry in read(folder / part)["Models"]]
@@ -43,10 +39,7 @@ def models() -> dict[str, dict[str, Any]]:
 
 
 def find_config(name: str) -> str:
-    """The path of a model's config, for whatever takes one.
-
-    Args:
-        name: Name of a model, as in the metafile; ``.py`` may follow.
+    """The path of the config of a model, whose name in the metafile ``.py`` may follow.
 
     Raises:
         OptionError: If there is no such model; says which names are close.

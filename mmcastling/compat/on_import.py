@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import PathFinder
 from types import ModuleType
+from typing import Any
 
 from mmcastling.version import __version__
 
@@ -54,12 +54,7 @@ def _tell(module: ModuleType) -> None:
 class _AfterImport(MetaPathFinder):
     """Before all other finders: lets a module of the table be told once it is there."""
 
-    def find_spec(
-        self,
-        name: str,
-        path: Sequence[str] | None = None,
-        target: ModuleType | None = None,
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         spec = PathFinder.find_spec(name, path) if name in AFTER_IMPORT else None
         if spec is None or spec.loader is None:
             return None
@@ -76,12 +71,7 @@ class _AfterImport(MetaPathFinder):
 class _NotFound(MetaPathFinder):
     """After all other finders: a stand-in for ``mmcv._ext``, and where ours went."""
 
-    def find_spec(
-        self,
-        name: str,
-        path: Sequence[str] | None = None,
-        target: ModuleType | None = None,
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name == "mmcv._ext":
             return importlib.import_module("mmcastling.compat.mmcv_ext").stand_in_spec()
         if name in MOVED:
@@ -89,7 +79,6 @@ class _NotFound(MetaPathFinder):
                 f"{name} has moved: it is {MOVED[name]} since mmcastling {__version__}",
                 name=name,
             )
-        return None
 
 
 def install() -> None:

@@ -21,13 +21,11 @@ from typing import Any
 from mmcastling.checkpoint import SAFE_GLOBALS
 from mmcastling.compat import mmcv_ext, model_index
 
+# Whose inferencers know the models of a metafile; mmpretrain's have a way of their own.
 METAFILES = {
     "mmdet": "configs/metafile_detection.yml",
     "mmseg": "configs/metafile_segmentation.yml",
 }
-"""Whose inferencers know the models of a metafile; mmpretrain's have a way of their
-own."""
-
 CLASSIFIERS = "configs/metafile_classification.yml"
 
 TIMM_ARCHS = {
@@ -105,12 +103,10 @@ def name_models_in_inferencers(module: ModuleType) -> None:
     def with_ours(dir: str) -> Iterator[dict[str, Any]]:
         yield from theirs(dir)
         folder = model_index.find_root()
-        for toolbox, part in METAFILES.items():
+        for toolbox, part in METAFILES.items() if folder else ():
             # A toolbox that is asked for its models has been imported.
-            if (
-                folder is not None
-                and sys.modules.get(toolbox) is not None
-                and dir == inferencer._get_repo_or_mim_dir(toolbox)
+            if sys.modules.get(toolbox) is not None and (
+                dir == inferencer._get_repo_or_mim_dir(toolbox)
             ):
                 for entry in model_index.read(folder / part)["Models"]:
                     yield {**entry, "Config": str(folder / entry["Config"])}

@@ -22,14 +22,14 @@ _MODEL, _DATA = 0, 1
 
 
 class Place(NamedTuple):
-    """Where in training a sample stands, and which it is."""
+    """Where in training a sample stands, and which it is.
+
+    ``position`` counts the samples before it in this epoch, of all processes.
+    """
 
     index: Any
-    """What the sampler gave, for the dataset."""
     epoch: int
-    """The pass over the data."""
     position: int
-    """Count of samples before it in this pass, those of all processes included."""
 
 
 def seed_model(seed: int, iteration: int, rank: int) -> None:
@@ -62,10 +62,6 @@ class SeededDataset(Dataset):
 
     Everything but the drawing of samples reaches the dataset inside, so hooks may read
     and set its attributes, ``pipeline`` for example.
-
-    Args:
-        dataset: Any map-style dataset.
-        seed: The run's seed.
     """
 
     _own = ("_dataset", "_seed")
@@ -98,17 +94,9 @@ class SeededDataset(Dataset):
 class PlacedBatchSampler(Sampler[list[Place]]):
     """Batches that know their place, beginning at any of them.
 
-    Attributes that it does not have are those of the batch sampler inside.
-
-    Args:
-        batch_sampler: Yields batches of indices; any batch sampler of the toolboxes.
-        rank: Of this process.
-        world_size: Number of processes, each with a batch sampler of its own share.
-        endless: Begin a new pass after each, as iteration-based training does, rather
-            than stop. Defaults to False.
-
-    Raises:
-        ValueError: While iterating endlessly, if there is no batch at all.
+    Attributes that it does not have are those of the batch sampler inside, which yields
+    the indices of this process alone. ``endless`` begins a new epoch after each, as
+    iteration-based training does; if there is no batch then, OptionError is raised.
     """
 
     def __init__(
@@ -134,12 +122,7 @@ class PlacedBatchSampler(Sampler[list[Place]]):
         return getattr(self.batch_sampler, name)
 
     def begin(self, epoch: int = 0, skip: int = 0) -> None:
-        """Set where the next iteration begins.
-
-        Args:
-            epoch: Number of the pass. Defaults to 0.
-            skip: Batches to leave out, without loading their samples. Defaults to 0.
-        """
+        """Let the next iteration leave out batches, whose samples are not loaded."""
         self.epoch = epoch
         self._skip = skip
 
@@ -152,9 +135,12 @@ class PlacedBatchSampler(Sampler[list[Place]]):
                 if skip > 0:
                     skip -= 1
                 else:
+                    # Samplers deal the line of samples to the processes in turn:
+                    # numbered along that line, a sample is augmented alike however
+                    # many processes there are.
                     yield [
-                        self._place(index, epoch, count + offset)
-                        for offset, index in enumerate(batch)
+                        Place(index, epoch, number * self.world_size + self.rank)
+                        for number, index in enumerate(batch, count)
                     ]
                 count += len(batch)
             if not self.endless:
@@ -169,22 +155,11 @@ class PlacedBatchSampler(Sampler[list[Place]]):
             if hasattr(sampler, "set_epoch"):  # another order in every pass
                 sampler.set_epoch(epoch)
 
-    def _place(self, index: Any, epoch: int, count: int) -> Place:
-        # Samplers deal the line of samples to the processes in turn: numbered along
-        # that line, a sample is augmented alike however many processes there are.
-        return Place(index, epoch, count * self.world_size + self.rank)
-
 
 def place_batches(
     dataloader: DataLoader, batch_sampler: PlacedBatchSampler, seed: int
 ) -> DataLoader:
-    """The same dataloader, with samples seeded by their place.
-
-    Args:
-        dataloader: Left as it is.
-        batch_sampler: Wraps the dataloader's.
-        seed: The run's seed.
-    """
+    """A copy of a dataloader whose samples are seeded by their place."""
     placed = copy.copy(dataloader)
     # torch refuses to set these because a dataloader would still hold a sampler made
     # from the former ones. Here they wrap the former ones.
@@ -200,10 +175,8 @@ class BatchStream:
     """What iteration-based training draws its batches from.
 
     Takes the place of MMEngine's iterator, which would load what it skips, and start
-    its workers anew in every pass.
-
-    Args:
-        dataloader: Has an endless :class:`PlacedBatchSampler`.
+    its workers anew in every epoch. The dataloader is of an endless
+    :class:`PlacedBatchSampler`.
     """
 
     def __init__(self, dataloader: DataLoader) -> None:

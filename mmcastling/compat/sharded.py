@@ -1,7 +1,4 @@
-"""Training with sharded parameters (FSDP): what MMEngine's strategy gets wrong.
-
-Gradients are clipped by the norm of the whole model, and a run can be resumed.
-"""
+"""Training with sharded parameters (FSDP): what MMEngine's strategy gets wrong."""
 
 from __future__ import annotations
 
@@ -48,11 +45,7 @@ class WholeNormClipping:
 
 @OPTIM_WRAPPERS.register_module()
 class ShardedOptimWrapper(WholeNormClipping, OptimWrapper):
-    """MMEngine's ``OptimWrapper`` for models that FSDP shards.
-
-    Takes the arguments of MMEngine's ``OptimWrapper``; ``clip_grad`` is by the norm of
-    the whole gradient.
-    """
+    """MMEngine's ``OptimWrapper`` that clips by the norm over all of FSDP's shards."""
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:

@@ -21,11 +21,8 @@ def clip_to_weights(
     From "High-Performance Large-Scale Image Recognition Without Normalization" (Brock
     et al. 2021), equation 3. A row is what one output channel of a matrix or kernel is
     computed with; a vector is one row.
-
-    Args:
-        parameters: Parameters with a gradient.
-        clip_factor: Largest norm of a row's gradient in units of the row's norm.
-        eps: Smallest norm that a row counts as. Defaults to 1e-3.
+    ``clip_factor`` is the largest norm of a row's gradient in units of the row's norm,
+    which counts as at least ``eps``.
     """
     for weight in parameters:
         with torch.no_grad():

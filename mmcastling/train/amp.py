@@ -1,8 +1,4 @@
-"""Automatic mixed precision on every device whose autocast torch offers.
-
-MMEngine's ``AmpOptimWrapper`` demands an accelerator; on a CPU bfloat16 works as well,
-and float16 where it must be tried without a GPU.
-"""
+"""Automatic mixed precision on every device whose autocast torch offers."""
 
 from __future__ import annotations
 
@@ -25,14 +21,14 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 @OPTIM_WRAPPERS.register_module()
 class DeviceAmpOptimWrapper(WholeNormClipping, AmpOptimWrapper):
-    """MMEngine's ``AmpOptimWrapper`` for any device, CPUs included.
+    """MMEngine's ``AmpOptimWrapper``, which demands an accelerator, for CPUs too.
 
     The loss is scaled in float16 only, whose gradients underflow; bfloat16 has the
     exponents of float32, so that a step is never left out for an overflow.
 
     Args:
-        dtype: ``'float16'``, ``'bfloat16'``, or None for what torch's autocast takes on
-            the device: float16 on CUDA, bfloat16 on a CPU. Defaults to None.
+        dtype: ``'float16'``, ``'bfloat16'``, or None for float16 on CUDA and bfloat16
+            on a CPU. Defaults to None.
         loss_scale: ``'dynamic'``, a fixed scale, or a dict with arguments of
             :class:`torch.amp.GradScaler`. Defaults to ``'dynamic'``.
         use_fsdp: Scale for parameters sharded by ``FullyShardedDataParallel``.

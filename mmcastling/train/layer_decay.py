@@ -1,14 +1,13 @@
 """Layer-wise learning-rate decay for backbones inside any OpenMMLab model.
 
-Fine-tuning a pre-trained vision transformer works best when its early layers move
-less than its late ones (BEiT, MAE, ViTDet): a layer ``n`` steps below the top gets the
-learning rate times ``rate ** n``. The toolboxes have one constructor each for this:
-mmpretrain's asks the whole model for its depths, which a detector cannot answer, and
-mmdet's and mmseg's know a few backbones by the names of their parameters. This one
-asks the backbone it finds inside the model.
+A pre-trained layer ``n`` steps below the top gets the learning rate times ``rate ** n``
+(BEiT, MAE, ViTDet). Of the toolboxes' own constructors mmpretrain's asks the whole
+model for its depths, which a detector cannot answer, and mmdet's and mmseg's know a few
+backbones by name. This one asks the backbone it finds inside the model.
 """
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,17 +25,10 @@ NO_DECAY_NAMES = ("cls_token", "dist_token", "pos_embed", "absolute_pos_embed")
 
 
 def layer_scale(name: str, depth: int, num_layers: int, rate: float) -> float:
-    """Learning-rate multiplier of a backbone's parameter: 1 at the top.
+    """Learning-rate multiplier of the parameter ``name`` of a backbone: 1 at the top.
 
-    Args:
-        name: Name of the parameter, for the error message.
-        depth: Its layer: 0 is the stem (patch and position embedding),
-            ``num_layers - 1`` whatever follows the last block.
-        num_layers: Number of layers, stem and output included (blocks + 2).
-        rate: Decay per layer, in (0, 1].
-
-    Raises:
-        OptionError: If ``rate`` or ``depth`` is out of range.
+    ``depth`` 0 is the stem (patch and position embedding), ``num_layers - 1`` whatever
+    follows the last block. Raises OptionError if it, or ``rate``, is out of range.
     """
     if not 0 < rate <= 1:
         raise OptionError(f"layer_decay_rate must be in (0, 1], got {rate!r}.")
@@ -49,18 +41,10 @@ def layer_scale(name: str, depth: int, num_layers: int, rate: float) -> float:
 
 
 def find_layered_backbones(model: nn.Module) -> dict[str, nn.Module]:
-    """Backbones that can tell the depth of their parameters.
+    """The outermost modules called ``backbone`` that have ``get_layer_depth``.
 
-    Args:
-        model: Any model with modules called ``backbone`` at any level, or a backbone.
-
-    Returns:
-        The outermost modules called ``backbone`` that have ``get_layer_depth``, by the
-        prefix of their parameters (``'backbone.'``); for a bare backbone the model
-        itself, with the prefix ``''``.
-
-    Raises:
-        OptionError: If there is none.
+    By the prefix of their parameters (``'backbone.'``), which is ``''`` if the model is
+    itself a backbone. Raises OptionError if there is none.
     """
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -90,11 +74,9 @@ def find_layered_backbones(model: nn.Module) -> dict[str, nn.Module]:
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """Optimizer wrapper with layer-wise learning-rate decay in the backbone.
 
-    Use it from any toolbox as
-    ``constructor='mmcastling.LayerDecayOptimWrapperConstructor'``. The model, or the
-    model inside a ``DistributedDataParallel``, holds one or more modules called
-    ``backbone``, or is a backbone itself; each is asked for the layer of its
-    parameters by ``backbone.get_layer_depth(param_name, prefix)``, mmpretrain's
+    The model, or the model inside a ``DistributedDataParallel``, holds one or more
+    modules called ``backbone``, or is a backbone itself; each is asked for the layer of
+    its parameters by ``backbone.get_layer_depth(param_name, prefix)``, mmpretrain's
     convention. Everything outside the backbones keeps the full learning rate.
 
     ``paramwise_cfg`` takes all the fields of MMEngine's
@@ -147,29 +129,23 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if prefix:
             super().add_params(params, module, prefix=prefix, **kwargs)
             return
-        # Asked first: no work is done for a model that cannot answer.
         backbones = find_layered_backbones(module)
         singles: list[dict] = []
         with _without_line_per_param():
             super().add_params(singles, module, **kwargs)
         names = {id(p): _unwrapped(name) for name, p in module.named_parameters()}
-        self._check_unique(singles, names)
-        for single in singles:
-            (param,) = single["params"]
-            self._set_scale(single, names[id(param)], backbones)
-        groups = _merge(singles, names)
-        params.extend(groups)
-        num_frozen = sum(not p.requires_grad for p in module.parameters())
-        print_log(_table(groups, num_frozen), logger="current")
-
-    def _check_unique(self, singles: list[dict], names: dict[int, str]) -> None:
-        counts = Counter(id(single["params"][0]) for single in singles)
-        shared = [names[key] for key, count in counts.items() if count > 1]
-        if shared:
+        keys = [id(single["params"][0]) for single in singles]
+        if shared := [names[key] for key, n in Counter(keys).items() if n > 1]:
             raise OptionError(
                 f"parameters {shared} are shared by several modules; set "
                 "bypass_duplicate=True in paramwise_cfg to keep the first of each."
             )
+        for single, key in zip(singles, keys, strict=True):
+            self._set_scale(single, names[key], backbones)
+        groups = _merge(singles, names)
+        params.extend(groups)
+        num_frozen = sum(not p.requires_grad for p in module.parameters())
+        print_log(_table(groups, num_frozen), logger="current")
 
     def _set_scale(
         self, group: dict, name: str, backbones: dict[str, nn.Module]
@@ -231,15 +207,14 @@ def _table(groups: list[dict], num_frozen: int) -> str:
 @contextmanager
 def _without_line_per_param() -> Iterator[None]:
     """Keep MMEngine from logging hundreds of lines that the table sums up."""
+    told = re.compile(
+        "paramwise_options -- |.* is skipped since its requires_grad=False"
+    )
+    logger = MMLogger.get_current_instance()
 
     def keep(record: logging.LogRecord) -> bool:
-        text = str(record.msg)
-        return not (
-            text.startswith("paramwise_options -- ")
-            or text.endswith("is skipped since its requires_grad=False")
-        )
+        return not told.match(str(record.msg))
 
-    logger = MMLogger.get_current_instance()
     logger.addFilter(keep)
     try:
         yield

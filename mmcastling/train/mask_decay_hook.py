@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,20 +17,15 @@ from mmengine.runner import Runner
 from mmcastling.attention import MaskThreshold
 from mmcastling.errors import OptionError
 from mmcastling.registry import HOOKS
-from mmcastling.verbs import (
-    MASK_META_KEY,
-    castling_modules,
-    restore_mask,
-    set_mask,
-)
+from mmcastling.verbs import MASK_META_KEY, castling_modules, restore_mask, set_mask
 
 # The smaller end of an exponential curve is this fraction of its larger end: about 1/N
 # at the 1,024 tokens of a small dense task.
-_EXP_RANGE = math.exp(-7.0)
+_RANGE = math.exp(-7.0)
 
 
 def _exp_growth(t: float) -> float:
-    return (_EXP_RANGE ** (1.0 - t) - _EXP_RANGE) / (1.0 - _EXP_RANGE)
+    return (_RANGE ** (1.0 - t) - _RANGE) / (1.0 - _RANGE)
 
 
 CURVES: dict[str, Callable[[float, bool], float]] = {
@@ -69,9 +65,8 @@ class MaskDecayHook(Hook):
         mask_penalty: Add the gradient of ``mask_penalty`` times the sum of all
             surviving probabilities, while the branch is on: the masks are pushed
             towards zero as well as cut. The sum runs over images, heads, queries and
-            keys, so with ``B`` images of ``N`` tokens it is at most ``B h N`` per
-            attention. It follows loss scaling and gradient accumulation as a term of
-            the loss would, and appears in no log. Defaults to 0.
+            keys, at most ``B h N`` per attention. It follows loss scaling and gradient
+            accumulation as a term of the loss would. Defaults to 0.
         val_deployed: Validate with the branch off, so that the metric in the log is the
             one that ships. Defaults to True.
         interval: Iterations between two records of the state in the log. Defaults to
@@ -132,14 +127,7 @@ class MaskDecayHook(Hook):
         self._masks_before_val: list[tuple[Any, tuple[Any, ...]]] = []
 
     def state_at(self, progress: float) -> tuple[MaskThreshold, float]:
-        """The masks' state at a point of training: a pure function.
-
-        Args:
-            progress: Fraction of training, from 0 to 1.
-
-        Returns:
-            The threshold and the weight in force.
-        """
+        """Threshold and weight at a fraction of training: a pure function."""
         if progress >= self.finish:
             t = 1.0
         elif progress <= self.begin:
@@ -158,8 +146,6 @@ class MaskDecayHook(Hook):
         """Fraction of training at an iteration, 1 at the last one."""
         return min(1.0, iteration / max(1, max_iters - 1))
 
-    # -- what MMEngine calls -----------------------------------------------------------
-
     def before_train(self, runner: Runner) -> None:
         if not any(True for _ in castling_modules(runner.model)):
             raise OptionError(
@@ -169,24 +155,15 @@ class MaskDecayHook(Hook):
                 "remove the hook from custom_hooks"
             )
 
-    def before_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None
-    ) -> None:
+    def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         self._apply(runner)
 
-    def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: Any = None,
-        outputs: Any = None,
-    ) -> None:
+    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         due = self.every_n_train_iters(runner, self.interval)
         if due or runner.iter == 0 or self.is_last_train_iter(runner):
             self._log(runner)
 
     def before_val_epoch(self, runner: Runner) -> None:
-        self._masks_before_val = []
         if self.val_deployed:
             for _, module in castling_modules(runner.model):
                 mask = module.branch
@@ -194,12 +171,10 @@ class MaskDecayHook(Hook):
                 self._masks_before_val.append((module, state))
                 module.set_mask(1.0)
 
-    def after_val_epoch(
-        self, runner: Runner, metrics: dict[str, float] | None = None
-    ) -> None:
-        for module, state in self._masks_before_val:
+    def after_val_epoch(self, runner: Runner, metrics: Any = None) -> None:
+        while self._masks_before_val:
+            module, state = self._masks_before_val.pop()
             module.set_mask(*state)
-        self._masks_before_val = []
 
     def before_save_checkpoint(
         self, runner: Runner, checkpoint: dict[str, Any]
@@ -217,16 +192,13 @@ class MaskDecayHook(Hook):
 
     def after_train(self, runner: Runner) -> None:
         self._apply(runner)
-        modules = [module for _, module in castling_modules(runner.model)]
-        if any(module.mask_is_on for module in modules):
+        if any(module.mask_is_on for _, module in castling_modules(runner.model)):
             threshold, weight = self._state(runner)
             runner.logger.warning(
                 "training ended with the auxiliary softmax branch still on "
                 f"(threshold {threshold}, weight {weight:g}): pruning it will change "
                 "the output. Use mode='weight', or mode='threshold' with end=1"
             )
-
-    # -- the state ---------------------------------------------------------------------
 
     def _state(self, runner: Runner) -> tuple[MaskThreshold, float]:
         return self.state_at(self.progress(runner.iter, runner.max_iters))
@@ -244,14 +216,15 @@ class MaskDecayHook(Hook):
         all_reduce(density, "mean")  # over processes, all of which are here
         densities = density.tolist()
         scalars = dict(
-            threshold=threshold.probability, weight=weight, density=_mean(densities)
+            threshold=threshold.probability, weight=weight, density=fmean(densities)
         )
         if self.start.multiple or self.end.multiple:
             scalars["threshold_uniform"] = threshold.multiple
-        scalars |= {
-            f"density_{name}": _mean(group)
-            for name, group in _layer_groups(densities).items()
-        }
+        thirds = ("early", "middle", "late")[: len(densities)]
+        n, g = len(densities), len(thirds)
+        for i, name in enumerate(thirds):
+            group = densities[i * n // g : (i + 1) * n // g]
+            scalars[f"density_{name}"] = fmean(group)
         for name, value in scalars.items():
             # LoggerHook hands every scalar under 'train/' to all visualizer backends.
             runner.message_hub.update_scalar(f"train/mask_{name}", value)
@@ -262,14 +235,3 @@ def _loss_factor(optim_wrapper: OptimWrapper) -> float:
     factor = optim_wrapper.scale_loss(torch.ones(())).item()
     scaler = getattr(optim_wrapper, "loss_scaler", None)
     return factor if scaler is None else factor * scaler.get_scale()
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _layer_groups(values: list[float]) -> dict[str, list[float]]:
-    """Split per-layer values, in order of depth, into thirds."""
-    names = ("early", "middle", "late")[: len(values)]
-    n, g = len(values), len(names)
-    return {name: values[i * n // g : (i + 1) * n // g] for i, name in enumerate(names)}

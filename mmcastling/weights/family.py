@@ -19,20 +19,15 @@ Rules = Mapping[str, str | Callable[[re.Match[str]], str]]
 
 @dataclass(frozen=True)
 class Library:
-    """How one library, or several alike, name the parameters of a family.
-
-    Attributes:
-        name: The libraries, for messages.
-        anchor: A name that every such network has; what stands before it in a file is
-            the prefix of the whole network.
-        mark: Pattern of another such name, which tells the network from others.
-        rules: What turns its names into ours, or a function that gives this for all
-            names together. Defaults to nothing: the names are ours.
-    """
+    """How one library, or several alike, name the parameters of a family."""
 
     name: str
+    # A name that every such network has; what stands before it in a file is the prefix
+    # of the whole network. The mark is the pattern of another, which tells the network
+    # from others.
     anchor: str
     mark: str
+    # Turn its names into ours; a function gives them for all names together.
     rules: Rules | Callable[[Iterable[str]], Rules] = field(default_factory=dict)
 
     def prefixes(self, names: Iterable[str]) -> list[str]:
@@ -73,38 +68,24 @@ class Target:
 
 @dataclass(frozen=True)
 class Family:
-    """A backbone of ours, and how weights under our names come into it.
-
-    Attributes:
-        name: The family's name, for messages.
-        backbone: Our class.
-        libraries: Whose weights are known.
-        patch: The weight that sees the image.
-        stride: Pixels per token; None if that is the size of ``patch``.
-        dropped: Reasons by pattern for what a backbone may have no place for.
-        new: Pattern of the parameters that no library has.
-        sizes: Gives settings of the architecture that weights show.
-        options: Gives further options of the backbone that weights fit.
-        reshape: Brings weights to the backbone's shapes, in place, and says by name
-            what it did; what the backbone does itself when it loads is left to it.
-    """
+    """A backbone of ours, and how weights under our names come into it."""
 
     name: str
     backbone: type[nn.Module]
     libraries: tuple[Library, ...]
-    patch: str
-    stride: int | None
-    dropped: Mapping[str, str]
-    new: str
+    patch: str  # the weight that sees the image
+    stride: int | None  # pixels per token; None if that is the size of `patch`
+    dropped: Mapping[str, str]  # reasons by pattern for what may have no place
+    new: str  # pattern of the parameters that no library has
+    # Settings of the architecture that weights show, and further ones that they fit.
     sizes: Callable[[Weights], dict[str, Any]]
     options: Callable[[Weights, Target], dict[str, Any]]
+    # Brings weights to the backbone's shapes, in place, and says by name what it did;
+    # what the backbone does itself when it loads is left to it.
     reshape: Callable[[Weights, Target, nn.Module], dict[str, str]]
 
     def check(self, weights: Weights, target: Target) -> None:
-        """Raise CheckpointError unless weights are of the architecture and image named.
-
-        Width, depth, channels and the size of a token count.
-        """
+        """Raise unless width, depth, channels and token fit the architecture named."""
         zoo = self.backbone.arch_zoo
         arch = check_arch(target.arch, zoo, set(next(iter(zoo.values()))))
         patch = weights[self.patch]

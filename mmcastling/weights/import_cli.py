@@ -9,12 +9,7 @@ from mmcastling.weights.importing import FAMILIES, import_checkpoint
 
 
 def run_importer(family: str, description: str) -> None:
-    """Import one checkpoint as the command line says, and print the report.
-
-    Args:
-        family: A key of :data:`mmcastling.weights.FAMILIES`.
-        description: What the command does.
-    """
+    """Import one checkpoint as the command line says, and print the report."""
     options = vars(make_parser(FAMILIES[family], description).parse_args())
     source, destination = options.pop("source"), options.pop("destination")
     size = options.pop("img_size")  # one number or two
@@ -41,22 +36,15 @@ def make_parser(family: Family, description: str) -> argparse.ArgumentParser:
     size_help = "one number or H W: resize tables of positions for it (the source's)"
     add("--img-size", type=int, nargs="+", metavar="N", help=size_help)
     add("--in-channels", type=int, default=3, metavar="N", help="of the image (3)")
-    add(
-        "--attention",
-        default="castling",
-        metavar="TYPE",
-        help="the backbone's attention (castling); softmax is the published network",
-    )
+    attention_help = "of the backbone (castling); softmax is the published network"
+    add("--attention", default="castling", metavar="TYPE", help=attention_help)
     add("--prefix", help="of the network's names, where the file holds several")
     if family is FAMILIES["levit"]:
-        add(
-            "--noise",
-            type=float,
-            default=0.01,
-            metavar="STD",
-            help="relative noise on queries and keys that are repeated to the width of "
-            "castled heads, so that copies can part in training (0.01)",
+        noise_help = (
+            "relative noise on queries and keys that are repeated to the width of "
+            "castled heads, so that copies can part in training (0.01)"
         )
+        add("--noise", type=float, default=0.01, metavar="STD", help=noise_help)
     if family is FAMILIES["vit"]:
         token_help = "keep DeiT's distillation token (dropped with its position)"
         add("--dist-token", action="store_true", help=token_help)

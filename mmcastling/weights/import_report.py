@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +18,8 @@ class ImportReport:
         where: Path and prefix of the network inside the file.
         backbone: Options that build the backbone that the weights fit.
         loaded: Elements by name of our parameters and statistics that came from it.
-        changed: What was done to some parameters, by name; others are as in the file.
-        new: Elements by name of our parameters that the source has not; the backbone
-            initialises them, if ``changed`` does not say otherwise.
+        changed: What was done to some parameters, by name.
+        new: Elements of those that the backbone initialises, unless in ``changed``.
         dropped: Reasons by the source's names.
         unexpected: What was overlooked for ``--allow-partial``.
         dropped_share: Share of the file's elements that was dropped.
@@ -67,19 +67,19 @@ class ImportReport:
 
 
 def _by_reason(reasons: Mapping[str, str]) -> list[str]:
-    groups: dict[str, list[str]] = {}
+    groups = defaultdict(list)
     for name, reason in reasons.items():
-        groups.setdefault(reason, []).append(name)
+        groups[reason].append(name)
     return [f"    {why}: {', '.join(collapse(names))}" for why, names in groups.items()]
 
 
 def collapse(names: Iterable[str]) -> list[str]:
     """Write names that differ in numbers only once: ``layers.*.ln1.weight (12)``."""
-    groups: dict[str, list[list[str]]] = {}
+    groups = defaultdict(list)
     for name in names:
         parts = name.split(".")
         pattern = ".".join("*" if part.isdigit() else part for part in parts)
-        groups.setdefault(pattern, []).append(parts)
+        groups[pattern].append(parts)
     texts = []
     for members in groups.values():
         places = [set(place) for place in zip(*members, strict=True)]

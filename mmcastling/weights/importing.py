@@ -55,23 +55,21 @@ def import_checkpoint(
         destination: File to write, ``.pth``, in a folder that exists.
         family: A key of :data:`FAMILIES`.
         arch: Name or settings of the backbone's architecture.
-        img_size: Image size for which tables of positions are resized, an int or
-            ``(H, W)``. Defaults to None (the source's).
+        img_size: Image size, an int or ``(H, W)``, for which tables of positions are
+            resized. Defaults to None (the source's).
         in_channels: Channels of the image. Defaults to 3.
         attention: Type of the backbone's attention. For a plain vision transformer all
             give the same file; LeViT and MViTv2 have one structure for ``'softmax'``
             and another for the rest. Defaults to ``'castling'``.
-        prefix: Path and prefix of the network inside the file, if it holds several.
-            Defaults to None.
+        prefix: Path and prefix of the network inside a file that holds several.
         noise: Relative noise on repeated keys, see
             :func:`mmcastling.weights.levit_heads.repeat_keys`. Defaults to 0.01.
         dist_token: Keep the distillation token of a plain vision transformer, for
-            ``with_dist_token=True``; else it is dropped with its position. Defaults to
-            False.
+            ``with_dist_token=True``. Defaults to False.
         allow_partial: Overlook names that are unknown or missing. Defaults to False.
 
     Raises:
-        ValueError: If an option's value is not known.
+        OptionError: If an option's value is not known.
         CheckpointError: If the source cannot be read, does not fit or holds something
             unexpected, or the destination cannot be written. Nothing is written then.
     """
@@ -114,17 +112,14 @@ def import_checkpoint(
 
 
 def _check_destination(source: Path, destination: Path) -> None:
-    problem = None
-    if destination.suffix != ".pth":
-        problem = "must end in .pth"
-    elif destination.is_dir():
-        problem = "is a folder: name a file"
-    elif not destination.parent.is_dir():
-        problem = f"cannot be: the folder {destination.parent} does not exist"
-    elif destination.resolve() == source.resolve():
-        problem = "is the source: choose another name"
-    if problem:
-        raise CheckpointError(f"destination {destination} {problem}")
+    problems = {
+        "must end in .pth": destination.suffix != ".pth",
+        "is a folder: name a file": destination.is_dir(),
+        "is the source: choose another name": destination.resolve() == source.resolve(),
+    }
+    for problem, is_there in problems.items():
+        if is_there:
+            raise CheckpointError(f"destination {destination} {problem}")
 
 
 def _import(
@@ -245,8 +240,10 @@ def _check_fit(weights: Weights, own: Weights) -> None:
     if misfits:
         advice = ""
         if any("attention_biases" in text for text in misfits):
-            advice = ". Only tables of square images can be resized: for others give "
-            advice += "the source's own --img-size H W"
+            advice = (
+                ". Only tables of square images can be resized: for others give the "
+                "source's own --img-size H W"
+            )
         raise CheckpointError(
             f"{len(misfits)} of the weights have another shape or type: "
             f"{'; '.join(misfits[:3])}{advice}"

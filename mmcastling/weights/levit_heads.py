@@ -46,18 +46,8 @@ def refit_attention(
 ) -> dict[str, str]:
     """Replace an attention's published projections by castled ones, in place.
 
-    Args:
-        weights: Weights under our names.
-        block: Name of the attention.
-        heads: Its published heads.
-        to: Its castled heads, with as many keys as values.
-        noise: See :func:`repeat_keys`.
-
-    Returns:
-        What was done, by name of the weights that were changed.
-
-    Raises:
-        CheckpointError: If a projection is missing.
+    ``block`` is its name among ours, ``to`` has as many keys as values, and ``noise``
+    is that of :func:`repeat_keys`. Returns what was done, by name of the weights.
     """
     generator = torch.Generator().manual_seed(0)
     proj = f"{block}.proj.1.linear.weight"

@@ -22,12 +22,9 @@ _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 def read_source(path: Path) -> dict[str, Weights]:
     """Read a checkpoint of any library, ``.safetensors`` too, without unpickling code.
 
-    Returns:
-        The dictionaries of tensors in the file by their dotted path: ``''`` for the top
-        level, ``'model'``, ``'state_dict'``, ``'teacher'`` and so on.
-
-    Raises:
-        CheckpointError: If the file is missing, damaged, holds code or no tensors.
+    Returns the dictionaries of tensors in it by their dotted path: ``''`` for the top
+    level, ``'model'``, ``'teacher'`` and so on. Raises CheckpointError if the file is
+    missing, damaged, holds code or no tensors.
     """
     if path.is_dir():
         files = sorted(p.name for p in path.iterdir() if p.suffix in _SUFFIXES)

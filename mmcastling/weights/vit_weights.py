@@ -143,11 +143,7 @@ def _reshape(weights: Weights, target: Target, backbone: nn.Module) -> dict[str,
 
 
 def fuse_qkv(weights: Weights) -> dict[str, str]:
-    """Join ``layers.0.attn.q.weight`` and the like to ``qkv``, in place, with a note.
-
-    Raises:
-        CheckpointError: If one of the three is missing.
-    """
+    """Join ``layers.0.attn.q.weight`` and so on to ``qkv``, in place, with a note."""
     found = [re.fullmatch(r"(.*\.attn\.)[qkv]\.(weight|bias)", n) for n in weights]
     changed = {}
     for stem, kind in dict.fromkeys(match.groups() for match in found if match):

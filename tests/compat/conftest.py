@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torchvision  # noqa: F401  (registers the kernels that ours call)
 
-from mmcastling.compat.mmcv_ops.kernels import KERNELS
+from mmcastling.compat.mmcv_ops import KERNELS
 
 
 @pytest.fixture

@@ -193,3 +193,12 @@ def test_what_a_kill_left_unfinished_is_removed_at_the_next_start(tmp_path):
         "iter_3.pth",
         "last_checkpoint",
     ]
+
+
+def test_the_name_of_the_newest_is_replaced_whole(tmp_path):
+    former, name = tmp_path / "former.py", tmp_path / "last_checkpoint"
+    former.write_text("of another run")
+    name.hardlink_to(former)  # writing into the file would change both
+    run(tmp_path)
+    assert name.read_text() == str(tmp_path / "iter_3.pth")
+    assert former.read_text() == "of another run"

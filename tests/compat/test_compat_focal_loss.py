@@ -1,4 +1,4 @@
-"""``mmcv.ops.sigmoid_focal_loss`` and ``softmax_focal_loss`` by their definitions."""
+"""``mmcv.ops.sigmoid_focal_loss`` by its definition."""
 
 from types import ModuleType
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 CLASSES = 4
-# The last is background for the sigmoid loss; the softmax loss has none.
+# The last is background.
 TARGET = torch.tensor([0, 2, 3, 1, 2, CLASSES])
 CASES = [
     pytest.param(gamma, alpha, weighted, id=f"g{gamma}-a{alpha}-weighted{weighted}")
@@ -42,17 +42,6 @@ def slow_sigmoid_loss(
     return torch.stack(rows).view_as(x)
 
 
-def slow_softmax_loss(
-    x: Tensor, target: Tensor, gamma: float, alpha: float, weight: Tensor | None
-) -> Tensor:
-    losses = []
-    for sample, label in zip(x, target.tolist(), strict=True):
-        p = sample.exp()[label] / sample.exp().sum()
-        factor = 1.0 if weight is None else weight[label]
-        losses.append(-factor * alpha * (1 - p) ** gamma * torch.log(p))
-    return torch.stack(losses)
-
-
 def assert_same_with_gradient(actual: Tensor, expected: Tensor, x: Tensor) -> None:
     torch.testing.assert_close(actual, expected)
     weights = torch.linspace(-1, 2, expected.numel()).view_as(expected).double()
@@ -78,36 +67,6 @@ def test_sigmoid_loss_follows_the_definition(
     assert_same_with_gradient(layer(x, TARGET), expected, x)
 
 
-@pytest.mark.parametrize(("gamma", "alpha", "weighted"), CASES)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_softmax_loss_follows_the_definition(
-    mmcv_ops: ModuleType, reduction: str, gamma: float, alpha: float, weighted: bool
-) -> None:
-    x, target, weight = logits(), TARGET % CLASSES, class_weight(weighted)
-    layer = mmcv_ops.SoftmaxFocalLoss(gamma, alpha, weight, reduction)
-    expected = slow_softmax_loss(x, target, gamma, alpha, weight)
-    expected = {"mean": expected.mean(), "sum": expected.sum()}[reduction]
-    assert_same_with_gradient(layer(x, target), expected, x)
-
-
-def test_unreduced_softmax_loss_follows_the_definition(mmcv_ops: ModuleType) -> None:
-    # Forward only: mmcv's own backward cannot broadcast an unreduced gradient.
-    x, target = logits().detach(), TARGET % CLASSES
-    actual = mmcv_ops.softmax_focal_loss(x, target, 2.0, 0.25, None, "none")
-    expected = slow_softmax_loss(x, target, 2.0, 0.25, None)
-    torch.testing.assert_close(actual, expected)
-
-
-def test_softmax_loss_ignores_negative_targets(mmcv_ops: ModuleType) -> None:
-    x = logits()
-    target = torch.tensor([0, -1, 3, 1, -1, 2])
-    weight = class_weight(True)
-    loss = mmcv_ops.softmax_focal_loss(x, target, 2.0, 0.25, weight, "sum")
-    used = target >= 0
-    expected = slow_softmax_loss(x[used], target[used], 2.0, 0.25, weight).sum()
-    assert_same_with_gradient(loss, expected, x)
-
-
 @pytest.mark.parametrize("logit", [-200.0, -40.0, 40.0, 200.0])
 @pytest.mark.parametrize("label", [0, 1], ids=["own", "other"])
 def test_sigmoid_loss_of_extreme_float32_logits_is_exact(
@@ -125,15 +84,6 @@ def test_sigmoid_loss_of_extreme_float32_logits_is_exact(
     torch.testing.assert_close(x.grad.item(), slope)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
-def test_softmax_loss_of_a_certain_sample_has_finite_gradient(
-    mmcv_ops: ModuleType, gamma: float
-) -> None:
-    x = torch.tensor([[200.0, 0.0]], requires_grad=True)
-    mmcv_ops.softmax_focal_loss(x, torch.tensor([0]), gamma, 0.25).backward()
-    torch.testing.assert_close(x.grad, torch.zeros(1, 2))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_formats_round_only_the_result(
     mmcv_ops: ModuleType, dtype: torch.dtype
@@ -145,11 +95,10 @@ def test_half_formats_round_only_the_result(
     torch.testing.assert_close(half.grad, full.grad.to(dtype), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["sigmoid_focal_loss", "softmax_focal_loss"])
-def test_no_samples_give_zero(mmcv_ops: ModuleType, name: str) -> None:
+def test_no_samples_give_zero(mmcv_ops: ModuleType) -> None:
     x = torch.zeros(0, CLASSES, requires_grad=True)
     target = torch.zeros(0, dtype=torch.long)
-    loss = getattr(mmcv_ops, name)(x, target, 2.0, 0.25, None, "sum")
+    loss = mmcv_ops.sigmoid_focal_loss(x, target, 2.0, 0.25, None, "sum")
     loss.backward()
     assert loss.item() == 0
     assert x.grad.shape == (0, CLASSES)

@@ -16,7 +16,7 @@ import torch
 
 from mmcastling.compat import mmcv_ext
 from mmcastling.compat.mmcv_ext import MissingOpError, require_ops
-from mmcastling.compat.mmcv_ops.kernels import KERNELS
+from mmcastling.compat.mmcv_ops import KERNELS
 
 EXT = "mmcv._ext"
 

@@ -138,15 +138,18 @@ def test_layer_is_the_same_with_and_without_the_op(
         "level_start_index": torch.tensor([0, 12, 16]),
     }
     expected = layer(query, **arguments)
-    # On a CPU mmcv's layer goes past the op; send it through.
-    monkeypatch.setattr(
-        module,
-        "multi_scale_deformable_attn_pytorch",
-        lambda value, shapes, locations, weights: attend(
-            value, shapes.tolist(), locations, weights
-        ),
-    )
+    # On a CPU mmcv's layer goes past the op, to the function below it; send it through.
+    plain = module.multi_scale_deformable_attn_pytorch
+    calls = []
+
+    def through_the_op(value, shapes, locations, weights):
+        calls.append(shapes)
+        monkeypatch.setattr(module, plain.__name__, plain)
+        return attend(value, shapes.tolist(), locations, weights)
+
+    monkeypatch.setattr(module, plain.__name__, through_the_op)
     torch.testing.assert_close(layer(query, **arguments), expected)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

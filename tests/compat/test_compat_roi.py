@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmcastling.compat.mmcv_ops import roi as kernels
+from mmcastling.errors import UserError
 
 # (image, x1, y1, x2, y2) on maps of 6 x 7 pixels at scale 1: inside, over every border,
 # out of the image, without extent, thin
@@ -50,10 +50,9 @@ def slow_roi_align(
     size: tuple[int, int],
     scale: float,
     sampling_ratio: int,
-    mode: str,
     aligned: bool,
 ) -> Tensor:
-    """Every bin of every box: mean or maximum of a regular grid of samples."""
+    """Every bin of every box: the mean of a regular grid of samples."""
     pooled = []
     for number, *corners in rois:
         x1, y1, x2, y2 = (c * scale - (0.5 if aligned else 0) for c in corners)
@@ -75,10 +74,8 @@ def slow_roi_align(
                 ]
                 if not samples:
                     pooled.append(images.new_zeros(images.shape[1]))
-                elif mode == "avg":
-                    pooled.append(torch.stack(samples).mean(0))
                 else:
-                    pooled.append(torch.stack(samples).max(0).values)
+                    pooled.append(torch.stack(samples).mean(0))
     return torch.stack(pooled).view(len(rois), *size, -1).permute(0, 3, 1, 2)
 
 
@@ -122,27 +119,25 @@ def assert_same_with_gradient(actual: Tensor, expected: Tensor, image: Tensor) -
 
 ALIGN_CASES = [
     pytest.param(
-        mode,
         aligned,
         ratio,
         scale,
-        id=f"{mode}-{'aligned' if aligned else 'legacy'}-ratio{ratio}-scale{scale}",
+        id=f"{'aligned' if aligned else 'legacy'}-ratio{ratio}-scale{scale}",
     )
-    for mode in ("avg", "max")
     for aligned in (True, False)
     for ratio in (0, 1, 2)
     for scale in (1.0, 0.37)
 ]
 
 
-@pytest.mark.parametrize(("mode", "aligned", "ratio", "scale"), ALIGN_CASES)
+@pytest.mark.parametrize(("aligned", "ratio", "scale"), ALIGN_CASES)
 def test_roi_align_follows_the_definition(
-    mmcv_ops: ModuleType, mode: str, aligned: bool, ratio: int, scale: float
+    mmcv_ops: ModuleType, aligned: bool, ratio: int, scale: float
 ) -> None:
     image = maps().requires_grad_()
     rois = torch.tensor(ROIS, dtype=image.dtype)
-    layer = mmcv_ops.RoIAlign((2, 3), scale, ratio, mode, aligned)
-    expected = slow_roi_align(image, ROIS, (2, 3), scale, ratio, mode, aligned)
+    layer = mmcv_ops.RoIAlign((2, 3), scale, ratio, "avg", aligned)
+    expected = slow_roi_align(image, ROIS, (2, 3), scale, ratio, aligned)
     assert_same_with_gradient(layer(image, rois), expected, image)
 
 
@@ -152,7 +147,6 @@ def test_roi_align_follows_the_definition(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    mode=st.sampled_from(["avg", "max"]),
     bins=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     shape=st.tuples(*[st.integers(1, size) for size in (2, 2, 5, 5)]),
     count=st.integers(1, 3),
@@ -160,7 +154,6 @@ def test_roi_align_follows_the_definition(
 )
 def test_roi_align_follows_the_definition_for_any_shape(
     mmcv_ops: ModuleType,
-    mode: str,
     bins: tuple[int, int],
     shape: tuple[int, int, int, int],
     count: int,
@@ -172,23 +165,14 @@ def test_roi_align_follows_the_definition_for_any_shape(
     far = near + torch.rand(count, 2, generator=generator, dtype=torch.float64) * 8
     number = torch.randint(shape[0], (count, 1), generator=generator)
     rois = torch.cat([number, near, far], 1)
-    actual = mmcv_ops.roi_align(image, rois, bins, 0.7, 0, mode, True)
-    expected = slow_roi_align(image, rois.tolist(), bins, 0.7, 0, mode, True)
+    actual = mmcv_ops.roi_align(image, rois, bins, 0.7, 0, "avg", True)
+    expected = slow_roi_align(image, rois.tolist(), bins, 0.7, 0, True)
     torch.testing.assert_close(actual, expected)
 
 
-def test_max_roi_align_in_small_chunks_is_the_same(
-    mmcv_ops: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    image = maps().requires_grad_()
-    rois = torch.tensor(ROIS, dtype=image.dtype)
-    whole = mmcv_ops.roi_align(image, rois, (2, 2), 1.0, 0, "max", True)
-    (whole_grad,) = torch.autograd.grad(whole.square().sum(), image)
-    monkeypatch.setattr(kernels, "_MAX_SAMPLES", 1)
-    parts = mmcv_ops.roi_align(image, rois, (2, 2), 1.0, 0, "max", True)
-    (parts_grad,) = torch.autograd.grad(parts.square().sum(), image)
-    torch.testing.assert_close(parts, whole)
-    torch.testing.assert_close(parts_grad, whole_grad)
+def test_maximum_of_roi_align_needs_compiled_ops(mmcv_ops: ModuleType) -> None:
+    with pytest.raises(UserError, match="pool_mode='max' needs an mmcv with compiled"):
+        mmcv_ops.roi_align(maps(), torch.tensor(ROIS).double(), 2, 1.0, 0, "max", True)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.37, 0.125])
@@ -207,8 +191,7 @@ def test_roi_pool_follows_the_definition(
 
 
 OPS = {
-    "align-avg": lambda ops, x, rois: ops.roi_align(x, rois, 2, 0.5, 0, "avg", True),
-    "align-max": lambda ops, x, rois: ops.roi_align(x, rois, 2, 0.5, 2, "max", True),
+    "align": lambda ops, x, rois: ops.roi_align(x, rois, 2, 0.5, 0, "avg", True),
     "pool": lambda ops, x, rois: ops.roi_pool(x, rois, 2, 0.5),
 }
 

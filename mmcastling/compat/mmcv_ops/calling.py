@@ -28,9 +28,7 @@ KERNELS: dict[str, Callable[..., Any]] = {}
 def register_op(names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Let mmcv call an op that is written as a function of one namespace.
 
-    Args:
-        names: The op's parameters in ``mmcv._ext``, in their order, in one text. It may
-            be called by position or by name.
+    ``names`` are the op's parameters in ``mmcv._ext``, in their order, in one text.
     """
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     signature = inspect.Signature(

@@ -9,6 +9,7 @@ overwritten, each shaped as what it is named after. The kernel's size, ``columns
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 from types import SimpleNamespace
 
 import torch
@@ -23,19 +24,15 @@ _V2 = (
 )
 
 
-def _geometry_v1(op: SimpleNamespace) -> tuple[int, ...]:
-    """Strides and so on as torchvision's operator takes them."""
-    return (
-        *(op.dH, op.dW, op.padH, op.padW, op.dilationH, op.dilationW),
-        *(op.group, op.deformable_group),
-    )
-
-
-def _geometry_v2(op: SimpleNamespace) -> tuple[int, ...]:
-    return (
-        *(op.stride_h, op.stride_w, op.pad_h, op.pad_w, op.dilation_h, op.dilation_w),
-        *(op.group, op.deformable_group),
-    )
+# Strides and so on as torchvision's operator takes them.
+_geometry_v1 = attrgetter(
+    *("dH", "dW", "padH", "padW", "dilationH", "dilationW"),
+    *("group", "deformable_group"),
+)
+_geometry_v2 = attrgetter(
+    *("stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w"),
+    *("group", "deformable_group"),
+)
 
 
 def _arguments(
@@ -66,10 +63,7 @@ def _forward(output: Tensor, *arguments) -> None:
 
 
 def _backward(grad_output: Tensor, *arguments) -> Sequence[Tensor]:
-    """Gradients of input, weight, offset, mask and bias, in this order.
-
-    Without a mask the fourth means nothing.
-    """
+    """Gradients of input, weight, offset, mask (if there is one) and bias."""
     given = _arguments(*arguments)
     if grad_output.numel() == 0:
         return [torch.zeros_like(tensor) for tensor in given[:5]]

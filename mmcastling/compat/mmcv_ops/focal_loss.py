@@ -1,10 +1,10 @@
-"""Focal losses: the ops behind ``mmcv.ops.sigmoid_focal_loss`` and ``softmax_...``.
+"""Focal loss: the ops behind ``mmcv.ops.sigmoid_focal_loss``.
 
 ``input`` is ``(N, C)``, ``target`` the class of each of N samples, ``weight`` a factor
 per class, ``(C,)``, or an empty tensor; ``output`` and ``grad_input``, shaped as what
 they are of, are overwritten.
 
-The sigmoid loss is written with log-sigmoid. The compiled op takes the logarithm of
+It is written with log-sigmoid. The compiled op takes the logarithm of
 ``1 - sigmoid(x)``, which float32 rounds to zero from logits of about 17 on, and clamps
 it; up to there both agree, beyond it only this one is right.
 """
@@ -47,35 +47,6 @@ def sigmoid_focal_loss_backward(op: SimpleNamespace) -> None:
     op.grad_input.copy_(grad * _sample_weight(op.weight, op.target, logits))
 
 
-@register_op("input target weight output gamma alpha")
-def softmax_focal_loss_forward(op: SimpleNamespace) -> None:
-    """Loss of each sample, ``(N,)``, of probabilities, that is after the softmax.
-
-    With ``p`` the probability of the target class, ``-alpha (1 - p)^gamma log(p)``. A
-    negative target is ignored.
-    """
-    p = _target_probability(op.input, op.target)
-    loss = -op.alpha * (1 - p) ** op.gamma * _safe_log(p)
-    loss = loss * _sample_weight(op.weight, op.target, p[:, None])[:, 0]
-    op.output.copy_(loss * (op.target >= 0))
-
-
-@register_op("input target weight buff grad_input gamma alpha")
-def softmax_focal_loss_backward(op: SimpleNamespace) -> None:
-    """Derivative of each sample's loss by its logits (not probabilities), ``(N, C)``.
-
-    ``buff``, ``(N,)``, is overwritten by ``p dL/dp`` of the target class.
-    """
-    alpha, gamma, target = op.alpha, op.gamma, op.target
-    p = _target_probability(op.input, target)
-    q = (1 - p).clamp(min=torch.finfo(p.dtype).tiny)  # q^(gamma - 1) stays finite
-    slope = alpha * (gamma * q ** (gamma - 1) * p * _safe_log(p) - q**gamma)
-    slope = slope * _sample_weight(op.weight, target, p[:, None])[:, 0] * (target >= 0)
-    op.buff.copy_(slope)
-    own = _own_class(target, op.input).to(p)
-    op.grad_input.copy_(slope[:, None] * (own - widen(op.input)))
-
-
 def _own_class(target: Tensor, like: Tensor) -> Tensor:
     """Where the class is the sample's target, bool ``(N, C)``."""
     return target[:, None] == torch.arange(like.shape[1], device=like.device)
@@ -88,12 +59,3 @@ def _sample_weight(weight: Tensor, target: Tensor, like: Tensor) -> Tensor:
     inside = (target >= 0) & (target < len(weight))
     picked = weight.to(like)[target.where(inside, 0)]
     return picked.where(inside, 1)[:, None]
-
-
-def _target_probability(probabilities: Tensor, target: Tensor) -> Tensor:
-    """The probability of each sample's target class, ``(N,)``."""
-    return widen(probabilities).gather(1, target.clamp(min=0)[:, None])[:, 0]
-
-
-def _safe_log(p: Tensor) -> Tensor:
-    return p.clamp(min=torch.finfo(p.dtype).tiny).log()

@@ -14,9 +14,7 @@ def nms(op: SimpleNamespace) -> Tensor:
 
     A box goes when its IoU with a kept one is larger than ``iou_threshold``. ``offset``
     is 0, or 1 if x2 and y2 name the last pixel inside the box.
-
-    Returns:
-        Indices of the kept boxes, highest score first, int64 ``(M,)``.
+    Returns indices of the kept boxes, highest score first, int64 ``(M,)``.
     """
     boxes, scores = widen(op.boxes), widen(op.scores).to(widen(op.boxes))
     if boxes.numel() == 0:
@@ -28,19 +26,12 @@ def nms(op: SimpleNamespace) -> Tensor:
     return torch.ops.torchvision.nms(boxes, scores, float(op.iou_threshold))
 
 
-def _naive(iou: Tensor, threshold: float, sigma: float) -> Tensor:
-    return (iou < threshold).to(iou)
-
-
-def _linear(iou: Tensor, threshold: float, sigma: float) -> Tensor:
-    return torch.where(iou >= threshold, 1 - iou, torch.ones_like(iou))
-
-
-def _gaussian(iou: Tensor, threshold: float, sigma: float) -> Tensor:
-    return torch.exp(-(iou * iou) / sigma)
-
-
-_DECAYS = (_naive, _linear, _gaussian)
+_DECAYS = (
+    lambda iou, threshold, sigma: (iou < threshold).to(iou),
+    lambda iou, threshold, sigma: (1 - iou).where(iou >= threshold, 1),
+    lambda iou, threshold, sigma: torch.exp(-(iou * iou) / sigma),
+)
+"""Naive, linear and gaussian."""
 
 
 @register_op("boxes scores dets iou_threshold sigma min_score method offset")
@@ -58,10 +49,9 @@ def softnms(op: SimpleNamespace) -> Tensor:
     One thing differs: two boxes without area have an IoU of 0 here; in the compiled op
     0/0 makes the score of the second NaN under the gaussian method.
 
-    Returns:
-        Indices of the kept boxes in the order in which they were taken, int64 ``(M,)``.
-        The first M rows of ``dets``, ``(N, 5)``, are overwritten by these boxes and
-        their decayed scores.
+    Returns indices of the kept boxes in the order in which they were taken, int64
+    ``(M,)``, and overwrites the first M rows of ``dets``, ``(N, 5)``, by these boxes
+    and their decayed scores.
     """
     boxes, scores, offset = widen(op.boxes), widen(op.scores).clone(), op.offset
     areas = (boxes[:, 2:] - boxes[:, :2] + offset).prod(1)
