@@ -5,12 +5,7 @@ from mmcastling.analysis.complexity import (
     count_macs,
     count_model_macs,
 )
-from mmcastling.analysis.timing import (
-    PARTS,
-    PartTimer,
-    paired_medians,
-    paired_seconds,
-)
+from mmcastling.analysis.timing import PARTS, PartTimer, paired_medians, paired_seconds
 
 __all__ = [
     "PARTS",

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +53,22 @@ class MixerCall:
         row = min(int(y * height), height - 1)
         return self.extra_tokens + row * width + min(int(x * width), width - 1)
 
+    @torch.no_grad()
+    def rows(
+        self, query: int, threshold: MaskThreshold = OFF, weight: float = 1.0
+    ) -> AttentionRows:
+        """The attention of a token, with its branch in the state of ``set_mask``."""
+        q, k = self.q.float()[:, query : query + 1], self.k.float()  # (h, 1, d), ...
+        tokens, reference = k.shape[1], self.mixer.reference_tokens
+        softmax = torch.softmax(q @ k.transpose(1, 2) * k.shape[2] ** -0.5, dim=-1)
+        scale = 1.0 if reference is None else reference / tokens
+        angular = l2_normalize(q) @ l2_normalize(k).transpose(1, 2) * (scale / math.pi)
+        softmax, angular = softmax.squeeze(1), angular.squeeze(1)  # (h, N)
+        angular[:, query] += 0.5
+        survives = (softmax > threshold.resolve(tokens)) & (not threshold.rejects_all)
+        masked = torch.where(survives, weight * softmax, 0.0)
+        return AttentionRows(softmax, angular, masked, masked + angular)
+
 
 @dataclass(frozen=True)
 class AttentionRows:
@@ -64,10 +78,8 @@ class AttentionRows:
         softmax: ``P_ij``, the row of ``softmax(q k^T / sqrt(d))``. Sums to 1.
         angular: What the deployed model computes without ever forming it,
             ``1/2 [i = j] + (1/pi) s <q^_i, k^_j>``, where ``q^`` and ``k^`` have length
-            1 and ``s`` is 1, or ``reference_tokens / N`` where that is set. These are
-            the linear terms of the angular kernel, its constant on the token itself
-            (see :func:`mmcastling.attention.linear_angular_attention`). May be
-            negative.
+            1 and ``s`` is 1, or ``reference_tokens / N`` where that is set (see
+            :func:`mmcastling.attention.linear_angular_attention`). May be negative.
         masked: The auxiliary branch, ``weight * P_ij`` where ``P_ij > threshold`` and
             zero elsewhere, not renormalised.
         combined: ``masked + angular``: times the values it is what the attention
@@ -80,81 +92,15 @@ class AttentionRows:
     combined: Tensor
 
     def reduce_heads(self, head: int | None) -> AttentionRows:
-        """One head's rows ``(N,)``, or with None the mean over heads.
-
-        Raises:
-            ValueError: If there is no such head.
-        """
+        """One head's rows ``(N,)``, or with None the mean over heads."""
         heads = self.softmax.shape[0]
         if head is not None and not 0 <= head < heads:
             raise OptionError(
                 f"head {head} does not exist: this attention has heads 0 to {heads - 1}"
             )
-
-        def reduce(rows: Tensor) -> Tensor:
-            return rows.mean(dim=0) if head is None else rows[head]
-
-        return AttentionRows(*(reduce(rows) for rows in vars(self).values()))
-
-
-@torch.no_grad()
-def attention_rows(
-    q: Tensor,
-    k: Tensor,
-    query: int,
-    *,
-    threshold: float | str | MaskThreshold = OFF,
-    weight: float = 1.0,
-    reference_tokens: int | None = None,
-) -> AttentionRows:
-    """The attention of one query, in the four forms of :class:`AttentionRows`.
-
-    Args:
-        q: Queries ``(h, N, d)``.
-        k: Keys ``(h, N, d)``.
-        query: Index of the query among the ``N`` tokens.
-        threshold: As in ``set_mask``. Defaults to 1, with the branch off.
-        weight: As there. Defaults to 1.
-        reference_tokens: As in :class:`mmcastling.attention.LinearAngularMixer`.
-            Defaults to None.
-
-    Raises:
-        ValueError: If the threshold cannot be read.
-    """
-    threshold = MaskThreshold.parse(threshold)
-    q, k = q.float()[:, query : query + 1], k.float()  # (h, 1, d), (h, N, d)
-    tokens = k.shape[1]
-    softmax = torch.softmax(q @ k.transpose(1, 2) * k.shape[2] ** -0.5, dim=-1)
-    scale = 1.0 if reference_tokens is None else reference_tokens / tokens
-    angular = l2_normalize(q) @ l2_normalize(k).transpose(1, 2) * (scale / math.pi)
-    softmax, angular = softmax.squeeze(1), angular.squeeze(1)  # (h, N)
-    angular[:, query] += 0.5
-    survives = (softmax > threshold.resolve(tokens)) & (not threshold.rejects_all)
-    masked = torch.where(survives, weight * softmax, 0.0)
-    return AttentionRows(softmax, angular, masked, masked + angular)
-
-
-def mask_of(mixer: LinearAngularMixer) -> tuple[MaskThreshold, float]:
-    """Threshold and weight in force, of a branch that is off where there is none."""
-    if mixer.branch is None:
-        return OFF, 1.0
-    return mixer.branch.threshold, mixer.branch.weight
-
-
-def angular_layers(model: nn.Module) -> list[tuple[str, LinearAngularMixer]]:
-    """``(name, mixer)`` of the backbone's linear-angular attentions, in its order.
-
-    Castled ones count whether they are deployed or not.
-
-    Args:
-        model: A backbone, classifier, detector or segmentor.
-    """
-    prefix = "backbone." if hasattr(model, "backbone") else ""
-    return [
-        (f"{prefix}{name}", module)
-        for name, module in getattr(model, "backbone", model).named_modules()
-        if isinstance(module, LinearAngularMixer)
-    ]
+        return AttentionRows(
+            *(x.mean(dim=0) if head is None else x[head] for x in vars(self).values())
+        )
 
 
 @torch.no_grad()
@@ -162,16 +108,21 @@ def record_attention(model: nn.Module, image: Tensor, layer: int = -1) -> MixerC
     """Run a model's feature extractor and keep what one attention was given.
 
     Args:
-        model: A backbone, classifier, detector or segmentor, in evaluation mode.
+        model: A backbone, or any model with one, in evaluation mode.
         image: One preprocessed image ``(1, 3, H, W)``.
-        layer: Which attention, in order of depth, negative from the end. Defaults to
-            -1.
+        layer: Which of the backbone's linear-angular attentions, deployed or not, by
+            depth, negative from the end. Defaults to -1.
 
     Raises:
         ValueError: If the model has no such attention, or one whose tokens cannot be
             laid out on the image: windows, or a grid that it was not told.
     """
-    layers = angular_layers(model)
+    prefix = "backbone." if hasattr(model, "backbone") else ""
+    layers = [
+        (f"{prefix}{name}".removesuffix(".mixer"), module)
+        for name, module in getattr(model, "backbone", model).named_modules()
+        if isinstance(module, LinearAngularMixer)
+    ]
     if not layers:
         raise OptionError(
             f"{type(model).__name__} has no castling attention in its backbone: use a "
@@ -184,8 +135,18 @@ def record_attention(model: nn.Module, image: Tensor, layer: int = -1) -> MixerC
             f"attentions, 0 to {len(layers) - 1}, or -1 to {-len(layers)} from the end"
         )
     name, mixer = layers[layer]
-    with _recording(mixer) as calls:
+    signature = inspect.signature(mixer.forward)
+    calls: list[list[Any]] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = signature.bind(*args, **kwargs).arguments
+        calls.append([call.get(name) for name in ("q", "k", "v", "grid")])
+
+    handle = mixer.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
         getattr(model, "extract_feat", model)(image)
+    finally:
+        handle.remove()
     if len(calls) != 1 or calls[0][0].shape[0] != 1:
         raise OptionError(
             f"{name} does not attend over the whole image at once but in "
@@ -199,22 +160,3 @@ def record_attention(model: nn.Module, image: Tensor, layer: int = -1) -> MixerC
             "image, or castle the model with grid=(H, W)"
         )
     return MixerCall(name, mixer, q[0], k[0], v[0], tuple(map(int, grid)))
-
-
-@contextmanager
-def _recording(
-    mixer: LinearAngularMixer,
-) -> Iterator[list[tuple[Tensor, Tensor, Tensor, Grid | None]]]:
-    """Collect q, k, v and grid of every call of a mixer."""
-    calls: list[tuple[Tensor, Tensor, Tensor, Grid | None]] = []
-
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = signature.bind(*args, **kwargs).arguments
-        calls.append(tuple(call.get(name) for name in ("q", "k", "v", "grid")))
-
-    signature = inspect.signature(mixer.forward)
-    handle = mixer.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        yield calls
-    finally:
-        handle.remove()

@@ -45,43 +45,23 @@ class ComplexityReport:
     by_module: dict[str, int]
 
 
-def count_macs(
-    model: nn.Module,
-    inputs: Tensor | tuple[Any, ...] | Callable[[nn.Module], Any],
-    input_shape: tuple[int, ...] = (),
-) -> ComplexityReport:
+def count_macs(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> ComplexityReport:
     """Count the MACs of one forward pass in eval mode, without gradients.
 
-    ``training`` and ``requires_grad`` are left as they were found, one by one.
-
-    Args:
-        model: Any module.
-        inputs: One tensor, a tuple of positional arguments, or a function that is given
-            the model and runs what is to be counted.
-        input_shape: For the report, where ``inputs`` is a function. Defaults to ().
-
-    Raises:
-        TypeError: If ``inputs`` is none of the three.
+    ``training`` and ``requires_grad`` are left as they were found, one by one. Inputs
+    are one tensor, or a tuple of positional arguments.
     """
-    if isinstance(inputs, Tensor):
-        inputs = (inputs,)
-    if isinstance(inputs, tuple):
-        args = inputs
-        shapes = [tuple(arg.shape) for arg in args if isinstance(arg, Tensor)]
-        return count_macs(model, lambda model: model(*args), (*shapes, ())[0])
-    if not callable(inputs):
-        raise TypeError(
-            "inputs must be a tensor, a tuple of arguments or a function of the "
-            f"model, got {type(inputs).__name__}."
-        )
+    args = (inputs,) if isinstance(inputs, Tensor) else inputs
+    shapes = [tuple(arg.shape) for arg in args if isinstance(arg, Tensor)]
     with _eval_mode(model):
-        return _report(model, _count(model, inputs), input_shape)
+        macs = _count(model, lambda model: model(*args))
+        return _report(model, macs, shapes[0] if shapes else ())
 
 
 def count_model_macs(model: nn.Module, shape: tuple[int, int]) -> ComplexityReport:
     """Count the MACs of any OpenMMLab model, or plain module, for one image.
 
-    The model runs on ``(1, 3, H, W)``, in eval mode and without gradients. What counts:
+    It runs on ``(1, 3, H, W)``, in eval mode and without gradients. What counts is:
 
     - a plain module or backbone: its forward;
     - an mmpretrain classifier, an mmseg segmentor or a one-stage mmdet detector:
@@ -93,12 +73,7 @@ def count_model_macs(model: nn.Module, shape: tuple[int, int]) -> ComplexityRepo
       (``rcnn.max_per_img``, usually 100). The proposals are made up, since how many
       survive NMS depends on weights and image; the count depends on neither.
 
-    Args:
-        model: The model, wrapped (``DistributedDataParallel``) or not.
-        shape: ``(H, W)`` of the image as the network sees it, padding included.
-
-    Raises:
-        ValueError: If ``shape`` is not two positive integers.
+    The size is that of the image as the network sees it, padding included.
     """
     if len(shape) != 2 or any(int(n) != n or n < 1 for n in shape):
         raise OptionError(f"shape must be (H, W), two positive integers, got {shape}.")
@@ -144,12 +119,17 @@ def _count(model: nn.Module, run: Callable[[nn.Module], Any]) -> Counter[str]:
     """MACs by top-level child of one call of ``run(model)``."""
     flops: Counter[str] = Counter()
     counter = FlopCounterMode(display=False, custom_mapping=extra_formulas())
-    with (
-        torch.no_grad(),
-        _without_mha_fastpath(),
-        counter,
-        _attribute_to_children(model, counter, flops),
-    ):
+    with ExitStack() as stack:
+        # The fused path of nn.MultiheadAttention is a single op that counts as nothing.
+        fused = torch.backends.mha.get_fastpath_enabled()
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
+        torch.backends.mha.set_fastpath_enabled(False)
+        for context in (
+            torch.no_grad(),
+            counter,
+            _attribute_to_children(model, counter, flops),
+        ):
+            stack.enter_context(context)
         run(model)
     flops[SELF] = counter.get_total_flops() - sum(flops.values())
     # Every formula counts a multiplication and an addition per MAC.
@@ -196,20 +176,6 @@ def _called_modules(module: nn.Module) -> Iterator[nn.Module]:
             yield from _called_modules(child)
     else:
         yield module
-
-
-@contextmanager
-def _without_mha_fastpath() -> Iterator[None]:
-    """Let ``nn.MultiheadAttention`` use ops that the counter knows.
-
-    Its fused eval-mode path is a single op that counts as nothing.
-    """
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _max_proposals(model: nn.Module) -> int | None:

@@ -14,12 +14,9 @@ class Instances(SimpleNamespace):
 
 
 class DataSample(SimpleNamespace):
-    """What a model asks about one image.
+    """What a model asks about one image: its size ``(H, W)``, and that with padding.
 
-    Args:
-        size: ``(H, W)`` of the image as the network sees it.
-        padded: The same with padding.
-        **data: What else there is, such as ``gt_instances``.
+    Data are what else there is, such as ``gt_instances``.
     """
 
     def __init__(

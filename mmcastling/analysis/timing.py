@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -31,14 +34,10 @@ def paired_seconds(
     """Seconds of several contenders, timed in turns.
 
     Taking turns lets a machine that grows slower or busier hit all of them alike; the
-    order is reversed every other round.
-
-    Args:
-        passes: What to time, by name; each is called once unmeasured.
-        repeats: Rounds.
+    order is reversed every other round. Each is called once unmeasured before.
 
     Returns:
-        One entry per round, by name.
+        One entry per round, by the name of the pass.
     """
     for run in passes.values():
         run()
@@ -69,14 +68,11 @@ class PartTimer:
     ``_get_predictions`` and the model's ``postprocess_result``: decoding, suppression
     (of proposals, too), pasting of masks, resizing of score maps. ``heads`` is
     the rest of the pass, pooling of regions included. Time counts once, to the
-    innermost part, so that the four add up to the pass.
+    innermost part, so that the four add up to the pass. A module without a backbone is
+    timed as a whole.
 
     Devices are synchronized at both ends of a part, so do not use it to judge a
     training loop's throughput.
-
-    Args:
-        model: A detector, segmentor or classifier of the toolboxes, or any module,
-            which is then timed as a whole.
 
     Attributes:
         passes: Seconds of each pass by part.
@@ -90,24 +86,16 @@ class PartTimer:
         self._running: dict[str, float] = {}
         self._stack: list[str] = []
         self._since = 0.0
-        self._undo: list[Callable[[], None]] = []
+        self._patches = ExitStack()
 
     @property
     def median(self) -> float:
-        """Median seconds per pass, the first left out as warm-up where there are more.
-
-        Raises:
-            ValueError: If nothing was timed.
-        """
+        """Median seconds of passes; of several, the first is left out as a warm-up."""
         return _median(self.seconds)
 
     @property
     def parts(self) -> dict[str, float]:
-        """The same of each part; empty for a model without a part called ``backbone``.
-
-        Raises:
-            ValueError: If nothing was timed.
-        """
+        """The same of each part; empty for a model without a ``backbone``."""
         parts = {part: _median([p[part] for p in self.passes]) for part in PARTS}
         return parts if self._can_split else {}
 
@@ -116,60 +104,37 @@ class PartTimer:
         return isinstance(getattr(self.model, "backbone", None), nn.Module)
 
     def __enter__(self) -> PartTimer:
-        self._hook(self.model, self._begin_pass, self._end_pass)
+        self._patch(self.model, _called(self.model), self._timed_pass)
         if self._can_split:
             for part in ("backbone", "neck"):
                 if isinstance(module := getattr(self.model, part, None), nn.Module):
-                    self._time_module(module, part)
+                    self._patch(module, _called(module), self._timed, part)
             for module in self.model.modules():
                 for name in _POST_PROCESSING:
                     if callable(getattr(module, name, None)):
-                        self._time_method(module, name, "post-processing")
+                        self._patch(module, name, self._timed, "post-processing")
         return self
 
     def __exit__(self, *_: object) -> None:
-        while self._undo:
-            self._undo.pop()()
+        self._patches.close()
 
-    def _begin_pass(self) -> None:
+    def _patch(self, module: nn.Module, name: str, timed: Callable, *args: str) -> None:
+        instead = functools.partial(timed, *args, getattr(module, name))
+        self._patches.enter_context(patch.object(module, name, instead))
+
+    def _timed_pass(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         # A pass that raised may have left parts open.
         self._running, self._stack = dict.fromkeys(PARTS, 0.0), []
-        self._enter("heads")
-
-    def _end_pass(self) -> None:
-        self._leave()
+        result = self._timed("heads", function, *args, **kwargs)
         self.passes.append(self._running)
         self.seconds.append(sum(self._running.values()))
+        return result
 
-    def _hook(
-        self, module: nn.Module, before: Callable[[], None], after: Callable[[], None]
-    ) -> None:
-        handles = (
-            module.register_forward_pre_hook(lambda *_: before(), prepend=True),
-            module.register_forward_hook(lambda *_: after()),
-        )
-        self._undo += [handle.remove for handle in handles]
-
-    def _time_module(self, module: nn.Module, part: str) -> None:
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            # Hooks would be compiled with it, and their clock with them.
-            self._time_method(module, "_compiled_call_impl", part)
-        else:
-            self._hook(module, lambda: self._enter(part), self._leave)
-
-    def _time_method(self, module: nn.Module, name: str, part: str) -> None:
-        function, own = getattr(module, name), name in vars(module)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            self._enter(part)
-            result = function(*args, **kwargs)
-            self._leave()
-            return result
-
-        setattr(module, name, timed)
-        self._undo.append(
-            lambda: setattr(module, name, function) if own else delattr(module, name)
-        )
+    def _timed(self, part: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        self._enter(part)
+        result = function(*args, **kwargs)
+        self._leave()
+        return result
 
     def _enter(self, part: str) -> None:
         self._credit()
@@ -186,6 +151,12 @@ class PartTimer:
         if self._stack:
             self._running[self._stack[-1]] += now - self._since
         self._since = now
+
+
+def _called(module: nn.Module) -> str:
+    """What a call of a module runs: of a compiled one, its clock stays outside."""
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    return "_compiled_call_impl" if compiled else "forward"
 
 
 def _median(seconds: list[float]) -> float:

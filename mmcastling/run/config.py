@@ -45,18 +45,16 @@ def load_config(
 ) -> Config:
     """Load a config of any OpenMMLab toolbox and settle its data and work directory.
 
-    ``data_root`` among the options, or the folder that :data:`DATA_VARIABLE` names in
-    place of ``data``, moves every path of the config that lies in its data root.
-
     Args:
         path: The config file.
-        options: What ``--cfg-options`` gave. Defaults to None.
+        options: What ``--cfg-options`` gave. ``data_root``, or the folder that
+            :data:`DATA_VARIABLE` names in place of ``data``, moves every path of the
+            config that lies in its data root. Defaults to None.
         work_dir: Overrides the config's; ``work_dirs/<name of the config>`` without
             either. Defaults to None.
 
     Raises:
-        ConfigError: If the file is missing or cannot be read, or an option does not
-            fit.
+        ConfigError: If the file cannot be read, or an option does not fit.
     """
     path = Path(path)
     if not path.is_file():
@@ -79,29 +77,8 @@ def load_config(
     except (TypeError, KeyError, AssertionError, IndexError) as error:
         raise ConfigError(f"--cfg-options do not fit {path}: {error}") from error
     require(cfg, "model")
-    if work_dir is not None:
-        cfg.work_dir = work_dir
-    elif cfg.get("work_dir") is None:
-        cfg.work_dir = str(Path("work_dirs") / path.stem)
-    _import_toolbox(cfg)
-    return cfg
-
-
-def require(cfg: Config, *keys: str) -> None:
-    """Raise unless a config has each of these settings.
-
-    Raises:
-        ConfigError: If one is missing or None.
-    """
-    missing = [key for key in keys if cfg.get(key) is None]
-    if missing:
-        raise ConfigError(
-            f"config {cfg.filename} lacks {', '.join(missing)}: start from a config "
-            "that has them, by _base_=[...]"
-        )
-
-
-def _import_toolbox(cfg: Config) -> None:
+    default = Path("work_dirs") / path.stem
+    cfg.work_dir = str(work_dir or cfg.get("work_dir") or default)
     scope = cfg.get("default_scope", "mmengine")
     try:
         importlib.import_module(scope)
@@ -110,6 +87,17 @@ def _import_toolbox(cfg: Config) -> None:
             f"the config's default_scope {scope!r} cannot be imported: {error}"
         ) from error
     init_default_scope(scope)
+    return cfg
+
+
+def require(cfg: Config, *keys: str) -> None:
+    """Raise a :class:`ConfigError` where a config lacks one of these settings."""
+    missing = [key for key in keys if cfg.get(key) is None]
+    if missing:
+        raise ConfigError(
+            f"config {cfg.filename} lacks {', '.join(missing)}: start from a config "
+            "that has them, by _base_=[...]"
+        )
 
 
 def _below_data_folder(root: str, folder: str) -> str:
@@ -122,30 +110,21 @@ def _below_data_folder(root: str, folder: str) -> str:
     return str(Path(folder).joinpath(*parts[1:]))
 
 
-def _move_paths(node: Any, old: str, new: str) -> None:
-    old_bare, new_bare = old.rstrip("/"), new.rstrip("/")
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, str) and f"{value}/".startswith(f"{old_bare}/"):
-            return new_bare + value[len(old_bare) :]
-        if not isinstance(value, str):
-            _move_paths(value, old, new)
-        return value
-
+def _move_paths(node: Any, old: str, new: str) -> Any:
+    """A setting with what lies in the old folder moved to the new one."""
+    old, new = old.rstrip("/"), new.rstrip("/")
+    if isinstance(node, str) and f"{node}/".startswith(f"{old}/"):
+        return new + node[len(old) :]
     if isinstance(node, dict):
         for key in node:
-            node[key] = moved(node[key])
+            node[key] = _move_paths(node[key], old, new)
     elif isinstance(node, list):
-        node[:] = [moved(value) for value in node]
+        node[:] = [_move_paths(value, old, new) for value in node]
+    return node
 
 
 def datasets_of(cfg: Config, split: str) -> Iterator[ConfigDict]:
-    """Yield the dataset configs of a split's dataloader, inside any wrappers.
-
-    Args:
-        cfg: The config.
-        split: ``'train'``, ``'val'`` or ``'test'``.
-    """
+    """The datasets of a split (``'train'``, ``'val'``, ``'test'``), inside wrappers."""
     loader = cfg.get(f"{split}_dataloader")
     stack = [loader["dataset"]] if loader else []
     while stack:
@@ -159,7 +138,7 @@ def datasets_of(cfg: Config, split: str) -> Iterator[ConfigDict]:
 
 def dataset_class(dataset: dict[str, Any]) -> type | None:
     """The class of a dataset's config, looked up in the toolbox that is in use."""
-    kind = dataset["type"]
+    kind = dataset.get("type")
     if not isinstance(kind, str):
         return kind
     with DATASETS.switch_scope_and_registry(None) as registry:
@@ -171,10 +150,8 @@ def dataset_meta(
 ) -> dict[str, Any]:
     """``classes`` and ``palette``, tuples or None: what a config's dataset is of.
 
-    Args:
-        dataset: Config of a dataset.
-        checkpoint: A loaded checkpoint, whose ``meta`` wins over the config as the
-            config wins over the dataset's class. Defaults to None.
+    The ``meta`` of a loaded checkpoint wins over the config, and the config over the
+    dataset's class.
     """
     sources = (
         getattr(dataset_class(dataset), "METAINFO", None),
@@ -193,11 +170,7 @@ def dataset_meta(
 
 
 def pipeline_without_loading(cfg: Config) -> list[ConfigDict]:
-    """The steps that a test image takes once it is in memory.
-
-    Raises:
-        ConfigError: If the config has no test pipeline.
-    """
+    """The steps of the test pipeline, which a config must have, behind loading."""
     dataset = next(datasets_of(cfg, "test"), None)
     if dataset is None or not dataset.get("pipeline"):
         raise ConfigError(
@@ -217,18 +190,13 @@ def has_data(cfg: Config, split: str) -> bool:
 
 
 def check_data(cfg: Config, *splits: str) -> None:
-    """Check that a config's data is there and well-formed.
+    """Check that the data of these splits is there and well-formed.
 
     COCO annotations and the label maps of segmentation are read.
 
-    Args:
-        cfg: A config from :func:`load_config`.
-        *splits: The splits that will be used.
-
     Raises:
-        DatasetError: If a folder is missing; says how to get it.
-        CocoFormatError: If an annotation file is missing or malformed.
-        SegmentationFormatError: If images or label maps are.
+        DatasetError: If a folder is missing, which says how to get it, or annotations,
+            images or label maps are malformed (its subclasses).
         ConfigError: If the heads have another number of classes than the data.
     """
     seen: set[str] = set()
@@ -264,11 +232,7 @@ def _missing_root(root: str) -> str:
 
 
 def check_work_dir(work_dir: str | os.PathLike[str]) -> None:
-    """Create the work directory and prove that files can be written in it.
-
-    Raises:
-        ConfigError: If not.
-    """
+    """Create the work directory, and raise unless files can be written in it."""
     try:
         Path(work_dir).mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=work_dir, prefix=".writable-") as file:
@@ -287,16 +251,9 @@ def check_writable(
     """Raise unless a file may be written, before any work is done for it.
 
     Args:
-        path: The file.
+        path: The file, which is returned.
         *suffixes: Endings that it may have. Any where none is given.
         option: What names it, for messages. Defaults to ``'--out'``.
-
-    Returns:
-        The path.
-
-    Raises:
-        ConfigError: If it ends otherwise, is a folder, or its folder is missing or
-            read-only.
     """
     path = Path(path)
     if suffixes and path.suffix.lower() not in suffixes:

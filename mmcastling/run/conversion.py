@@ -39,30 +39,24 @@ def convert(
 ) -> PruningReport:
     """Prune a trained model and write it with a config that builds it pruned.
 
-    Prints what pruning removed and changed, what a lower precision changes, and the
-    names of the files.
-
     Args:
         cfg: The config that the checkpoint was trained with.
         source: The training checkpoint.
         out: Checkpoint to write; the config is written beside it as ``.py``.
-        verify: Measure the largest difference on real images of the test set. None
-            does so where the data is there. Defaults to None.
-        force: Write although the masks have not decayed. Defaults to False.
-        ema: See :func:`mmcastling.deploy.select_weights`. Defaults to None.
-        num_images: Images to verify on. Defaults to 4.
-        precision: What the deployed model's layers compute in, see
-            :func:`mmcastling.deploy.set_precision`. The config names it and the weights
-            stay float32, rounded when they are used. Defaults to ``'fp32'``.
+        verify: Measure the largest difference on real images of the test set. Defaults
+            to None (where the data is there).
+        force: Write although the masks have not decayed.
+        ema: See :func:`mmcastling.deploy.select_weights`.
+        num_images: Images to verify on.
+        precision: See :func:`mmcastling.deploy.set_precision`. The config names it, and
+            the weights stay float32.
 
     Returns:
-        What pruning removed and changed.
+        What pruning removed and changed; it is printed, too.
 
     Raises:
-        CheckpointError: If the source cannot be read or does not fit, the masks have
-            not decayed and ``force`` is not given, or the output cannot be written.
-        DatasetError: If ``verify`` is True and the data is missing.
-        ValueError, RuntimeError: If the precision is not known or not supported.
+        UserError: If source, output, precision or (with ``verify``) data cannot be
+            used, or the masks have not decayed and ``force`` is not given.
     """
     check_precision(precision)
     source, out = Path(source), Path(out)
@@ -112,8 +106,7 @@ def convert(
 def _write_both(cfg: Config, config_path: Path, checkpoint: dict, out: Path) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".convert-") as folder:
-            config = Path(folder) / config_path.name
-            weights = Path(folder) / out.name
+            config, weights = Path(folder, config_path.name), Path(folder, out.name)
             cfg.dump(config)
             save_atomically(checkpoint, weights)
             load_checkpoint(weights)  # proves that it loads with weights_only=True
@@ -128,34 +121,29 @@ def deploy_config(cfg: Config) -> Config:
 
     Sets ``deploy=True`` wherever a registered module takes it, puts what a class that
     offers ``deployed_config(config)`` becomes in its place, and removes the training
-    hooks and what names a checkpoint to start from.
-
-    Args:
-        cfg: The config of training; its default scope must be initialised.
+    hooks and what names a checkpoint to start from. The config's default scope must be
+    initialised.
     """
     cfg = copy.deepcopy(cfg)
     _set_deploy(cfg.model)
     drop_training_hooks(cfg)
-    cfg.load_from = None
-    cfg.resume = False
+    cfg.load_from, cfg.resume = None, False
     return cfg
 
 
 def _set_deploy(node: Any) -> None:
+    children = node if isinstance(node, (list, tuple)) else ()
     if isinstance(node, dict):
         kind = node.get("type")
-        if kind is not None:
-            kind = MODELS.get(kind) if isinstance(kind, str) else kind
-            if callable(deployed := getattr(kind, "deployed_config", None)):
-                kept = deployed(dict(node))
-                node.clear()
-                node.update(kept)
-                kind = MODELS.get(node["type"])
-            if callable(kind) and "deploy" in inspect.signature(kind).parameters:
-                node["deploy"] = True
-                node.pop("init_cfg", None)
-        for value in node.values():
-            _set_deploy(value)
-    elif isinstance(node, (list, tuple)):
-        for value in node:
-            _set_deploy(value)
+        kind = MODELS.get(kind) if isinstance(kind, str) else kind
+        if callable(deployed := getattr(kind, "deployed_config", None)):
+            kept = deployed(dict(node))
+            node.clear()
+            node.update(kept)
+            kind = MODELS.get(node["type"])
+        if callable(kind) and "deploy" in inspect.signature(kind).parameters:
+            node["deploy"] = True
+            node.pop("init_cfg", None)
+        children = node.values()
+    for child in children:
+        _set_deploy(child)

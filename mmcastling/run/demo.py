@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import statistics
 import tempfile
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
+import mmcv
 import numpy as np
 from rich.console import Console
 from rich.progress import (
@@ -57,13 +57,11 @@ class DemoReport:
 def find_sources(source: str | os.PathLike[str]) -> list[Path]:
     """The pictures that are meant, or the one video.
 
-    Args:
-        source: A picture, a video, or a folder, whose own pictures are taken in the
-            order of their names.
+    A folder stands for its own pictures in the order of their names.
 
     Raises:
-        ConfigError: If it does not exist, is of another kind, holds no picture, or a
-            picture is none by its first bytes.
+        ConfigError: If there is no picture or video, or a picture is none by its first
+            bytes.
     """
     source = Path(source)
     if source.is_dir():
@@ -101,19 +99,11 @@ def run_demo(
 ) -> DemoReport:
     """Predict, paint and write, with a line for each picture and a bar of progress.
 
-    Args:
-        source: See :func:`find_sources`.
-        predictor: What predicts, see
-            :func:`mmcastling.run.predictors.build_predictor`.
-        out_dir: Folder for the painted files, made if need be. Pictures are written as
-            PNG under their own names, a video as MP4.
-        score_thr: Detections with lower scores are not drawn. Defaults to 0.3.
-        console: Where to say it. Defaults to None (standard output).
+    Pictures are written into the folder as PNG under their own names, a video as MP4.
+    Detections with lower scores are not drawn.
 
     Raises:
-        ConfigError: If the source cannot be read, or the folder not be written.
-        ExportedModelError: If a picture is cut off.
-        CheckpointError: If a picture cannot be written.
+        UserError: If a picture cannot be read, or the folder not be written.
     """
     sources = find_sources(source)
     targets = _targets(sources, Path(out_dir))
@@ -171,39 +161,28 @@ def _paint_video(
     paint: Callable[[np.ndarray], np.ndarray],
     progress: Progress,
 ) -> None:
-    with contextlib.ExitStack() as stack:
-        capture = cv2.VideoCapture(str(path))
-        stack.callback(capture.release)
-        if not capture.isOpened():
-            raise ConfigError(
-                f"video {path} ({path.stat().st_size} bytes) cannot be read by OpenCV: "
-                "it is damaged, or of a codec that it lacks; convert it to MP4 (H.264)"
-            )
-        count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) or None
-        rate = capture.get(cv2.CAP_PROP_FPS) or 25.0
-        folder = tempfile.TemporaryDirectory(dir=target.parent, prefix=".demo-")
-        unfinished = Path(stack.enter_context(folder)) / target.name
-        frames = (frame for _, frame in iter(capture.read, (False, None)))
-        writer = None
-        for frame in progress.track(frames, total=count, description="predicting"):
+    video = mmcv.VideoReader(str(path))
+    if not video.opened:
+        raise ConfigError(
+            f"video {path} ({path.stat().st_size} bytes) cannot be read by OpenCV: "
+            "it is damaged, or of a codec that it lacks; convert it to MP4 (H.264)"
+        )
+    count, rate = video.frame_cnt or None, video.fps or 25.0
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".demo-") as folder:
+        unfinished, writer = Path(folder) / target.name, cv2.VideoWriter()
+        for frame in progress.track(video, total=count, description="predicting"):
             painted = paint(frame)
-            if writer is None:
-                writer = _writer(unfinished, painted.shape[:2], rate)
-                stack.callback(writer.release)
+            height, width = painted.shape[:2]
+            codec = cv2.VideoWriter.fourcc(*"mp4v")
+            if not writer.isOpened() and not writer.open(
+                str(unfinished), codec, rate, (width, height)
+            ):
+                raise ConfigError(
+                    f"OpenCV cannot write a video of {width}x{height} as MP4 here: "
+                    "split the video into pictures, and give their folder"
+                )
             writer.write(painted)
-        if writer is None:
+        if not writer.isOpened():
             raise ConfigError(f"video {path} has no frame that could be read")
         writer.release()
         unfinished.replace(target)
-
-
-def _writer(path: Path, shape: tuple[int, int], rate: float) -> cv2.VideoWriter:
-    height, width = shape
-    codec = cv2.VideoWriter.fourcc(*"mp4v")
-    writer = cv2.VideoWriter(str(path), codec, rate, (width, height))
-    if not writer.isOpened():
-        raise ConfigError(
-            f"OpenCV cannot write a video of {width}x{height} as MP4 here: split "
-            "the video into pictures, and give their folder"
-        )
-    return writer

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +12,7 @@ from mmengine.model import BaseModel
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor
 
+from mmcastling.analysis import PartTimer
 from mmcastling.errors import ConfigError, OptionError
 from mmcastling.registry import MODELS, model_spec
 from mmcastling.run.config import check_data, check_work_dir, require
@@ -35,8 +34,8 @@ class ExportedEvaluation:
 
     Attributes:
         metrics: What the config's evaluator returned.
-        seconds_per_image: Median over images from the preprocessed image to the
-            prediction in the image's pixels.
+        seconds_per_image: From the preprocessed image to the prediction in the image's
+            pixels, median over batches.
         runtime: What ran the file.
         metadata: What the file says about its model.
     """
@@ -57,20 +56,11 @@ class ExportedEvaluation:
 class ExportedTestModel(BaseModel):
     """An exported file in a model's place, for a runner that tests.
 
-    Args:
-        data_preprocessor: The config's, so that images are prepared as for torch.
-
-    Attributes:
-        inferencer: The file, to be set before the first image: a runner builds its
-            model from plain values.
-        seconds: Of each image.
+    Images are prepared as for torch, by the config's ``data_preprocessor``. A runner
+    builds its model from plain values, so the file is set afterwards.
     """
 
     inferencer: ExportedInferencer
-
-    def __init__(self, data_preprocessor: dict[str, Any] | None = None) -> None:
-        super().__init__(data_preprocessor)
-        self.seconds: list[float] = []
 
     def forward(
         self, inputs: Tensor, data_samples: list[Any], mode: str = "predict"
@@ -79,7 +69,6 @@ class ExportedTestModel(BaseModel):
         if mode != "predict":
             raise OptionError(f"mode {mode!r}: an exported file can only 'predict'")
         for image, sample in zip(inputs, data_samples, strict=True):
-            begin = time.perf_counter()
             meta, shape = sample.metainfo, image.shape[1:]
             prepared = Prepared(
                 image[None].cpu().numpy(),
@@ -88,7 +77,6 @@ class ExportedTestModel(BaseModel):
                 tuple(meta.get("scale_factor") or (1.0, 1.0)),
             )
             add_prediction(sample, self.inferencer.predict_prepared(prepared))
-            self.seconds.append(time.perf_counter() - begin)
         return data_samples
 
 
@@ -117,23 +105,11 @@ def add_prediction(sample: Any, found: Prediction) -> None:
 def evaluate_exported(
     cfg: Config, path: str | os.PathLike[str], runtime: str | None = None
 ) -> ExportedEvaluation:
-    """Evaluate an exported file on the config's test set.
+    """Evaluate the exported file of a whole model on its config's test set.
 
     Dataset, pipeline, data preprocessor and evaluator are the config's, so that the
-    figures are comparable with those of :func:`mmcastling.run.evaluate`.
-
-    Args:
-        cfg: The config that the file was exported with, from
-            :func:`mmcastling.run.load_config`.
-        path: The exported file of a whole model.
-        runtime: ``'onnxruntime'``, ``'openvino'`` or ``'torch'``. Defaults to None (the
-            format's own).
-
-    Raises:
-        ExportedModelError: If the file or the runtime cannot be used.
-        DatasetError, CocoFormatError: If the data is missing or malformed.
-        ConfigError: If the file holds no whole model, or the work directory cannot be
-            written.
+    figures are comparable with those of :func:`mmcastling.run.evaluate`, which see for
+    arguments and errors.
     """
     require(cfg, "test_dataloader", "test_cfg", "test_evaluator")
     inferencer = ExportedInferencer(path, runtime)
@@ -154,8 +130,9 @@ def evaluate_exported(
     runner = build_runner(cfg)
     model = runner.model
     model.inferencer = inferencer
-    metrics = run_test(runner)
-    seconds = statistics.median(model.seconds) if model.seconds else float("nan")
+    with PartTimer(model) as timer:
+        metrics = run_test(runner)
+    seconds = timer.median / cfg.test_dataloader.get("batch_size", 1)
     return ExportedEvaluation(
         metrics, seconds, inferencer.model.runtime, inferencer.metadata
     )

@@ -20,9 +20,8 @@ from torch import nn
 
 from mmcastling.analysis import paired_medians
 from mmcastling.checkpoint import load_checkpoint
-from mmcastling.data import DatasetError
 from mmcastling.deploy import set_precision
-from mmcastling.errors import CheckpointError, ConfigError
+from mmcastling.errors import CheckpointError, ConfigError, UserError
 from mmcastling.export import (
     DEFAULT_OPSET,
     FORMATS,
@@ -39,7 +38,13 @@ from mmcastling.export import (
     write_graph,
 )
 from mmcastling.registry import type_name
-from mmcastling.run.config import check_data, datasets_of, has_data
+from mmcastling.run.config import (
+    check_data,
+    check_writable,
+    dataset_meta,
+    datasets_of,
+    has_data,
+)
 from mmcastling.run.load import load_pruned_model
 from mmcastling.runtime import SUFFIXES, ExportedInferencer, ExportMetadata
 from mmcastling.runtime.model import runtime_library
@@ -52,11 +57,8 @@ from mmcastling.runtime.preprocess import (
 )
 from mmcastling.version import __version__
 
-ROUNDS = 3
-"""Passes whose median is the latency that is printed."""
-
-EXAMPLES = 16
-"""Training images that show a quantizer what inputs are like."""
+ROUNDS = 3  # passes whose median is the latency that is printed
+EXAMPLES = 16  # training images that show a quantizer what inputs are like
 
 
 def export(
@@ -81,31 +83,23 @@ def export(
         source: A checkpoint of it, of training or deployed.
         out: The file to write. Defaults to None (the checkpoint's name with the
             format's ending).
-        format: One of :data:`mmcastling.export.FORMATS`. Defaults to ``'onnx'``.
-        part: ``'model'`` or ``'backbone'``. Defaults to ``'model'``.
-        opset: ONNX opset. Defaults to 18.
+        format: One of :data:`mmcastling.export.FORMATS`, ONNX of this ``opset``.
+        part: ``'model'`` or ``'backbone'``.
         image: The image to compare on. Defaults to None (the first of the test set).
-        force: Go on although the masks have not decayed. Defaults to False.
-        ema: See :func:`mmcastling.deploy.select_weights`. Defaults to None.
-        precision: What products compute in, one of those that
-            :data:`mmcastling.export.FORMAT_PRECISIONS` has for the format. What
-            is compared and refused is the file in float32, and what rounding changes is
-            printed. OpenVINO's ``'int8'`` takes the steps of inputs from training
-            images, from the image compared on where there are none. Defaults to
-            ``'fp32'``.
+        force: Go on although the masks have not decayed.
+        ema: See :func:`mmcastling.deploy.select_weights`.
+        precision: One of those that :data:`mmcastling.export.FORMAT_PRECISIONS` has for
+            the format. What is compared and refused is the file in float32, and what
+            rounding changes is printed. OpenVINO's ``'int8'`` takes the steps of inputs
+            from training images, or the one compared on. Defaults to ``'fp32'``.
 
     Returns:
         What the file says about its model.
 
     Raises:
-        CheckpointError: If the source cannot be read or does not fit, its masks have
-            not decayed and ``force`` is not given, or the output cannot be written.
-        ExportedModelError: If the runtime is missing or cannot run the file.
-        UnsupportedModelError: If the model has no exportable form.
-        ConfigError: If there is no image, or the file disagrees with torch; nothing is
-            left of it then.
-        ValueError, RuntimeError: If the format, its opset or precision is not
-            supported, or a library that writes it is missing.
+        UserError: If checkpoint, image, format or runtime cannot be used, the masks
+            have not decayed and ``force`` is not given, or the file disagrees with
+            torch; nothing is left of it then.
     """
     check_format(format, opset)
     check_export_precision(precision, format)
@@ -123,9 +117,12 @@ def export(
         print(pruning)
 
     graph = export_graph(model, part)
+    names = {"torch", runtime, *(("onnx",) if format in ("onnx", "openvino") else ())}
+    facts["versions"] = {"mmcastling": __version__}
+    facts["versions"] |= {name: version(name) for name in sorted(names)}
     if part != "backbone":
         facts |= _classes(cfg, checkpoint)
-    meta = describe(model, graph, part, versions=_versions(format, runtime), **facts)
+    meta = describe(model, graph, part, **facts)
     inputs = list(_inputs(picture, meta))
     expected = [_in_torch(model, meta, x) for x in inputs]
     try:
@@ -172,14 +169,9 @@ def _destination(
     path = Path(source).with_suffix(suffix) if out is None else Path(out)
     if path.suffix != suffix:
         raise ConfigError(f"output {path} must end in {suffix}, as {format} files do")
-    if not path.parent.is_dir():
-        raise CheckpointError(
-            f"cannot write {path}: the folder {path.parent} does not exist: create it"
-        )
-    for name in (path, path.with_suffix(".bin")) if format == "openvino" else (path,):
-        if name.is_dir():
-            raise CheckpointError(f"cannot write {name}: it is a folder")
-    return path
+    if format == "openvino":
+        check_writable(path.with_suffix(".bin"), option="the weights of OUT")
+    return check_writable(path, option="OUT")
 
 
 def _image(cfg: Config, image: str | os.PathLike[str] | None) -> Path:
@@ -216,7 +208,7 @@ def _training_inputs(cfg: Config, meta: ExportMetadata) -> list[Prepared]:
         return []
     try:
         check_data(cfg, "train")
-    except (DatasetError, ConfigError):
+    except UserError:
         return []
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     step = max(1, len(dataset) // EXAMPLES)
@@ -226,23 +218,15 @@ def _training_inputs(cfg: Config, meta: ExportMetadata) -> list[Prepared]:
 
 
 def _padded(meta: ExportMetadata) -> ExportMetadata:
-    """With images padded to what the graph takes."""
     divisor = math.lcm(meta.pad_divisor, meta.size_divisor)
     return dataclasses.replace(meta, pad_divisor=divisor)
 
 
 def _classes(cfg: Config, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    known = (checkpoint.get("meta") or {}).get("dataset_meta") or {}
-    for dataset in datasets_of(cfg, "test"):
-        if not known.get("classes"):
-            known = dataset.get("metainfo") or {}
-        if not known.get("classes"):
-            known = getattr(DATASETS.get(dataset["type"]), "METAINFO", None) or {}
-    palette = known.get("palette")
-    palette = palette if isinstance(palette, (list, tuple)) else ()
+    known = dataset_meta(next(datasets_of(cfg, "test"), {}), checkpoint)
     return dict(
-        classes=tuple(map(str, known.get("classes") or ())),
-        palette=tuple(tuple(map(int, colour)) for colour in palette),
+        classes=tuple(map(str, known["classes"] or ())),
+        palette=tuple(tuple(map(int, colour)) for colour in known["palette"] or ()),
     )
 
 
@@ -278,14 +262,6 @@ def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _versions(format: str, runtime: str) -> dict[str, str]:
-    names = {"torch", runtime, *(("onnx",) if format in ("onnx", "openvino") else ())}
-    return {
-        "mmcastling": __version__,
-        **{name: version(name) for name in sorted(names)},
-    }
-
-
 # -- what is compared ------------------------------------------------------------------
 
 
@@ -303,12 +279,11 @@ def _compare(
     agreements, meta = {}, inferencer.metadata
     for x, outputs in zip(inputs, expected, strict=True):
         got = inferencer.model(x.batch, x.size)
-        if meta.kind == "detector":
-            limit = meta.mask_threshold
-            agreement = compare_detections(outputs, got, x.size, limit, rounded)
-        else:
-            agreement = compare(outputs, got)
-        agreements[f"{x.size[0]}x{x.size[1]}"] = agreement
+        agreements["{}x{}".format(*x.size)] = (
+            compare_detections(outputs, got, x.size, meta.mask_threshold, rounded)
+            if meta.kind == "detector"
+            else compare(outputs, got)
+        )
     return agreements
 
 

@@ -31,29 +31,15 @@ def is_meant_for_the_user(error: BaseException | None) -> bool:
     in front, so the chain of causes is searched. Anything else is a defect.
     """
     while error is not None:
-        if isinstance(error, UserError) or _is_unbuildable(error):
+        frames = traceback.extract_tb(error.__traceback__)
+        # Registries have no error of their own.
+        by_registry = frames and frames[-1].filename.startswith(_REGISTRY)
+        if isinstance(error, UserError) or (
+            isinstance(error, (KeyError, TypeError)) and by_registry
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _is_unbuildable(error: BaseException) -> bool:
-    """Whether MMEngine's registries raised it: they have no error of their own."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return (
-        isinstance(error, (KeyError, TypeError))
-        and bool(frames)
-        and frames[-1].filename.startswith(_REGISTRY)
-    )
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, (KeyError, TypeError)):
-        return (
-            f"the config cannot be built: {error.args[0]}; correct that name, or "
-            "remove it"
-        )
-    return str(error)
 
 
 def _has_lost_contact(error: Exception) -> bool:
@@ -116,10 +102,15 @@ def run_cli(main: Callable[[], None]) -> None:
             )
         elif _is_said_already(error):
             sys.exit(1)
-        elif is_meant_for_the_user(error):
-            text = _message(error)
-        else:
+        elif not is_meant_for_the_user(error):
             raise
+        elif isinstance(error, (KeyError, TypeError)):
+            text = (
+                f"the config cannot be built: {error.args[0]}; correct that name, or "
+                "remove it"
+            )
+        else:
+            text = str(error)
         where = f"[process {rank + 1} of {size}] " if size > 1 else ""
         sys.stdout.flush()
         print(f"error: {where}{text}", file=sys.stderr)

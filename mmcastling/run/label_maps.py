@@ -24,11 +24,8 @@ def check_label_maps(
 ) -> None:
     """Check the split of one dataset: every image's size and every label map.
 
-    Args:
-        model: Config of the model, whose heads must have as many classes as the data.
-        dataset: Config of the dataset, of mmseg's ``BaseSegDataset`` or a subclass.
-        kind: Its class.
-        classes: Its classes.
+    The heads in the model's config must have as many classes as the dataset's, which is
+    of mmseg's ``BaseSegDataset`` or a subclass.
 
     Raises:
         SegmentationFormatError: If the split is missing or malformed.
@@ -43,15 +40,13 @@ def check_label_maps(
     # A subset of a dataset's classes is picked from maps that hold all of them.
     known = (getattr(kind, "METAINFO", None) or {}).get("classes")
     ids = len(known or classes)
-    zero_is_ignored = bool(_option(kind, dataset, "reduce_zero_label", False))
-    first = 1 if zero_is_ignored else 0
-    allowed = {*range(first, first + ids), *ignored}
-    meaning = f"{first} to {first + ids - 1} for the {ids} classes"
-    if zero_is_ignored:
-        allowed.add(0)
-        meaning = f"0 for none, {meaning}"
-    void = sorted(ignored)
-    meaning += f", or {' or '.join(map(str, void))} where nothing is labelled"
+    first = int(bool(_option(kind, dataset, "reduce_zero_label", False)))
+    allowed = {*range(first + ids), *ignored}
+    void = " or ".join(map(str, sorted(ignored)))
+    meaning = (
+        f"{'0 for none, ' if first else ''}{first} to {first + ids - 1} for the {ids} "
+        f"classes, or {void} where nothing is labelled"
+    )
     root = dataset.get("data_root") or ""
     prefix = dataset["data_prefix"]
     check_segmentation(
@@ -68,8 +63,7 @@ def check_label_maps(
 def _check_heads(model: dict[str, Any], count: int) -> set[int]:
     """Compare the heads' number of classes; the labels that they pass over."""
     ignored = set()
-    if "module" in model:  # inside what averages augmented views
-        model = model["module"]
+    model = model.get("module", model)  # inside what averages augmented views
     for key in ("decode_head", "auxiliary_head"):
         heads = model.get(key) or []
         for head in heads if isinstance(heads, (list, tuple)) else [heads]:

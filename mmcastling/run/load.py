@@ -27,12 +27,7 @@ from mmcastling.errors import CheckpointError
 from mmcastling.registry import model_spec
 from mmcastling.run.config import check_data, has_data, require
 from mmcastling.run.runner import core_model
-from mmcastling.verbs import (
-    castling_modules,
-    restore_mask,
-    set_mask,
-    switch_to_deploy,
-)
+from mmcastling.verbs import castling_modules, restore_mask, set_mask, switch_to_deploy
 
 TOLERANCE = 1e-5
 """Largest difference of features, relative to the largest feature or 1, that counts as
@@ -67,10 +62,8 @@ class PruningReport:
     def __str__(self) -> str:
         text = f"pruned the auxiliary softmax branch of {self.attentions} attentions"
         if self.difference is None:
-            return (
-                f"{text}\nnot verified on images: the test data is missing or was not "
-                "asked for"
-            )
+            why = "the test data is missing or was not asked for"
+            return f"{text}\nnot verified on images: {why}"
         height, width = self.shape
         return (
             f"{text}: the backbone at {height}x{width} takes "
@@ -81,14 +74,10 @@ class PruningReport:
         )
 
     def refuse_if_changed(self, source: str | os.PathLike[str]) -> None:
-        """Raise if pruning changes what the model computes.
+        """Raise a :class:`CheckpointError` if pruning changes what the model computes.
 
-        Args:
-            source: The checkpoint's path, for the message.
-
-        Raises:
-            CheckpointError: If the features differ or are not finite, or, where that
-                was not measured, the checkpoint's state says that the branch is on.
+        That is, if the features differ or are not finite, or, where that was not
+        measured, the state of the checkpoint says that the branch is on.
         """
         measured = "its state says that the branch is on"
         changed = self.was_on
@@ -125,18 +114,14 @@ def load_model(
     A deployed checkpoint's model is deployed first, whatever the config says:
     deployment folds layers into others, and names and shapes are those after it.
 
+    It is in evaluation mode.
+
     Args:
         cfg: The config.
         checkpoint: A loaded checkpoint of it, of training or deployed.
         source: Its path, for messages.
         model: The model, where it has been built. Defaults to None.
         ema: See :func:`mmcastling.deploy.select_weights`. Defaults to None.
-
-    Returns:
-        The model in evaluation mode.
-
-    Raises:
-        CheckpointError: If the weights do not fit.
     """
     if model is None:
         model = build_model(cfg)
@@ -161,22 +146,14 @@ def load_pruned_model(
     """A config's model with a checkpoint's weights, without its auxiliary branches.
 
     Args:
-        cfg: The config.
-        checkpoint: A loaded checkpoint of it, of training or deployed.
-        source: Its path, for messages.
+        cfg, checkpoint, source, ema: As in :func:`load_model`.
         runner: Whose model and test data are taken. Defaults to None (they are built).
-        ema: See :func:`mmcastling.deploy.select_weights`. Defaults to None.
-        verify: Measure on test images what pruning changes and saves. Defaults to None
-            (where the data is there).
-        images: On how many. Defaults to 4.
+        verify: Measure on so many test images what pruning changes and saves. Defaults
+            to None (where the data is there).
 
     Returns:
         The deployed model in evaluation mode; and what pruning did, or None where
         there was no branch to prune.
-
-    Raises:
-        CheckpointError: If the weights do not fit.
-        DatasetError: If ``verify`` is True and the data is missing.
     """
     model = None if runner is None else core_model(runner.model)
     model = load_model(cfg, checkpoint, source, model=model, ema=ema)
@@ -186,9 +163,8 @@ def load_pruned_model(
     was_on = any(module.mask_is_on for module in modules)
     inputs: list[Tensor] = []
     if runner is not None:
-        inputs = list(
-            first_test_images(cfg, model, images, runner.test_dataloader.dataset)
-        )
+        dataset = runner.test_dataloader.dataset
+        inputs = list(first_test_images(cfg, model, images, dataset))
     elif verify or (verify is None and has_data(cfg, "test")):
         require(cfg, "test_dataloader")
         check_data(cfg, "test")
@@ -197,7 +173,7 @@ def load_pruned_model(
         switch_to_deploy(model, inplace=True)
         return model, PruningReport(len(modules), was_on)
     backbone = getattr(model, "backbone", model)
-    shape = (int(inputs[0].shape[-2]), int(inputs[0].shape[-1]))
+    shape = tuple(inputs[0].shape[-2:])
     macs_training = backbone_macs(backbone, shape, branch_on=True)
     before = [feature for x in inputs for feature in features(model, x)]
     switch_to_deploy(model, inplace=True)
@@ -219,13 +195,8 @@ def first_test_images(
 ) -> Iterator[Tensor]:
     """The first test images as the network sees them, padded, ``(1, C, H, W)`` each.
 
-    With test-time augmentation the first view of each.
-
-    Args:
-        cfg: The config, whose test data is there.
-        model: Its model, whose preprocessor they pass.
-        count: How many, where there are as many.
-        dataset: The test set, where it has been built. Defaults to None.
+    With test-time augmentation the first view of each. The test set is the config's,
+    where it has not been built.
     """
     if dataset is None:
         dataset = DATASETS.build(cfg.test_dataloader.dataset)
@@ -245,13 +216,7 @@ def preprocess(model: nn.Module, item: dict[str, Any]) -> Tensor:
 def backbone_macs(
     backbone: nn.Module, shape: tuple[int, int], branch_on: bool = False
 ) -> int:
-    """MACs of a backbone for one image ``(H, W)``, as it is or as training starts.
-
-    Args:
-        backbone: Left as it is.
-        shape: The image's.
-        branch_on: Count with the auxiliary branch on. Defaults to False.
-    """
+    """MACs of a backbone for one image ``(H, W)``, as it is or with its branch on."""
     copied = copy.deepcopy(backbone)
     if branch_on:
         set_mask(copied, 0.0)

@@ -36,13 +36,12 @@ TOOLBOXES = {"detector": "mmdet", "classifier": "mmpretrain", "segmentor": "mmse
 
 @dataclass(frozen=True)
 class Predictor:
-    """What predicts.
+    """What predicts: the deployed model, or an exported file's inferencer.
 
     Attributes:
         scope: The toolbox that draws what it predicts.
         dataset_meta: ``classes`` and ``palette``, where they are known.
         name: What predicts, in words.
-        model: The deployed model, or the exported file's inferencer.
         predict: From a picture ``(H, W, 3)`` in BGR to the toolbox's data sample, in
             the picture's pixels.
     """
@@ -73,10 +72,8 @@ def build_predictor(
         runtime: What runs an exported file. Defaults to None (its format's own).
 
     Raises:
-        ConfigError: If these are not such files, an option does not go with them, or
-            what they predict cannot be drawn.
-        CheckpointError, ExportedModelError: If a file cannot be read.
-        ValueError, RuntimeError: If the machine lacks the config's precision.
+        UserError: If these are not such files or cannot be read, an option does not go
+            with them or with this machine, or what they predict cannot be drawn.
     """
     if len(model) == 1 and is_exported(model[0]):
         if device not in (None, "cpu"):
@@ -115,7 +112,6 @@ def _usage(model: list[str]) -> str:
 def _torch_predictor(
     cfg: Config, path: str | os.PathLike[str], device: torch.device
 ) -> Predictor:
-    """A config's model in its deployed form, with the config's test pipeline."""
     precision = cfg.get("precision", "fp32")
     check_precision(precision, device)
     scope = cfg.get("default_scope", "mmengine")
@@ -138,14 +134,12 @@ def _torch_predictor(
         return sample.cpu()  # waits for a GPU
 
     meta = dataset_meta(next(datasets_of(cfg, "test")), checkpoint)
-    name = f"torch in {precision} on {device}"
-    if not is_deployed(checkpoint):
-        name += ", pruned"
+    pruned = "" if is_deployed(checkpoint) else ", pruned"
+    name = f"torch in {precision} on {device}{pruned}"
     return Predictor(scope, meta, name, model, predict)
 
 
 def _exported_predictor(path: str, runtime: str | None) -> Predictor:
-    """An exported file in its runtime, with the preparation that stands in it."""
     inferencer = ExportedInferencer(path, runtime)
     metadata = inferencer.metadata
     if metadata.kind not in TOOLBOXES:

@@ -37,12 +37,7 @@ _count = itertools.count()
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build a runner from a config, under a name that no other in the process has.
-
-    Raises:
-        ConfigError: If the config's launcher cannot work here; see
-            :func:`setup_distributed`.
-    """
+    """Build a runner from a config, under a name that no other in the process has."""
     setup_distributed(cfg)
     if cfg.get("default_scope") == "mmpretrain":
         _set_classification_loaders(cfg)
@@ -50,9 +45,7 @@ def build_runner(cfg: Config) -> Runner:
     cfg.experiment_name = f"{name}_{time.strftime('%Y%m%d_%H%M%S')}_{next(_count)}"
     if cfg.get("visualizer"):  # mmdet's configs name theirs alike in every run
         cfg.visualizer.name = cfg.experiment_name
-    if "runner_type" in cfg:
-        return RUNNERS.build(cfg)
-    return Runner.from_cfg(cfg)
+    return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
 
 
 def _set_classification_loaders(cfg: Config) -> None:
@@ -94,11 +87,7 @@ def testing_config(cfg: Config) -> Config:
 
 
 def run_test(runner: Runner) -> dict[str, float]:
-    """Run the test loop of a runner, and say what counts where the metric is COCO's.
-
-    Returns:
-        What the evaluator returned.
-    """
+    """The metrics of a runner's test loop; says what counts where they are COCO's."""
     with fast_coco_eval(runner.test_evaluator.metrics) as library:
         if library:
             say(f"COCO evaluation by {library}")
@@ -147,14 +136,8 @@ def setup_distributed(cfg: Config) -> None:
     """Check what the config's launcher needs; without a GPU, start its process group.
 
     With an accelerator, MMEngine's Runner does it all. Without one, the group is
-    started here with gloo, and the model's wrapper is told to leave it on the CPU.
-
-    Args:
-        cfg: A config with ``launcher``; its wrapper's settings are changed in place.
-
-    Raises:
-        ConfigError: If the launcher is not known or did not start this process, or a
-            machine has more processes than GPUs.
+    started here with gloo, and the config, which is changed in place, tells the model's
+    wrapper to leave it on the CPU. What cannot work is a :class:`ConfigError`.
     """
     launcher = cfg.get("launcher") or "none"
     _check_launcher(launcher)
@@ -166,8 +149,7 @@ def setup_distributed(cfg: Config) -> None:
         _check_gpu(launcher)
         return
     if not is_distributed():
-        options = cfg.get("env_cfg", {}).get("dist_cfg", {})
-        start_group_on_cpu(launcher, **options)
+        start_group_on_cpu(launcher, **cfg.get("env_cfg", {}).get("dist_cfg", {}))
     _wrap_on_cpu(cfg)
 
 
@@ -241,23 +223,17 @@ def _check_gpu(launcher: str) -> None:
 
 def _wrap_on_cpu(cfg: Config) -> None:
     """Keep MMEngine from binding the wrapped model to a GPU's number."""
+    ddp = dict(type="MMDistributedDataParallel", broadcast_buffers=False)
     if cfg.get("runner_type") == "FlexibleRunner":
         if cfg.get("strategy") is None:
             cfg.strategy = dict(type="DDPStrategy")
-        wrapper = cfg.strategy.get("model_wrapper") or {}
+        default, device = ddp, dict(device_ids=None)
         if is_sharded(cfg):
-            wrapper.setdefault("type", "MMFullyShardedDataParallel")
-            wrapper["device_id"] = "cpu"
-        else:
-            wrapper.setdefault("type", "MMDistributedDataParallel")
-            wrapper.setdefault("broadcast_buffers", False)
-            wrapper["device_ids"] = None
-        cfg.strategy.model_wrapper = wrapper
+            default = dict(type="MMFullyShardedDataParallel")
+            device = dict(device_id="cpu")
+        wrapper = cfg.strategy.get("model_wrapper") or {}
+        cfg.strategy.model_wrapper = {**default, **wrapper, **device}
         return
-    wrapper = cfg.get("model_wrapper_cfg") or dict(
-        type="MMDistributedDataParallel",
-        broadcast_buffers=False,
-        find_unused_parameters=cfg.get("find_unused_parameters", False),
-    )
-    wrapper["device_ids"] = None
-    cfg.model_wrapper_cfg = wrapper
+    ddp["find_unused_parameters"] = cfg.get("find_unused_parameters", False)
+    wrapper = cfg.get("model_wrapper_cfg") or ddp
+    cfg.model_wrapper_cfg = {**wrapper, "device_ids": None}

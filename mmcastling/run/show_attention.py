@@ -19,10 +19,9 @@ from mmengine.dataset import Compose
 from torch import Tensor
 
 from mmcastling.analysis.attention_maps import (
+    OFF,
     AttentionRows,
     MixerCall,
-    attention_rows,
-    mask_of,
     record_attention,
 )
 from mmcastling.attention import MaskThreshold
@@ -34,6 +33,7 @@ from mmcastling.run.load import load_model, preprocess
 from mmcastling.show.figures import save_figure
 
 Point = tuple[float, float]
+"""``(x, y)`` in pixels from the upper left corner."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,9 @@ class AttentionView:
             ``(H, W, 3)``.
         covered: ``(H, W)`` in pixels of the input that the grid of tokens covers,
             padding included.
-        point: Where the query is, ``(x, y)`` in pixels of ``image``.
-        call: The attention, and what it was given.
-        query: Index of the query among all tokens.
-        rows: Weights of the query on all tokens ``(N,)``, of one head or averaged.
-        heads: Which heads ``rows`` are of, in words.
-        survivors: Fraction of pairs of the query, over the heads shown, that survive
-            the mask.
-        threshold: The mask's threshold.
-        weight: The branch's factor.
+        query: Index of the token under the point, among all tokens.
+        rows: Its weights on all tokens ``(N,)``, of one head or averaged.
+        survivors: Fraction of its pairs, over these heads, that survive the mask.
         own_threshold: Whether ``threshold`` is the checkpoint's, or else was given.
     """
 
@@ -90,7 +84,7 @@ def view_attention(
         cfg: A config from :func:`mmcastling.run.load_config`.
         source: A training or deployed checkpoint of that config.
         image: BGR, ``(H, W, 3)``.
-        point: ``(x, y)`` in pixels of ``image``, from its upper left corner.
+        point: Where to look from.
         layer: Which attention of the backbone, by depth. Defaults to -1 (the last).
         head: Which head, or None for their mean. Defaults to None.
         threshold: Show what this threshold would keep, such as ``'4/N'``, in place of
@@ -98,11 +92,9 @@ def view_attention(
             are those of the checkpoint's state all the same. Defaults to None.
 
     Raises:
-        CheckpointError: If the checkpoint cannot be read or does not fit.
-        ConfigError: If the point lies outside the image, or in a part that the test
-            pipeline cuts off.
-        ValueError: If the model has no such castling attention or no such head, or the
-            threshold cannot be read.
+        UserError: If the checkpoint cannot be used, the test pipeline cuts the point
+            off, the threshold cannot be read, or the model has no such castling
+            attention or head.
     """
     height, width = image.shape[:2]
     if not (0 <= point[0] < width and 0 <= point[1] < height):
@@ -110,7 +102,7 @@ def view_attention(
             f"point {point[0]:g} {point[1]:g} is outside the image of {width}x{height} "
             f"pixels: give x from 0 to {width - 1} and y from 0 to {height - 1}"
         )
-    given = None if threshold is None else MaskThreshold.parse(threshold)
+    mask, weight = OFF if threshold is None else MaskThreshold.parse(threshold), 1.0
     checkpoint = load_checkpoint(source)
     steps = pipeline_without_loading(cfg)
     packing = [step for step in steps if type_name(step["type"]).startswith("Pack")]
@@ -131,31 +123,23 @@ def view_attention(
     call = record_attention(model, inputs, layer)
     covered = (inputs.shape[-2], inputs.shape[-1])
     query = call.token_at(point[0] / covered[1], point[1] / covered[0])
-    own, weight = mask_of(call.mixer)
-    if given is not None:
-        own, weight = given, 1.0
-    rows = attention_rows(
-        call.q,
-        call.k,
-        query,
-        threshold=own,
-        weight=weight,
-        reference_tokens=call.mixer.reference_tokens,
-    )
-    shown = rows.reduce_heads(head)
-    masked = rows.masked if head is None else rows.masked[head]
+    if threshold is None and (branch := call.mixer.branch):
+        mask, weight = branch.threshold, branch.weight
+    rows = call.rows(query, mask, weight)
+    of_head = rows.reduce_heads(head)
+    masked = rows.masked if head is None else of_head.masked
     return AttentionView(
         image=packed["inputs"].permute(1, 2, 0).flip(2).byte().numpy(),
         covered=covered,
         point=point,
         call=call,
         query=query,
-        rows=shown,
+        rows=of_head,
         heads=f"mean of {len(rows.softmax)} heads" if head is None else f"head {head}",
         survivors=(masked > 0).float().mean().item(),
-        threshold=own,
+        threshold=mask,
         weight=weight,
-        own_threshold=given is None,
+        own_threshold=threshold is None,
     )
 
 
@@ -204,9 +188,6 @@ def draw_attention(view: AttentionView, path: str | os.PathLike[str]) -> None:
 
     Colours span the weights on other tokens; the query's own may lie beyond. Signed
     maps have white at zero.
-
-    Raises:
-        CheckpointError: If the file cannot be written.
     """
     height, width = view.image.shape[:2]
     aspect = min(max(height / width, 0.4), 2.0)
@@ -220,24 +201,20 @@ def draw_attention(view: AttentionView, path: str | os.PathLike[str]) -> None:
     panels[0].imshow(view.image)
     panels[0].set_title("image and query")
     bars[0].set_axis_off()
-    unit = "in units of 1/N, uniform attention"
+    maps = (
+        ("softmax", "in units of 1/N, uniform attention", False),
+        ("angular", "signed weights, what is deployed", True),
+        ("masked softmax", f"in 1/N; {_about_mask(view)}", False),
+        ("combined", "masked + angular, signed weights", True),
+    )
     for axes, bar, (title, note, signed) in zip(
-        panels[1:],
-        bars[1:],
-        (
-            ("softmax", unit, False),
-            ("angular", "signed weights, what is deployed", True),
-            ("masked softmax", f"in 1/N; {_about_mask(view)}", False),
-            ("combined", "masked + angular, signed weights", True),
-        ),
-        strict=True,
+        panels[1:], bars[1:], maps, strict=True
     ):
         weights = getattr(view.rows, title.partition(" ")[0]).cpu()
-        axes.set_title(title)
-        figure.colorbar(
-            _lay_over(axes, view, weights, signed), cax=bar, orientation="horizontal"
-        )
         weights = weights if signed else weights * len(weights)
+        axes.set_title(title)
+        drawn = _lay_over(axes, view, weights, signed)
+        figure.colorbar(drawn, cax=bar, orientation="horizontal")
         note += f"\non itself {weights[view.query]:.3g}"
         if before := view.call.extra_tokens:
             note += f", on the class token {weights[:before].sum():.3g}"
@@ -270,8 +247,7 @@ def _lay_over(
 ) -> AxesImage:
     """Draw weights ``(N,)`` on the grid of tokens over the image in grey."""
     axes.imshow(view.image.astype(float).mean(axis=2), cmap="gray", vmin=0, vmax=255)
-    scale = 1 if signed else len(weights)
-    on_grid = scale * weights[view.call.extra_tokens :]
+    on_grid = weights[view.call.extra_tokens :]
     elsewhere = on_grid.abs()
     elsewhere[view.query - view.call.extra_tokens] = 0.0
     limit = float(elsewhere.max()) or 1.0
@@ -288,9 +264,6 @@ def _lay_over(
 
 def click_point(image: np.ndarray) -> Point:
     """Show an image ``(H, W, 3)`` in BGR in a window and wait for a click.
-
-    Returns:
-        ``(x, y)`` in pixels.
 
     Raises:
         ConfigError: If there is no display, or the window is closed without a click.

@@ -44,7 +44,6 @@ class Evaluation:
         seconds_per_image: Median forward time over batches, divided by their size;
             of one view with test-time augmentation.
         pruning: What deploying removed, or None where nothing was.
-        precision: What the layers computed in.
         parts: The same time, by the parts of :class:`mmcastling.analysis.PartTimer`;
             empty where a model cannot be split.
     """
@@ -56,14 +55,11 @@ class Evaluation:
     parts: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        text = (
-            f"{self.seconds_per_image:.4f} s per image in {self.precision}, median "
-            "forward pass"
-        )
-        if not self.parts:
-            return text
         split = ", ".join(f"{part} {time:.4f}" for part, time in self.parts.items())
-        return f"{text}: {split}"
+        return (
+            f"{self.seconds_per_image:.4f} s per image in {self.precision}, median "
+            f"forward pass{': ' if split else ''}{split}"
+        )
 
 
 def evaluate(
@@ -84,16 +80,12 @@ def evaluate(
         precision: What layers compute in, see :func:`mmcastling.deploy.set_precision`.
             Defaults to None (the config's ``precision``, which the converter writes,
             or ``'fp32'``; an exported file has its own).
-        runtime: See :func:`mmcastling.run.evaluate_exported`. Defaults to None (torch
-            for a checkpoint, the format's own for an exported file).
+        runtime: ``'torch'``, ``'onnxruntime'`` or ``'openvino'``. Defaults to None
+            (torch for a checkpoint, the format's own for an exported file).
 
     Raises:
-        CheckpointError, ExportedModelError: If the file cannot be read or does not fit.
-        DatasetError, CocoFormatError: If the data is missing or malformed.
-        ConfigError: If the work directory cannot be written, or an option does not go
-            with the kind of file.
-        ValueError, RuntimeError: If the precision is not known or not supported, or the
-            model has not been pruned for it.
+        UserError: If file, data or work directory cannot be used, or an option does not
+            go with the kind of file or with this machine.
     """
     if is_exported(path):
         for given, option, why in (
@@ -165,10 +157,6 @@ def enable_tta(cfg: Config) -> None:
     """Evaluate with test-time augmentation: the config's, or horizontal flips.
 
     mmdet merges boxes only, so masks are left out of its metric.
-
-    Raises:
-        ConfigError: If the toolbox has no default and the config none of its own, or
-            cannot draw augmented images.
     """
     scope = cfg.get("default_scope")
     hook = cfg.get("default_hooks", {}).get("visualization") or {}
@@ -214,11 +202,7 @@ def enable_tta(cfg: Config) -> None:
 def enable_drawing(
     cfg: Config, show: bool, show_dir: str | None, wait_time: float
 ) -> None:
-    """Show each prediction in a window, or write it to a folder.
-
-    Raises:
-        ConfigError: If the config has no visualization hook.
-    """
+    """Show each prediction in a window, or write it to a folder."""
     hook = cfg.get("default_hooks", {}).get("visualization")
     if hook is None:
         raise ConfigError(
@@ -237,11 +221,7 @@ def enable_drawing(
 
 
 def enable_output(cfg: Config, out: str) -> None:
-    """Write all predictions to a pickle file, as the toolboxes do.
-
-    Raises:
-        ConfigError: If the name does not end in ``.pkl``, or it cannot be written.
-    """
+    """Write all predictions to a pickle file, as the toolboxes do."""
     check_writable(out, ".pkl", ".pickle")
     kind = "DumpDetResults" if cfg.get("default_scope") == "mmdet" else "DumpResults"
     evaluators = cfg.test_evaluator

@@ -47,11 +47,10 @@ def train(
     amp: bool | str | None = None,
     auto_scale_lr: bool = False,
 ) -> nn.Module:
-    """Train.
+    """Train, and return the trained model.
 
     Args:
-        cfg: A config from :func:`mmcastling.run.load_config`; changed in place by the
-            other arguments.
+        cfg: A config from :func:`mmcastling.run.load_config`; changed in place.
         resume: A checkpoint to go on from, or ``'auto'`` for the newest whole one in
             the work directory. Defaults to None (as the config says).
         amp: Automatic mixed precision in ``'float16'`` or ``'bfloat16'``, or with True
@@ -60,14 +59,8 @@ def train(
         auto_scale_lr: Let the learning rate follow the batch size by the linear rule.
             Defaults to False.
 
-    Returns:
-        The trained model.
-
     Raises:
-        ConfigError: If the config has nothing to train, an option does not go with it,
-            or the work directory cannot be written.
-        DatasetError, CocoFormatError: If the data is missing or malformed.
-        CheckpointError: If what to resume or start from cannot be used.
+        UserError: If config, data, work directory or what to start from cannot be used.
     """
     if resume is not None:
         cfg.resume = True
@@ -91,17 +84,9 @@ def train(
 
 
 def enable_amp(cfg: Config, dtype: str | None = None) -> None:
-    """Switch a config's optimizer wrapper to automatic mixed precision, in place.
-
-    Raises:
-        ConfigError: If the config has no optimizer wrapper, one of another kind, or the
-            dtype is not known.
-    """
-    wrapper = cfg.get("optim_wrapper")
-    if wrapper is None:
-        raise ConfigError(
-            f"--amp: config {cfg.filename} lacks optim_wrapper, which it would change"
-        )
+    """Switch a config's optimizer wrapper to automatic mixed precision, in place."""
+    require(cfg, "optim_wrapper")
+    wrapper = cfg.optim_wrapper
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(
             f"--amp {dtype!r} is not a half precision: choose one of {list(DTYPES)}"
@@ -125,10 +110,6 @@ def enable_auto_scale_lr(cfg: Config) -> None:
     A batch is what one step of the optimizer sees: images per process, times processes,
     times ``accumulative_counts``. MMEngine counts the first two, so the reference is
     divided by the third.
-
-    Raises:
-        ConfigError: If the config does not say for which batch size it was written, or
-            how many images a process takes.
     """
     base = (cfg.get("auto_scale_lr") or {}).get("base_batch_size")
     if base is None:
@@ -169,30 +150,19 @@ def settle_start(cfg: Config) -> list[str]:
     Settles ``resume`` and ``load_from`` of the config: a resume without a path gets the
     newest checkpoint in the work directory that is whole, or becomes a start anew where
     there is none. A resumed run without a seed of its own gets that of the checkpoint.
-    Nothing is written.
-
-    Args:
-        cfg: The config of a run; changed in place.
-
-    Returns:
-        What to warn of once there is a log.
-
-    Raises:
-        CheckpointError: If what is to be resumed or loaded cannot be.
+    Nothing is written. What comes back are warnings, for when there is a log.
     """
     resume, source = cfg.get("resume"), cfg.get("load_from")
-    if source is not None:
-        if "://" in str(source):  # MMEngine downloads it
-            return []
-        start = Start(str(source), load_checkpoint(source))
-    elif resume:
-        start = newest_usable(cfg.work_dir)
-        if start is None:
-            cfg.resume = False
-            return []
-        cfg.load_from = start.source
-    else:
+    if "://" in str(source) or not (source or resume):  # MMEngine downloads it
         return []
+    if source:
+        start = Start(str(source), load_checkpoint(source))
+    else:
+        start = newest_usable(cfg.work_dir)
+    if start is None:
+        cfg.resume = False
+        return []
+    cfg.load_from = start.source
     if resume:
         check_resumable(start.checkpoint, start.source)
         check_weights_fit(build_model(cfg), start.checkpoint, start.source)
@@ -205,13 +175,7 @@ def newest_usable(work_dir: str) -> Start | None:
 
     That is the one which ``last_checkpoint`` names. If it is damaged or missing, the
     others in the same folder and in the work directory are tried, newest first, those
-    without training state left out.
-
-    Args:
-        work_dir: May be missing.
-
-    Returns:
-        The checkpoint, or None if there has been none.
+    without training state left out. None where there are none.
 
     Raises:
         CheckpointError: If none of those that are there can be used, or one asks to run
@@ -248,11 +212,7 @@ def newest_usable(work_dir: str) -> Start | None:
 
 
 def check_resumable(checkpoint: dict[str, Any], source: str) -> None:
-    """Raise unless a checkpoint, loaded from a source, holds the state of a training.
-
-    Raises:
-        CheckpointError: If it has been deployed, or holds no training state.
-    """
+    """Raise unless a checkpoint, of this source, holds the state of a training."""
     if is_deployed(checkpoint):
         raise CheckpointError(
             f"checkpoint {source} has been deployed: its auxiliary branch and training "
@@ -274,10 +234,8 @@ def _missing_state(checkpoint: dict[str, Any]) -> list[str]:
 
 def _named_last(work_dir: Path) -> Path | None:
     pointer = work_dir / LAST_CHECKPOINT
-    if not pointer.is_file():
-        return None
-    name = pointer.read_text(errors="replace").strip()
-    if not name:  # cut short by a kill
+    name = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    if not name:  # perhaps cut short by a kill
         return None
     # A work directory that was moved is named by where it was.
     here = work_dir / Path(name).name
@@ -293,6 +251,5 @@ def _age(path: Path) -> tuple[int, list[int]]:
 def _adopt_seed(cfg: Config, checkpoint: dict[str, Any]) -> None:
     # MMEngine takes it over too, but after the order of the data has been drawn.
     randomness = cfg.get("randomness") or {}
-    seed = checkpoint["meta"].get("seed")
-    if randomness.get("seed") is None and seed is not None:
-        cfg.randomness = {**randomness, "seed": seed}
+    if randomness.get("seed") is None:
+        cfg.randomness = {**randomness, "seed": checkpoint["meta"].get("seed")}

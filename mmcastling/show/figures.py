@@ -16,28 +16,20 @@ from mmcastling.show.run_log import MaskHistory
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int) -> None:
-    """Write a figure as PNG, whole or not at all.
-
-    Raises:
-        CheckpointError: If it cannot be written; a previous file stays as it was.
-    """
+    """Write a figure as PNG, whole or not at all (then a ``CheckpointError``)."""
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 
 def plot_mask_density(
     history: MaskHistory, path: str | Path, metrics: Sequence[str] | None = None
 ) -> None:
-    """Draw density, threshold and metric over training.
+    """Draw density, threshold and metric over training, as a PNG file.
 
     Args:
         history: From :func:`mmcastling.show.run_log.read_mask_history`.
-        path: PNG file to write.
-        metrics: Names of the metrics to draw. Defaults to None
-            (:meth:`MaskHistory.headlines`).
-
-    Raises:
-        ValueError: If a metric was not logged.
-        CheckpointError: If the file cannot be written.
+        path: The file.
+        metrics: Names of the metrics to draw, which must have been logged. Defaults to
+            None (:meth:`MaskHistory.headlines`).
     """
     names = history.headlines() if metrics is None else list(metrics)
     for name in names:
@@ -91,9 +83,7 @@ def _draw_threshold(axes: Axes, history: MaskHistory) -> None:
 def draw_rows(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str]) -> Figure:
     """Draw rows of pictures, such as each image beside its truth and its prediction.
 
-    Args:
-        rows: RGB pictures ``(H, W, 3)``, as many in each row as there are titles.
-        titles: What the columns are.
+    They are RGB ``(H, W, 3)``; the titles stand over the columns.
     """
     height, width = rows[0][0].shape[:2]
     size = (3 * len(titles), 3.1 * height / width * len(rows))

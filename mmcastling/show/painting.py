@@ -14,9 +14,7 @@ _KINDS = {
     "mmseg": "SegLocalVisualizer",
     "mmpretrain": "UniversalVisualizer",
 }
-_READABLE = 224
-"""Shorter side in pixels to which pictures of a classifier are enlarged, for its text
-to be legible."""
+_READABLE = 224  # shorter side of a classifier's picture, for its text to be legible
 
 _count = itertools.count()
 
@@ -27,7 +25,7 @@ class Painter:
     Args:
         scope: The toolbox, one of ``'mmdet'``, ``'mmseg'`` and ``'mmpretrain'``.
         dataset_meta: ``classes`` and ``palette``, each a sequence or None.
-        score_thr: Detections with lower scores are not drawn. Defaults to 0.3.
+        score_thr: Detections with lower scores are not drawn.
     """
 
     def __init__(
@@ -44,19 +42,13 @@ class Painter:
             if not palette or len(palette) < len(classes):
                 noise = np.random.default_rng(0)
                 palette = noise.integers(0, 256, (len(classes), 3)).tolist()
-        if palette is not None:
-            palette = [tuple(colour) for colour in palette]
+        palette = None if palette is None else list(map(tuple, palette))
         self.visualizer.dataset_meta = dict(classes=classes, palette=palette)
 
     def __call__(self, image: np.ndarray, sample: BaseDataElement) -> np.ndarray:
-        """Draw on a copy of a picture.
+        """A picture, BGR uint8 ``(H, W, 3)``, with its prediction drawn on a copy.
 
-        Args:
-            image: ``(H, W, 3)`` in BGR.
-            sample: The prediction for it.
-
-        Returns:
-            The picture, BGR, uint8; of a classifier perhaps larger.
+        That of a classifier may be larger.
         """
         rgb = np.ascontiguousarray(image[..., ::-1])
         if self.scope == "mmpretrain":
@@ -77,12 +69,12 @@ class Painter:
 
     def shown(self, sample: BaseDataElement) -> str:
         """What the picture shows, in words."""
-        meta = self.visualizer.dataset_meta
         if self.scope == "mmdet":
             count = int((sample.pred_instances.scores > self.score_thr).sum())
             return f"{count} above {self.score_thr:g}"
         if self.scope == "mmseg":
             return f"{len(np.unique(sample.pred_sem_seg.data.cpu()))} classes"
         label = int(sample.pred_label[0])
-        name = meta["classes"][label] if meta.get("classes") else f"class {label}"
+        classes = self.visualizer.dataset_meta["classes"]
+        name = classes[label] if classes else f"class {label}"
         return f"{name} {float(sample.pred_score[label]):.2f}"

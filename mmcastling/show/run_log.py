@@ -20,11 +20,7 @@ GROUPS = ("early", "middle", "late")
 # The metric that a toolbox's evaluator is usually judged by, drawn where nothing else
 # is asked for.
 HEADLINES = (
-    "coco/bbox_mAP",
-    "coco/segm_mAP",
-    "pascal_voc/mAP",
-    "accuracy/top1",
-    "mIoU",
+    *("coco/bbox_mAP", "coco/segm_mAP", "pascal_voc/mAP", "accuracy/top1", "mIoU"),
 )
 # What validation records hold beside metrics.
 _NOT_METRICS = {"step", "iter", "epoch", "time", "data_time", "memory"}
@@ -40,10 +36,8 @@ class MaskHistory:
         steps: Iterations, one per record of the masks.
         density: Fraction of pairs that survived the mask, averaged over layers.
         groups: The same for the early, middle and late layers.
-        threshold: The part of the threshold that does not depend on the number of
-            tokens ``N``.
-        threshold_uniform: The part in units of uniform attention ``1/N``; all zero
-            where the schedule has none.
+        threshold: The part of the threshold that is independent of the tokens ``N``.
+        threshold_uniform: The part in units of uniform attention ``1/N``.
         weight: The branch's factor.
         metrics: ``(iteration, value)`` of every validation, by the metric's name.
     """
@@ -69,15 +63,11 @@ def read_mask_history(work_dir: str | Path) -> MaskHistory:
     point of resuming is left out. Parts before the newest start from scratch do not
     belong to it. MMEngine numbers validations by epoch in most configs; those are
     placed at the training record before them, which is at most one logging interval
-    too early.
-
-    Args:
-        work_dir: A work directory that training with ``MaskDecayHook`` has written, or
-            one of its folders named by timestamp.
+    too early. One of its folders named by timestamp can be read alone.
 
     Raises:
         ValueError: If the directory is missing, is no work directory, holds a damaged
-            log, or was written without the hook.
+            log, or was written without ``MaskDecayHook``.
     """
     work_dir = Path(work_dir)
     if not work_dir.is_dir():
@@ -101,27 +91,20 @@ def read_mask_history(work_dir: str | Path) -> MaskHistory:
             "MaskDecayHook, or ended before its first record. Put "
             "dict(type='MaskDecayHook') into custom_hooks and train again"
         )
+
+    def column(name: str, default: float = math.nan) -> list[float]:
+        return [record.get(name, default) for record in masks]
+
+    groups = {name: column(f"mask_density_{name}") for name in GROUPS}
     return MaskHistory(
         steps=[record["step"] for record in masks],
-        density=_column(masks, "mask_density"),
-        threshold=_column(masks, "mask_threshold"),
-        threshold_uniform=_column(masks, "mask_threshold_uniform", 0.0),
-        weight=_column(masks, "mask_weight"),
-        groups={
-            name: _column(masks, f"mask_density_{name}")
-            for name in GROUPS
-            if any(f"mask_density_{name}" in record for record in masks)
-        },
-        metrics={
-            name: sorted(values.items()) for name, values in metrics.items() if values
-        },
+        density=column("mask_density"),
+        threshold=column("mask_threshold"),
+        threshold_uniform=column("mask_threshold_uniform", 0.0),
+        weight=column("mask_weight"),
+        groups={k: v for k, v in groups.items() if not all(map(math.isnan, v))},
+        metrics={k: sorted(v.items()) for k, v in metrics.items() if v},
     )
-
-
-def _column(
-    records: list[dict[str, Any]], name: str, default: float = math.nan
-) -> list[float]:
-    return [record.get(name, default) for record in records]
 
 
 def _append_part(
@@ -157,8 +140,7 @@ def _is_fresh(file: Path) -> bool:
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:
-    lines = file.read_text(errors="replace").splitlines()
-    records = []
+    lines, records = file.read_text(errors="replace").splitlines(), []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
@@ -172,10 +154,5 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
                 f"{line[:60]!r}. Remove the line, or the folder of that start"
             ) from error
         # Some configs log with the phase in front of each name.
-        records.append(
-            {
-                name.removeprefix("train/").removeprefix("val/"): record[name]
-                for name in record
-            }
-        )
+        records.append({re.sub("^(train|val)/", "", k): v for k, v in record.items()})
     return records

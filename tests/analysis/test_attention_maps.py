@@ -8,12 +8,8 @@ from mmpretrain.models.backbones import VisionTransformer
 from torch import nn
 from torch.testing import assert_close
 
-from mmcastling.analysis.attention_maps import (
-    attention_rows,
-    mask_of,
-    record_attention,
-)
-from mmcastling.attention import CastlingMixer, l2_normalize
+from mmcastling.analysis.attention_maps import OFF, MixerCall, record_attention
+from mmcastling.attention import CastlingMixer, MaskThreshold, l2_normalize
 from mmcastling.attention.local_conv import merge_heads
 from mmcastling.castle import castle
 from mmcastling.models import CastlingLeViT, CastlingMViT, CastlingViT
@@ -30,15 +26,16 @@ def draw(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def attention_rows(q, k, query, threshold=OFF, weight=1.0, reference_tokens=None):
+    mixer = CastlingMixer(*q.shape[::2], reference_tokens=reference_tokens)
+    call = MixerCall("mixer", mixer, q, k, k, (1, k.shape[1]))
+    return call.rows(query, MaskThreshold.parse(threshold), weight)
+
+
 def rows_of(call, query):
-    threshold, weight = mask_of(call.mixer)
-    return attention_rows(
-        call.q,
-        call.k,
-        query,
-        threshold=threshold,
-        weight=weight,
-        reference_tokens=call.mixer.reference_tokens,
+    branch = call.mixer.branch
+    return call.rows(
+        query, *((branch.threshold, branch.weight) if branch else (OFF, 1))
     )
 
 
