@@ -38,7 +38,6 @@ from mmcastling.checkpoint import (
     load_checkpoint,
     write_json_atomically,
 )
-from mmcastling.data import prepare_nuclei
 from mmcastling.run import ConfigError, convert, evaluate, load_config, run_cli
 from mmcastling.run.load import load_model
 from mmcastling.run.training import CPU_ENVIRONMENT
@@ -72,11 +71,7 @@ def main() -> None:
     started = time.perf_counter()
     work_dir = Path(args.work_dir)
     console.rule("1. data")
-    data = prepare_nuclei(args.data_root)
-    console.print(
-        f"{data.out_dir}: {data.train.images} training tiles with {data.train.nuclei} "
-        f"nuclei, {data.val.images} validation tiles with {data.val.nuclei}"
-    )
+    prepare_data(args.data_root)
     console.rule("2. train while the masks decay")
     options = demo_options(args)
     cfg = load_config(CONFIG, options, work_dir=str(work_dir))
@@ -101,6 +96,14 @@ def main() -> None:
     print_table(summary)
     for name in ("summary.json", "mask_density.png", "predictions.png", "deployed.pth"):
         console.print(f"  {work_dir / name}")
+
+
+def prepare_data(folder: str) -> None:
+    """Run ``tools/data/prepare_nuclei.py``, which says itself what went wrong."""
+    command = [sys.executable, str(TOOLS / "data" / "prepare_nuclei.py")]
+    done = subprocess.run([*command, "--out", folder])
+    if done.returncode:
+        sys.exit(done.returncode)
 
 
 def demo_options(args: argparse.Namespace) -> dict[str, Any]:

