@@ -160,8 +160,7 @@ def test_masks_are_those_of_the_checkpoint_or_of_the_threshold(make, picture):
     assert (other.survivors, other.own_threshold) == (1.0, False)
     assert torch.equal(other.rows.masked, other.rows.softmax)
     head = view_attention(cfg, checkpoint, image, (36, 30), head=2, layer=0)
-    name = "backbone.layers.0.attn.mixer"
-    assert (head.heads, head.call.name) == ("head 2", name)
+    assert (head.heads, head.call.name) == ("head 2", "backbone.layers.0.attn")
 
 
 def test_deployed_checkpoints_show_what_a_mask_would_keep(make, picture):
