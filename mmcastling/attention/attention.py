@@ -82,15 +82,10 @@ class Attention(nn.Module):
             self.switch_to_deploy()
 
     def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
-        """Attend.
+        """Attend, tokens ``(B, N, C)`` to the same.
 
-        Args:
-            x: Tokens ``(B, N, C)``; the last ``H * W`` of them fill ``grid`` row by
-                row, tokens before them (a class token) lie outside it.
-            grid: ``(H, W)`` of the tokens; needed by ``local_conv='grid'`` only.
-
-        Returns:
-            Tokens ``(B, N, C)``.
+        The last ``H * W`` of them fill ``grid`` row by row, which only
+        ``local_conv='grid'`` needs; tokens before them (a class token) lie outside it.
         """
         q, k, v = split_qkv(self.qkv(x), self.num_heads)  # each (B, h, N, d)
         y = merge_heads(self.mixer(q, k, v, grid))  # (B, N, C)

@@ -39,7 +39,9 @@ def build_mixer(
     Args:
         spec: Options of the mixer; ``type`` is a key of :data:`MIXERS` and defaults to
             ``'castling'``.
-        num_heads, head_dims, key_dims: As in :class:`TokenMixer`.
+        num_heads: Number of heads ``h``.
+        head_dims: Channels per head of the values.
+        key_dims: Those of queries and keys. Defaults to None (``head_dims``).
         deploy: Build the deployed form. Defaults to False.
 
     Raises:

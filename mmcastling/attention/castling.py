@@ -21,7 +21,8 @@ class LinearAngularMixer(TokenMixer):
     """What is deployed: linear-angular attention with a local convolution.
 
     Args:
-        num_heads, head_dims: As in :class:`TokenMixer`.
+        num_heads: Number of heads ``h``.
+        head_dims: Channels per head of the values.
         local_conv: As in :class:`TokenMixer`. Defaults to ``'token'``.
         norm_output: As in :class:`TokenMixer`. Defaults to True.
         reference_tokens: See :func:`linear_angular_attention`. Defaults to None.
@@ -82,7 +83,8 @@ class CastlingMixer(LinearAngularMixer):
     """Linear-angular mixing, and a masked softmax branch that deployment removes.
 
     Args:
-        num_heads, head_dims: As in :class:`TokenMixer`.
+        num_heads: Number of heads ``h``.
+        head_dims: Channels per head of the values.
         mask_threshold: Smallest surviving attention probability at the start, a number
             in [0, 1] or a multiple of uniform attention such as ``'4/N'``. Defaults to
             0.02, the released value.

@@ -94,10 +94,10 @@ def angular_attention(
     """Attention with the exact angular kernel, in O(N^2): the oracle for the rest.
 
     The kernel's constant 1/2 is applied to the token itself, as the authors' released
-    block does; read literally it would weigh every token, ``1/2 sum_j v_j``.
+    block does; read literally it would weigh every token, ``1/2 sum_j v_j``. Queries
+    and keys are ``(B, h, N, d)``, values ``(B, h, N, e)``.
 
     Args:
-        q, k, v: Queries and keys ``(B, h, N, d)``, values ``(B, h, N, e)``.
         literal_constant: Sum the constant over all tokens instead. Defaults to False.
 
     Returns:
@@ -116,10 +116,10 @@ def linear_angular_attention(
     """The linear terms of angular attention, ``1/2 v + (1/pi) q^ (k^T^ v)``, in O(N).
 
     The constant term acts on the token itself, as in the authors' released block (see
-    :func:`angular_attention` for the literal reading).
+    :func:`angular_attention` for the literal reading). Queries and keys are
+    ``(B, h, N, d)``, values ``(B, h, N, e)``.
 
     Args:
-        q, k, v: Queries and keys ``(B, h, N, d)``, values ``(B, h, N, e)``.
         reference_tokens: Scale the second term by ``reference_tokens / N``. That term
             is a sum over the tokens while the first is not, so the balance learned at
             one resolution shifts at another; naming the number of tokens of training

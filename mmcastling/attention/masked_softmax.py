@@ -59,11 +59,10 @@ def masked_softmax_attention(
     ``P = softmax(q k^T / sqrt(d))`` of the un-normalised queries and keys. The mask is
     a constant to the gradient and the rows are not renormalised. Equal to
     :func:`naive_masked_softmax_attention`, without its ``N x M`` matrices. Not
-    differentiable twice.
+    differentiable twice. Queries are ``(B, h, N, d)``, keys ``(B, h, M, d)``, values
+    ``(B, h, M, e)``.
 
     Args:
-        q, k, v: Queries ``(B, h, N, d)``, keys ``(B, h, M, d)``, values
-            ``(B, h, M, e)``.
         threshold: A probability, or a multiple of uniform attention such as ``'4/N'``.
             Defaults to 0.02, the released value.
         weight: Factor of the branch. Defaults to 1.

@@ -57,7 +57,8 @@ class TokenMixer(nn.Module):
         """Mix tokens.
 
         Args:
-            q, k: Queries and keys ``(B, h, N, d)``.
+            q: Queries ``(B, h, N, d)``.
+            k: Keys ``(B, h, N, d)``.
             v: Values ``(B, h, N, e)``; the last ``H * W`` of the ``N`` tokens fill
                 ``grid`` row by row, tokens before them lie outside it.
             grid: ``(H, W)`` of the tokens; needed by ``local_conv='grid'`` only.

@@ -21,7 +21,8 @@ class MixerBuilder:
 
     Args:
         attention: The attention that will be replaced.
-        options, deploy: Arguments of :func:`mmcastling.attention.build_mixer`.
+        options: Those of the mixer, with ``type``.
+        deploy: Whether to build deployed forms.
         grid: ``(H, W)`` of the attention's tokens, if it was given.
         extra_tokens: Tokens before those of the grid (class and register tokens).
         notes: What the report should say about this attention.
@@ -70,7 +71,9 @@ class CastledAttention(nn.Module):
 
     Args:
         build: What the adapter was given.
-        num_heads, head_dims, key_dims: As of the mixer.
+        num_heads: Number of heads ``h``.
+        head_dims: Channels per head of the values.
+        key_dims: Those of queries and keys. Defaults to None (``head_dims``).
         scale: Factor of the logits, which only a softmax depends on. Defaults to None
             (``d ** -0.5``).
         keep: Names of layers, parameters and settings to take over from the old

@@ -24,7 +24,8 @@ class CastleReport:
         type: The attention that took the others' place.
         castled: The attentions that were swapped.
         left_alone: The reason for each attention that was not, by name.
-        dropped, new: Names of weights and buffers that are gone, and of new ones.
+        dropped: Names of weights and buffers that are gone.
+        new: Names of those that were not there before.
         num_kept: Number of weights and buffers that are the same tensors as before.
     """
 

@@ -85,8 +85,9 @@ class CastlingLeViT(CastlingBackbone, BaseBackbone):
         attention: Options of the mixer: ``type`` (such as ``'castling'``,
             ``'linear_angular'``, ``'softmax'``) and its arguments, see
             :func:`mmcastling.attention.build_mixer`. Defaults to None (castling).
-        ffn_conv, with_cp, deploy: As of
-            :class:`~mmcastling.models.castling_vit.CastlingViT`.
+        ffn_conv: As in :class:`CastlingViT`. Defaults to 0.
+        with_cp: As in :class:`CastlingViT`. Defaults to False.
+        deploy: As in :class:`CastlingViT`. Defaults to False.
         mlp_ratio: Channels of the MLPs' hidden layers in units of the stage's.
             Defaults to 2.
         drop_path_rate: Stochastic depth rate of the last block; the rates rise linearly

@@ -66,8 +66,9 @@ class CastlingMViT(CastlingBackbone, MViT):
             mixes). At a detector's sizes the first scales have too many tokens for the
             branch; ``'linear_angular'`` is the same network without it. Defaults to
             None (castling).
-        ffn_conv, with_cp, deploy: As of
-            :class:`~mmcastling.models.castling_vit.CastlingViT`.
+        ffn_conv: As in :class:`CastlingViT`. Defaults to 0.
+        with_cp: As in :class:`CastlingViT`. Defaults to False.
+        deploy: As in :class:`CastlingViT`. Defaults to False.
         drop_path_rate: Stochastic depth rate of the last block; the rates rise linearly
             from 0. Defaults to 0.
         frozen_stages: -1 to train everything, 0 to freeze the patch embedding, ``n`` to

@@ -21,7 +21,8 @@ class LeViTHead(LeViTClsHead):
     load by name.
 
     Args:
-        num_classes, in_channels: Numbers of classes and of pooled channels.
+        num_classes: Number of classes.
+        in_channels: Channels of the pooled features.
         distillation: Have the second output. Defaults to True.
         deploy: Build the fused graph, without batch norms. Defaults to False.
         **kwargs: Arguments of mmpretrain's ``ClsHead``, such as ``loss``.

@@ -37,15 +37,10 @@ def pretrained_cfgs(init_cfg: Any) -> Iterator[dict[str, Any]]:
 def check_pretrained(
     backbone: nn.Module, checkpoint: str, prefix: str | None = None
 ) -> None:
-    """Raise if a checkpoint holds less than half of a backbone, or of its attentions.
+    """Raise CheckpointError for weights of less than half of a backbone.
 
-    Args:
-        backbone: The backbone that is about to load it.
-        checkpoint: Path or URL, as in MMEngine's ``PretrainedInit``.
-        prefix: What stands before the backbone's names. Defaults to None.
-
-    Raises:
-        CheckpointError: If it does, or its position embedding cannot be resized.
+    Or of its attentions, or with a position embedding that cannot be resized.
+    ``checkpoint`` and ``prefix`` are as in MMEngine's ``PretrainedInit``.
     """
     whose = f"init_cfg of {type(backbone).__name__}: {checkpoint}"
     loaded = CheckpointLoader.load_checkpoint(checkpoint, "cpu", "silent")

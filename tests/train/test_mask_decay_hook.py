@@ -333,10 +333,8 @@ def test_a_model_without_a_branch_is_an_error(tmp_path, kind):
 
 def test_verbs_on_a_model():
     model = Toy()
-    assert [name for name, _ in castling_modules(model)] == [
-        "first.mixer",
-        "second.mixer",
-    ]
+    names = [name for name, _ in castling_modules(model)]
+    assert names == ["first.mixer", "second.mixer"]
     assert set_mask(model, "4/N", 0.5) == 2
     assert str(model.second.mixer.branch.threshold) == "4/N"
     copied = switch_to_deploy(model)
