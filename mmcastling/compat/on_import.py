@@ -29,6 +29,9 @@ AFTER_IMPORT = {
 """Functions of :mod:`mmcastling.compat.registrations`, by the module they are given."""
 
 MOVED = {
+    "mmcastling.attention.baselines": "mmcastling.attention.peers",
+    "mmcastling.attention.block": "mmcastling.attention.attention",
+    "mmcastling.attention.linear": "mmcastling.attention.fast",
     "mmcastling.backbones": "mmcastling.models",
     "mmcastling.classifiers": "mmcastling.models",
     "mmcastling.datasets": "mmcastling.data",
