@@ -115,6 +115,9 @@ def _check_destination(source: Path, destination: Path) -> None:
     problems = {
         "must end in .pth": destination.suffix != ".pth",
         "is a folder: name a file": destination.is_dir(),
+        f"cannot be: the folder {destination.parent} does not exist, create it first": (
+            not destination.parent.is_dir()
+        ),
         "is the source: choose another name": destination.resolve() == source.resolve(),
     }
     for problem, is_there in problems.items():
