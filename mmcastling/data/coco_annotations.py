@@ -1,104 +1,122 @@
-"""The part of the COCO check that runs once per annotation, so it is kept fast."""
+"""The part of the COCO check that runs once per annotation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from mmcastling.data.coco_messages import ENTRY
-from mmcastling.data.problems import some_of
+from mmcastling.data.problems import has_keys, is_number, kind_of, some_of
 
 BOX_TOLERANCE = 2.0  # px a box may leave its image, for annotations that were rounded
 _KEYS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
 
 
 def check_annotations(
-    annotations: list[Any],
+    annotations: list,
     sizes: Mapping[Any, tuple | None],
     names: Mapping[Any, str],
     problems: list[str],
 ) -> None:
     """Check every annotation, with ``(width, height)`` and names by id."""
     seen: set = set()
-
-    def note(problem: str) -> None:
-        problems.append(f"annotations[{index}] (id {identity}) {problem}")
-
     for index, entry in enumerate(annotations):
-        try:
-            identity, image_id, category_id, box, area, crowd = [
-                entry[key] for key in _KEYS
-            ]
-            has_image, has_category = image_id in sizes, category_id in names
-            is_repeated = identity in seen
-            seen.add(identity)
-        except (KeyError, TypeError):
-            where = f"annotations[{index}]"
-            if has_keys(entry, _KEYS, where, problems):
-                problems.append(f"{where} {ENTRY['ids'].format(**entry)}")
+        where = f"annotations[{index}]"
+        if not has_keys(entry, _KEYS, where, problems):
             continue
-        if is_repeated:
-            note(ENTRY["annotation twice"])
-        if not has_image:
-            known = dict(total=len(sizes), ids=some_of(sizes, 3))
-            note(ENTRY["image"].format(id=image_id, **known))
-        if not has_category:
-            note(ENTRY["category"].format(id=category_id, ids=some_of(names)))
+        identity, image_id, category_id, box, area, crowd = [
+            entry[key] for key in _KEYS
+        ]
+        found = []
+        try:
+            if identity in seen:
+                found.append(
+                    "repeats an annotation id; expected each once, since the later one "
+                    "replaces the earlier. Renumber the annotations."
+                )
+            seen.add(identity)
+            if image_id not in sizes:
+                found.append(
+                    f"points to image_id {image_id!r}, which is not in images; "
+                    f"expected one of {len(sizes)} ids such as {some_of(sizes, 3)} "
+                    "(text and number differ). Add the image or remove the annotation."
+                )
+            if category_id not in names:
+                found.append(
+                    f"has category_id {category_id!r}, which is not in categories; "
+                    f"expected one of {some_of(names)}. Add the category or correct "
+                    "the id."
+                )
+        except TypeError:  # a list or an object, which cannot be looked up
+            problems.append(
+                f"{where} has id {identity!r}, image_id {image_id!r}, category_id "
+                f"{category_id!r}; expected integers. Export the file again."
+            )
+            continue
         if crowd not in (0, 1):
-            note(ENTRY["crowd"].format(crowd=crowd))
+            found.append(
+                f"has iscrowd {crowd!r}; expected 0 or 1. Write 1 for a region that "
+                "the evaluation should pass over, else 0."
+            )
         if not is_number(area) or area < 0:
-            note(ENTRY["area"].format(area=area))
+            found.append(
+                f"has area {area!r}; expected a number of pixels, 0 or more. Write the "
+                "area of the mask, or width x height of the box."
+            )
         size = sizes.get(image_id)
-        if not _fits(box, size):
-            note(_box_problem(box, size))
-        segmentation = entry.get("segmentation") or []
-        is_rle = isinstance(segmentation, dict)
-        check = _rle_problem if is_rle else _polygon_problem
-        if problem := check(segmentation, size):
-            note(problem)
+        found.append(_box_problem(box, size))
+        found.append(_mask_problem(entry.get("segmentation") or [], size))
+        problems += [f"{where} (id {identity}) {text}" for text in found if text]
 
 
-def _fits(box: Any, size: tuple | None) -> bool:
-    """Whether a box is four finite numbers inside its image; NaN fails each sum."""
-    width, height = size or (1e30, 1e30)
-    try:
-        x, y, w, h = box
+def _box_problem(box: Any, size: tuple | None) -> str | None:
+    if not isinstance(box, list) or len(box) != 4 or not _are_numbers(box):
         return (
-            min(w, h) >= 0
-            and min(x, y) >= -BOX_TOLERANCE
-            and x + w <= width + BOX_TOLERANCE
-            and y + h <= height + BOX_TOLERANCE
+            f"has bbox {box!r}; expected four finite numbers [x, y, width, height] in "
+            "pixels. Correct or remove the annotation."
         )
-    except (TypeError, ValueError):
-        return False
+    x, y, w, h = box
+    if w < 0 or h < 0:
+        return (
+            f"has bbox {box!r} with a negative side; expected [x, y, width, height]. "
+            "Order the corners before subtracting them."
+        )
+    if size is None:
+        return None
+    right, bottom = size[0] + BOX_TOLERANCE, size[1] + BOX_TOLERANCE
+    if min(x, y) >= -BOX_TOLERANCE and x + w <= right and y + h <= bottom:
+        return None
+    may_be_corners = w <= right and h <= bottom
+    hint = ", or convert it if it holds corners [x1, y1, x2, y2]"
+    return (
+        f"has bbox {box!r}, which leaves its image of {size} (width, height) by more "
+        f"than {BOX_TOLERANCE:g} px; expected [x, y, width, height] in pixels. Clip "
+        f"the box to the image{hint if may_be_corners else ''}."
+    )
 
 
-def _box_problem(box: Any, size: tuple | None) -> str:
-    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-        return ENTRY["box"].format(box=box)
-    if box[2] < 0 or box[3] < 0:
-        return ENTRY["negative box"].format(box=box)
-    is_small = size and box[2] <= size[0] + 2 and box[3] <= size[1] + 2
-    hint = ", or convert it if it holds corners [x1, y1, x2, y2]" if is_small else ""
-    values = dict(box=box, size=size, tolerance=BOX_TOLERANCE, hint=hint)
-    return ENTRY["box outside"].format(**values)
-
-
-def _polygon_problem(polygons: Any, _: tuple | None) -> str | None:
+def _mask_problem(polygons: Any, size: tuple | None) -> str | None:
+    if isinstance(polygons, dict):
+        return _rle_problem(polygons, size)
     if not isinstance(polygons, list):
-        return ENTRY["mask"].format(kind=kind_of(polygons))
+        return (
+            f"has a {kind_of(polygons)} as segmentation; expected a list of polygons "
+            "or an RLE. Export the masks again."
+        )
     for number, polygon in enumerate(polygons):
         if not isinstance(polygon, list):
-            return ENTRY["bare polygon"].format(shown=str(polygons)[:60])
+            return (
+                f"has segmentation {str(polygons)[:60]}; expected a list of polygons, "
+                "each a list [x0, y0, x1, y1, ...]. Wrap a single polygon in one more "
+                "pair of brackets."
+            )
         if len(polygon) < 6 or len(polygon) % 2:
-            values = dict(number=number, shown=str(polygon)[:60])
-            return ENTRY["polygon length"].format(length=len(polygon), **values)
-        try:
-            # A sum is not finite when one of its terms is not; it runs at C speed.
-            is_finite = is_number(sum(polygon))
-        except TypeError:
-            is_finite = False
-        if not is_finite:
-            return ENTRY["polygon values"].format(
-                number=number, shown=str(polygon)[:60]
+            return (
+                f"has {len(polygon)} numbers in polygon {number}, {str(polygon)[:60]}; "
+                "expected an even number and at least 6, for three corners. Remove the "
+                "polygon, or write the box as four corners."
+            )
+        if not _are_numbers(polygon):
+            return (
+                f"has values in polygon {number} that are not finite numbers: "
+                f"{str(polygon)[:60]}; expected pixels. Correct or remove the polygon."
             )
     return None
 
@@ -106,45 +124,36 @@ def _polygon_problem(polygons: Any, _: tuple | None) -> str | None:
 def _rle_problem(rle: dict[str, Any], size: tuple | None) -> str | None:
     missing = " and ".join(key for key in ("size", "counts") if key not in rle)
     if missing:
-        return ENTRY["rle keys"].format(missing=missing, keys=sorted(rle))
+        return (
+            f"has an RLE without {missing} (its keys are {sorted(rle)}); expected size "
+            "[height, width] and counts. Encode the mask again."
+        )
     found, counts = rle["size"], rle["counts"]
     if size and found != [size[1], size[0]]:
-        return ENTRY["rle size"].format(found=found, expected=[size[1], size[0]])
+        return (
+            f"has an RLE of size {found!r}; expected {[size[1], size[0]]}, height and "
+            "width of its image. Encode the mask at the size of the image."
+        )
     if isinstance(counts, str) and counts:
         return None
     if not isinstance(counts, list) or not all(
         isinstance(run, int) and run >= 0 for run in counts
     ):
-        return ENTRY["rle counts"].format(shown=str(counts)[:60])
+        return (
+            f"has RLE counts {str(counts)[:60]!r}; expected a string or a list of run "
+            "lengths. Encode the mask again."
+        )
     if size and sum(counts) != size[0] * size[1]:
-        return ENTRY["rle sum"].format(found=sum(counts), expected=size[0] * size[1])
+        return (
+            f"has RLE counts that sum to {sum(counts)}; expected {size[0] * size[1]}, "
+            "one for each pixel of the image. Encode the mask again."
+        )
     return None
 
 
-def has_keys(entry: Any, keys: Sequence[str], where: str, problems: list[str]) -> bool:
-    """Whether an entry is an object with these keys; notes what is missing."""
-    if not isinstance(entry, dict):
-        problems.append(f"{where} {ENTRY['no object'].format(kind=kind_of(entry))}")
+def _are_numbers(values: list) -> bool:
+    try:
+        # A sum is not finite when one of its terms is not; it runs at C speed.
+        return is_number(sum(values))
+    except TypeError:
         return False
-    missing = [key for key in keys if key not in entry]
-    if missing:
-        hint = "Export the file in COCO's instance format"
-        if missing == ["iscrowd"]:
-            hint = "Write 0; the evaluation fails without it"
-        names = dict(missing=", ".join(missing), keys=", ".join(keys), hint=hint)
-        message = ENTRY["no keys"].format(id=entry.get("id"), **names)
-        problems.append(f"{where} {message}")
-    return not missing
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number; a bool is not one."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return value - value == 0
-
-
-def kind_of(value: Any) -> str:
-    """JSON's word for a value's type."""
-    kinds = {dict: "object", list: "list", str: "text", bool: "boolean"}
-    return "null" if value is None else kinds.get(type(value), "number")

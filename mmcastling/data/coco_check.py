@@ -10,19 +10,23 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from mmcastling.data.coco_annotations import (
-    check_annotations,
+from mmcastling.data.coco_annotations import check_annotations
+from mmcastling.data.problems import (
+    CocoFormatError,
     has_keys,
     is_number,
     kind_of,
+    raise_if_any,
+    some_of,
 )
-from mmcastling.data.coco_messages import ENTRY, FILE, SETS
-from mmcastling.data.problems import CocoFormatError, raise_if_any, some_of
 from mmcastling.errors import OptionError
 
-_KINDS = {"images": "image", "categories": "category"}
+_HOW_TO_GET_COCO = (
+    "Get COCO from https://cocodataset.org or with mmdet's "
+    "`tools/misc/download_dataset.py --dataset-name coco2017 --unzip`."
+)
 
 
 def check_coco(
@@ -64,7 +68,8 @@ def _check(
     path: Path, image_dir: str | os.PathLike | None, classes: Sequence[str] | None
 ) -> None:
     data = _load(path)
-    _check_tables(path, data)
+    if problem := _table_problem(data):
+        raise CocoFormatError(f"{path} {problem}")
     problems: list[str] = []
     names = _check_categories(data, problems)
     if classes is not None:
@@ -76,51 +81,87 @@ def _check(
     raise_if_any(problems, path, CocoFormatError)
 
 
-def _refuse(path: Path, problem: str, **values: Any) -> NoReturn:
-    raise CocoFormatError(f"{path} {FILE[problem].format(**values)}")
+# -- the file --------------------------------------------------------------------------
 
 
 def _load(path: Path) -> Any:
     if not path.exists():
-        _refuse(path, "missing")
-    if not path.is_file():
-        _refuse(path, "folder")
+        raise CocoFormatError(
+            f"{path} does not exist; expected a COCO annotation file. Check data_root "
+            f"and ann_file in the config. {_HOW_TO_GET_COCO}"
+        )
+    if path.is_dir():
+        raise CocoFormatError(
+            f"{path} is a folder; expected a COCO annotation file such as "
+            "annotations/instances_val2017.json. Point ann_file at the file."
+        )
     try:
         raw = path.read_bytes()
     except OSError as error:
-        _refuse(path, "unreadable", error=error)
+        raise CocoFormatError(
+            f"{path} cannot be read ({error}); expected a readable JSON file. Check "
+            "its permissions."
+        ) from error
     if not raw.strip():
-        _refuse(path, "empty", size=len(raw))
+        raise CocoFormatError(
+            f"{path} is empty ({len(raw)} bytes); expected JSON. Download or export it "
+            f"again. {_HOW_TO_GET_COCO}"
+        )
     if raw[:2] in (b"PK", b"\x1f\x8b"):
-        _refuse(path, "archive")
+        raise CocoFormatError(
+            f"{path} is a compressed archive; expected plain JSON. Unpack it first."
+        )
     try:
         # Text, not bytes: json strips a byte order mark from bytes, pycocotools cannot.
         return json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        _refuse(path, "binary", error=error)
+        raise CocoFormatError(
+            f"{path} is not text at byte {error.start}; expected JSON in UTF-8. Check "
+            "that ann_file names the annotations and not an image or an archive."
+        ) from error
     except json.JSONDecodeError as error:
         text, at = error.doc, error.pos
-        near = text[max(0, at - 30) : at + 30]
         remedy = "Correct that place or export the file again"
         if at >= len(text.rstrip()) or error.msg.startswith("Unterminated"):
             remedy = "The file was probably cut off; download or export it again"
-        values = dict(size=len(text), near=near, remedy=remedy)
-        _refuse(path, "syntax", error=error, **values)
+        raise CocoFormatError(
+            f"{path} is not valid JSON at line {error.lineno}, column {error.colno} "
+            f"(character {at} of {len(text)}): {error.msg}, near "
+            f"{text[max(0, at - 30) : at + 30]!r}; expected a JSON object. {remedy}."
+        ) from error
 
 
-def _check_tables(path: Path, data: Any) -> None:
+def _table_problem(data: Any) -> str | None:
     if not isinstance(data, dict):
         first = data[0] if isinstance(data, list) and data else None
         is_results = isinstance(first, dict) and "score" in first
         hint = "This looks like a file of detection results. " if is_results else ""
-        _refuse(path, "top level", kind=kind_of(data), hint=hint)
+        return (
+            f"holds a {kind_of(data)} at the top level; expected an object with "
+            f"images, annotations and categories. {hint}Point ann_file at the ground "
+            "truth."
+        )
     for key in ("images", "annotations", "categories"):
         if key not in data:
-            _refuse(path, "no key", key=key, keys=sorted(data)[:8])
+            return (
+                f"has no key {key!r} (it has {sorted(data)[:8]}); expected images, "
+                "annotations and categories. Take an instances_* file; image_info_* "
+                "are without ground truth."
+            )
         if not isinstance(data[key], list):
-            _refuse(path, "no list", key=key, kind=kind_of(data[key]))
+            return (
+                f"holds a {kind_of(data[key])} under {key!r}; expected a list. Export "
+                "it in COCO's instance format."
+            )
     if not data["images"]:
-        _refuse(path, "no images")
+        return (
+            "lists no images; expected at least one. Check the split or the filter it "
+            "was exported with."
+        )
+    return None
+
+
+# -- categories and images -------------------------------------------------------------
 
 
 def _entries(
@@ -128,15 +169,21 @@ def _entries(
 ) -> Iterator[tuple[str, dict]]:
     """Yield place and entry of those that have all keys and an id of their own."""
     known: set = set()
+    kind = {"images": "image", "categories": "category"}[table]
     for index, entry in enumerate(data[table]):
         where = f"{table}[{index}]"
         if not has_keys(entry, keys, where, problems):
             continue
         if not isinstance(entry["id"], int | str):
-            problems.append(f"{where} {ENTRY['id'].format(**entry)}")
+            problems.append(
+                f"{where} has id {entry['id']!r}; expected an integer. Renumber the "
+                "entries."
+            )
         elif entry["id"] in known:
-            message = ENTRY["id twice"].format(id=entry["id"], kind=_KINDS[table])
-            problems.append(f"{where} {message}")
+            problems.append(
+                f"{where} repeats {kind} id {entry['id']!r}; expected each once. "
+                "Remove one, or renumber it together with the annotations that mean it."
+            )
         else:
             known.add(entry["id"])
             yield where, entry
@@ -147,7 +194,10 @@ def _check_categories(data: dict[str, list], problems: list[str]) -> dict[Any, s
     names: dict[Any, str] = {}
     for where, entry in _entries(data, "categories", ("id", "name"), problems):
         if entry["name"] in names.values():
-            problems.append(f"{where} {ENTRY['name twice'].format(**entry)}")
+            problems.append(
+                f"{where} repeats the name {entry['name']!r}; expected each class "
+                "once. Merge the two and renumber their annotations."
+            )
         names[entry["id"]] = entry["name"]
     return names
 
@@ -155,13 +205,19 @@ def _check_categories(data: dict[str, list], problems: list[str]) -> dict[Any, s
 def _compare_classes(
     names: list[str], classes: Sequence[str], problems: list[str]
 ) -> None:
-    pairs = {"unknown": (names, classes), "uncovered": (classes, names)}
-    for kind, (these, others) in pairs.items():
-        alone = [name for name in these if name not in others]
-        if alone:
-            counts = dict(count=len(alone), total=len(these))
-            shown = dict(names=some_of(alone), classes=some_of(others))
-            problems.append(SETS[kind].format(**counts, **shown))
+    if unknown := [name for name in names if name not in classes]:
+        problems.append(
+            f"{len(unknown)} of {len(names)} category names are not in the config's "
+            f"classes: {some_of(unknown)}; the classes are {some_of(classes)}. Set "
+            "metainfo=dict(classes=...) of the dataset to the names of this file, and "
+            "num_classes of the heads to their number."
+        )
+    if uncovered := [name for name in classes if name not in names]:
+        problems.append(
+            f"{len(uncovered)} of {len(classes)} classes have no category: "
+            f"{some_of(uncovered)}; the file's categories are {some_of(names)}. "
+            "Correct the spelling, or remove the classes from the config."
+        )
 
 
 def _check_images(
@@ -172,21 +228,28 @@ def _check_images(
     sizes: dict = dict.fromkeys(key for key in ids if isinstance(key, int | str))
     keys = ("id", "file_name", "width", "height")
     for where, entry in _entries(data, "images", keys, problems):
-        size = entry["width"], entry["height"]
-        if all(is_number(side) and side > 0 for side in size):
-            sizes[entry["id"]] = size
+        width, height = entry["width"], entry["height"]
+        if all(is_number(side) and side > 0 for side in (width, height)):
+            sizes[entry["id"]] = width, height
         else:
-            problems.append(f"{where} {ENTRY['size'].format(**entry)}")
+            problems.append(
+                f"{where} (id {entry['id']}, {entry['file_name']}) has width {width!r} "
+                f"and height {height!r}; expected positive numbers. Write the size of "
+                "the image file."
+            )
     return sizes
 
 
-def _check_files(images: list[Any], folder: Path, problems: list[str]) -> None:
-    place = dict(folder=folder, total=len(images))
+def _check_files(images: list, folder: Path, problems: list[str]) -> None:
     if not folder.is_dir():
-        problems.append(SETS["image folder"].format(**place))
+        problems.append(
+            f"the image folder {folder} does not exist or is not a folder; expected "
+            f"the {len(images)} images of this file in it. Check data_root and "
+            f"data_prefix in the config. {_HOW_TO_GET_COCO}"
+        )
         return
     # One listing instead of a question per image: 118,000 of them are slow on NFS.
-    listed = {entry.name for entry in os.scandir(folder)}
+    listed = set(os.listdir(folder))
     names = (entry.get("file_name") for entry in images if isinstance(entry, dict))
     missing = [
         name
@@ -196,5 +259,8 @@ def _check_files(images: list[Any], folder: Path, problems: list[str]) -> None:
         and not ("/" in name and (folder / name).is_file())
     ]
     if missing:
-        place |= dict(count=len(missing), entries=len(listed))
-        problems.append(SETS["image files"].format(names=some_of(missing, 3), **place))
+        problems.append(
+            f"{len(missing)} of {len(images)} images are not in {folder}, first "
+            f"{some_of(missing, 3)}; the folder has {len(listed)} entries. Check "
+            f"data_prefix in the config, or complete the download. {_HOW_TO_GET_COCO}"
+        )

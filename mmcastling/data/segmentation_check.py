@@ -42,8 +42,7 @@ def check_segmentation(
         meaning: What they stand for, for messages. Defaults to ``''``.
         image_suffix: How names of images end. Defaults to ``'.jpg'``.
         label_suffix: How names of label maps end in its place. Defaults to ``'.png'``.
-        names: Names without suffix. Defaults to None (all images of the folder and
-            the folders in it).
+        names: Names without suffix. Defaults to None, all images below the folder.
 
     Raises:
         SegmentationFormatError: The split is missing or unusable; see the message.
