@@ -7,8 +7,7 @@ python tools/demo.py pictures/ detector.onnx --out-dir painted
 import argparse
 
 from mmcastling.run import ConfigError, run_cli
-from mmcastling.run.demo import find_sources, run_demo
-from mmcastling.run.predictors import build_predictor
+from mmcastling.run.demo import build_predictor, find_sources, run_demo
 
 
 def parse_args() -> argparse.Namespace:

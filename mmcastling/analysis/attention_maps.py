@@ -114,8 +114,8 @@ def record_attention(model: nn.Module, image: Tensor, layer: int = -1) -> MixerC
             depth, negative from the end. Defaults to -1.
 
     Raises:
-        ValueError: If the model has no such attention, or one whose tokens cannot be
-            laid out on the image: windows, or a grid that it was not told.
+        ValueError: If there is none, or its tokens cannot be laid out on the image
+            (windows, or a grid that it was not told).
     """
     prefix = "backbone." if hasattr(model, "backbone") else ""
     layers = [

@@ -7,20 +7,22 @@ RoIAlign and NMS, as is usual in the tables of this field, and mmcv's compiled o
 which torch cannot see.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
 
 from mmcastling.analysis.data_sample import DataSample, Instances
-from mmcastling.analysis.flop_formulas import extra_formulas
 from mmcastling.errors import OptionError
 
 SELF = "(self)"
@@ -104,6 +106,40 @@ def count_model_macs(model: nn.Module, shape: tuple[int, int]) -> ComplexityRepo
         return _report(model, macs, tuple(image.shape))
 
 
+def _extra_formulas() -> dict[Any, Callable[..., int]]:
+    """FLOPs of products that torch's counter takes for free, from the shapes."""
+    aten = torch.ops.aten
+
+    def attention(q, k, v, *_, **__) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    def linear(x, weight, *_, **__) -> int:
+        return 2 * prod(x) * weight[0]
+
+    def convolution(x, weight, *_, out_shape, **__) -> int:
+        return conv_flop_count(x, weight, out_shape)
+
+    def deform_conv2d(x, weight, *_, out_shape, **__) -> int:
+        return 2 * prod(out_shape) * prod(weight[1:])
+
+    formulas = {
+        aten.mv: lambda matrix, *_, **__: 2 * prod(matrix),
+        aten.addmv: lambda bias, matrix, *_, **__: 2 * prod(matrix),
+        aten.dot: lambda vector, *_, **__: 2 * prod(vector),
+        aten.vdot: lambda vector, *_, **__: 2 * prod(vector),
+        # Unknown to the counter of torch 2.14.
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        # As for fused attention, both products count as dense.
+        torch.ops.mmcastling.masked_softmax: attention,
+    }
+    if torch.backends.mkldnn.is_available():
+        formulas[torch.ops.mkldnn._linear_pointwise] = linear
+        formulas[torch.ops.mkldnn._convolution_pointwise] = convolution
+    if hasattr(torch.ops.torchvision, "deform_conv2d"):  # where it is imported
+        formulas[torch.ops.torchvision.deform_conv2d] = deform_conv2d
+    return formulas
+
+
 def _report(
     model: nn.Module, macs: Counter[str], input_shape: tuple[int, ...]
 ) -> ComplexityReport:
@@ -118,18 +154,13 @@ def _report(
 def _count(model: nn.Module, run: Callable[[nn.Module], Any]) -> Counter[str]:
     """MACs by top-level child of one call of ``run(model)``."""
     flops: Counter[str] = Counter()
-    counter = FlopCounterMode(display=False, custom_mapping=extra_formulas())
-    with ExitStack() as stack:
+    counter = FlopCounterMode(display=False, custom_mapping=_extra_formulas())
+    children = _attribute_to_children(model, counter, flops)
+    with ExitStack() as stack, torch.no_grad(), counter, children:
         # The fused path of nn.MultiheadAttention is a single op that counts as nothing.
         fused = torch.backends.mha.get_fastpath_enabled()
         stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
         torch.backends.mha.set_fastpath_enabled(False)
-        for context in (
-            torch.no_grad(),
-            counter,
-            _attribute_to_children(model, counter, flops),
-        ):
-            stack.enter_context(context)
         run(model)
     flops[SELF] = counter.get_total_flops() - sum(flops.values())
     # Every formula counts a multiplication and an addition per MAC.
@@ -142,8 +173,7 @@ def _attribute_to_children(
 ) -> Iterator[None]:
     """Book what each top-level child of ``model`` computes in ``flops``.
 
-    Wraps ``forward`` instead of using hooks: detectors and segmentors call
-    ``head.forward(x)``, past all hooks.
+    Detectors and segmentors call ``head.forward(x)``, past all hooks.
     """
     running = False
 
@@ -181,14 +211,11 @@ def _called_modules(module: nn.Module) -> Iterator[nn.Module]:
 def _max_proposals(model: nn.Module) -> int | None:
     """Proposals a two-stage detector passes on; None for any other model.
 
-    Detectors whose proposals are parameters (Sparse R-CNN) have no such
-    setting and a fixed number anyway.
+    Proposals that are parameters (Sparse R-CNN) are no setting, but a fixed number.
     """
-    rpn_head = getattr(model, "rpn_head", None)
-    test_cfg = getattr(rpn_head, "test_cfg", None)
-    if test_cfg is None or not hasattr(model, "roi_head"):
-        return None
-    return test_cfg.get("max_per_img")
+    test_cfg = getattr(getattr(model, "rpn_head", None), "test_cfg", None)
+    two_stage = test_cfg is not None and hasattr(model, "roi_head")
+    return test_cfg.get("max_per_img") if two_stage else None
 
 
 def _count_two_stage(
@@ -235,12 +262,10 @@ def _count_two_stage(
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, and afterwards each module's and parameter's own
-    flag again, not one for all.
+    """Eval mode without gradients, and afterwards everybody's own flag again.
 
     ``no_grad`` alone is not enough: torch's module tracker hooks every argument that
-    requires a gradient, and fails on parameters that are split on their way (query
-    embeddings).
+    requires a gradient, and fails on query embeddings, which are split on their way.
     """
     training = [(module, module.training) for module in model.modules()]
     requires_grad = [(param, param.requires_grad) for param in model.parameters()]

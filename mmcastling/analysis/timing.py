@@ -35,9 +35,6 @@ def paired_seconds(
 
     Taking turns lets a machine that grows slower or busier hit all of them alike; the
     order is reversed every other round. Each is called once unmeasured before.
-
-    Returns:
-        One entry per round, by the name of the pass.
     """
     for run in passes.values():
         run()

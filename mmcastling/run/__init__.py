@@ -3,10 +3,14 @@
 from mmcastling.errors import ConfigError
 from mmcastling.run.config import DATA_VARIABLE, check_data, load_config
 from mmcastling.run.conversion import convert
-from mmcastling.run.exported import ExportedEvaluation, evaluate_exported
 from mmcastling.run.failures import run_cli
 from mmcastling.run.load import PruningReport, load_pruned_model
-from mmcastling.run.testing import Evaluation, evaluate
+from mmcastling.run.testing import (
+    Evaluation,
+    ExportedEvaluation,
+    evaluate,
+    evaluate_exported,
+)
 from mmcastling.run.training import train
 
 __all__ = [

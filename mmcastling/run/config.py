@@ -69,7 +69,13 @@ def load_config(
     if new_root is not None and old_root is None:
         raise ConfigError(f"config {path} has no data_root that could be set")
     if new_root is None and DATA_VARIABLE in os.environ and old_root is not None:
-        new_root = _below_data_folder(old_root, os.environ[DATA_VARIABLE])
+        parts = Path(old_root).parts
+        if parts[:1] != ("data",):
+            raise ConfigError(
+                f"{DATA_VARIABLE} stands for the folder 'data', but the config's "
+                f"data_root is {old_root!r}: set it with --cfg-options data_root=..."
+            )
+        new_root = Path(os.environ[DATA_VARIABLE], *parts[1:])
     if new_root is not None:
         _move_paths(cfg._cfg_dict, old_root, str(new_root))
     try:
@@ -98,16 +104,6 @@ def require(cfg: Config, *keys: str) -> None:
             f"config {cfg.filename} lacks {', '.join(missing)}: start from a config "
             "that has them, by _base_=[...]"
         )
-
-
-def _below_data_folder(root: str, folder: str) -> str:
-    parts = Path(root).parts
-    if parts[:1] != ("data",):
-        raise ConfigError(
-            f"{DATA_VARIABLE} stands for the folder 'data', but the config's data_root "
-            f"is {root!r}: set it with --cfg-options data_root=..."
-        )
-    return str(Path(folder).joinpath(*parts[1:]))
 
 
 def _move_paths(node: Any, old: str, new: str) -> Any:
@@ -183,21 +179,16 @@ def pipeline_without_loading(cfg: Config) -> list[ConfigDict]:
 
 def has_data(cfg: Config, split: str) -> bool:
     """Whether every data folder that a split reads exists."""
-    datasets = list(datasets_of(cfg, split))
-    return bool(datasets) and all(
-        Path(dataset.get("data_root") or ".").is_dir() for dataset in datasets
-    )
+    roots = [dataset.get("data_root") or "." for dataset in datasets_of(cfg, split)]
+    return bool(roots) and all(Path(root).is_dir() for root in roots)
 
 
 def check_data(cfg: Config, *splits: str) -> None:
     """Check that the data of these splits is there and well-formed.
 
-    COCO annotations and the label maps of segmentation are read.
-
-    Raises:
-        DatasetError: If a folder is missing, which says how to get it, or annotations,
-            images or label maps are malformed (its subclasses).
-        ConfigError: If the heads have another number of classes than the data.
+    COCO annotations and the label maps of segmentation are read. What is missing or
+    malformed is a :class:`DatasetError`; heads with another number of classes than the
+    data are a :class:`ConfigError`.
     """
     seen: set[str] = set()
     for dataset in (dataset for split in splits for dataset in datasets_of(cfg, split)):
@@ -223,11 +214,10 @@ def _missing_root(root: str) -> str:
     parts = Path(root).parts
     name = Path(*parts[1:]) if parts[0] == "data" and parts[1:] else Path(root).name
     how = HOW_TO_GET.get(Path(root).name)
-    how = f"{how}, or " if how else ""
     return (
-        f"the data folder {root} does not exist: {how}point to yours with "
-        f"--cfg-options data_root=FOLDER, or with {DATA_VARIABLE}=FOLDER where FOLDER/"
-        f"{name} is it"
+        f"the data folder {root} does not exist: {f'{how}, or ' if how else ''}point "
+        f"to yours with --cfg-options data_root=FOLDER, or with {DATA_VARIABLE}=FOLDER "
+        f"where FOLDER/{name} is it"
     )
 
 
@@ -235,9 +225,8 @@ def check_work_dir(work_dir: str | os.PathLike[str]) -> None:
     """Create the work directory, and raise unless files can be written in it."""
     try:
         Path(work_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=work_dir, prefix=".writable-") as file:
+        with tempfile.TemporaryFile(dir=work_dir) as file:
             file.write(b"1")
-            file.flush()
     except OSError as error:
         raise ConfigError(
             f"the work directory {work_dir} cannot be written: {error}; choose another "
@@ -248,12 +237,10 @@ def check_work_dir(work_dir: str | os.PathLike[str]) -> None:
 def check_writable(
     path: str | os.PathLike[str], *suffixes: str, option: str = "--out"
 ) -> Path:
-    """Raise unless a file may be written, before any work is done for it.
+    """The path of a file that may be written, or an error before any work is done.
 
-    Args:
-        path: The file, which is returned.
-        *suffixes: Endings that it may have. Any where none is given.
-        option: What names it, for messages. Defaults to ``'--out'``.
+    Suffixes are those that it may have, any where none is given; messages name it by
+    the option.
     """
     path = Path(path)
     if suffixes and path.suffix.lower() not in suffixes:

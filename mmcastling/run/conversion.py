@@ -121,8 +121,7 @@ def deploy_config(cfg: Config) -> Config:
 
     Sets ``deploy=True`` wherever a registered module takes it, puts what a class that
     offers ``deployed_config(config)`` becomes in its place, and removes the training
-    hooks and what names a checkpoint to start from. The config's default scope must be
-    initialised.
+    hooks and what names a checkpoint to start from. Needs the config's default scope.
     """
     cfg = copy.deepcopy(cfg)
     _set_deploy(cfg.model)

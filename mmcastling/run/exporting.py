@@ -76,7 +76,8 @@ def export(
 ) -> ExportMetadata:
     """Write a model in a runtime's format, run the file, and compare it with torch.
 
-    Prints what was pruned, how far the file is from torch, and its latency.
+    Prints what was pruned, how far the file is from torch, and its latency. Returns
+    what the file says about its model.
 
     Args:
         cfg: The config, from :func:`mmcastling.run.load_config`.
@@ -92,9 +93,6 @@ def export(
             the format. What is compared and refused is the file in float32, and what
             rounding changes is printed. OpenVINO's ``'int8'`` takes the steps of inputs
             from training images, or the one compared on. Defaults to ``'fp32'``.
-
-    Returns:
-        What the file says about its model.
 
     Raises:
         UserError: If checkpoint, image, format or runtime cannot be used, the masks
@@ -118,8 +116,8 @@ def export(
 
     graph = export_graph(model, part)
     names = {"torch", runtime, *(("onnx",) if format in ("onnx", "openvino") else ())}
-    facts["versions"] = {"mmcastling": __version__}
-    facts["versions"] |= {name: version(name) for name in sorted(names)}
+    versions = {"mmcastling": __version__} | {n: version(n) for n in sorted(names)}
+    facts |= dict(versions=versions)
     if part != "backbone":
         facts |= _classes(cfg, checkpoint)
     meta = describe(model, graph, part, **facts)

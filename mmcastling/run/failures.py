@@ -69,17 +69,6 @@ def _is_said_already(error: Exception) -> bool:
         return False  # better said twice than not at all
 
 
-def _leave_together() -> None:
-    """End the process group once all processes are done.
-
-    One that ends while another still reads from it, or with its threads running, can
-    abort at exit, and launchers then report the whole run as failed.
-    """
-    if is_distributed():
-        barrier()
-        torch.distributed.destroy_process_group()
-
-
 def run_cli(main: Callable[[], None]) -> None:
     """Run a command: a user's error ends it with one paragraph and exit status 1.
 
@@ -88,7 +77,11 @@ def run_cli(main: Callable[[], None]) -> None:
     """
     try:
         main()
-        _leave_together()
+        # A process that ends while another still reads from it, or with its threads
+        # running, can abort at exit, and launchers then report the run as failed.
+        if is_distributed():
+            barrier()
+            torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

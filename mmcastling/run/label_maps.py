@@ -25,11 +25,8 @@ def check_label_maps(
     """Check the split of one dataset: every image's size and every label map.
 
     The heads in the model's config must have as many classes as the dataset's, which is
-    of mmseg's ``BaseSegDataset`` or a subclass.
-
-    Raises:
-        SegmentationFormatError: If the split is missing or malformed.
-        ConfigError: If the numbers of classes differ, or none is given.
+    of mmseg's ``BaseSegDataset`` or a subclass. A split that is missing or malformed is
+    a :class:`SegmentationFormatError`.
     """
     if not classes:
         raise ConfigError(

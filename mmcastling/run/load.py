@@ -39,15 +39,15 @@ class PruningReport:
     """What pruning the auxiliary branches of a model removed and changed.
 
     Attributes:
-        attentions: Attentions whose branch was pruned.
+        attentions: How many had a branch.
         was_on: Whether the branch still contributed, by the state of the checkpoint.
         difference: Largest difference that pruning made to the features (outputs of
             backbone and neck), or None where not measured. NaN where one is not finite.
         magnitude: Largest of these features before.
         images: Test images on which it was measured.
         shape: ``(H, W)`` of the first of them, padded, at which costs are counted.
-        macs_training: MACs of the backbone with the branch on, for one image.
-        macs_deployed: MACs of the deployed backbone, for one image.
+        macs_training: MACs of the backbone for one image, with the branch on.
+        macs_deployed: The same without.
     """
 
     attentions: int
@@ -79,8 +79,7 @@ class PruningReport:
         That is, if the features differ or are not finite, or, where that was not
         measured, the state of the checkpoint says that the branch is on.
         """
-        measured = "its state says that the branch is on"
-        changed = self.was_on
+        changed, measured = self.was_on, "its state says that the branch is on"
         if self.difference is not None:
             if math.isnan(self.difference):
                 raise CheckpointError(
@@ -114,14 +113,9 @@ def load_model(
     A deployed checkpoint's model is deployed first, whatever the config says:
     deployment folds layers into others, and names and shapes are those after it.
 
-    It is in evaluation mode.
-
-    Args:
-        cfg: The config.
-        checkpoint: A loaded checkpoint of it, of training or deployed.
-        source: Its path, for messages.
-        model: The model, where it has been built. Defaults to None.
-        ema: See :func:`mmcastling.deploy.select_weights`. Defaults to None.
+    The model, which is built where it is not given, is in evaluation mode. ``source``
+    is the checkpoint's path, for messages; for ``ema`` see
+    :func:`mmcastling.deploy.select_weights`.
     """
     if model is None:
         model = build_model(cfg)
@@ -145,11 +139,9 @@ def load_pruned_model(
 ) -> tuple[nn.Module, PruningReport | None]:
     """A config's model with a checkpoint's weights, without its auxiliary branches.
 
-    Args:
-        cfg, checkpoint, source, ema: As in :func:`load_model`.
-        runner: Whose model and test data are taken. Defaults to None (they are built).
-        verify: Measure on so many test images what pruning changes and saves. Defaults
-            to None (where the data is there).
+    What pruning changes and saves is measured on so many test images, if ``verify`` is
+    True, or None and the data is there. Model and test data are those of the runner,
+    where there is one. See :func:`load_model` for the rest.
 
     Returns:
         The deployed model in evaluation mode; and what pruning did, or None where

@@ -40,21 +40,17 @@ def build_runner(cfg: Config) -> Runner:
     """Build a runner from a config, under a name that no other in the process has."""
     setup_distributed(cfg)
     if cfg.get("default_scope") == "mmpretrain":
-        _set_classification_loaders(cfg)
+        # mmpretrain's scripts, not its configs, ask for stacked batches.
+        for split in ("train", "val", "test"):
+            if loader := cfg.get(f"{split}_dataloader"):
+                loader.setdefault("collate_fn", dict(type="default_collate"))
+                workers = loader.get("num_workers", 0) > 0
+                loader.setdefault("persistent_workers", workers)
     name = os.path.basename(os.path.normpath(cfg.work_dir))
     cfg.experiment_name = f"{name}_{time.strftime('%Y%m%d_%H%M%S')}_{next(_count)}"
     if cfg.get("visualizer"):  # mmdet's configs name theirs alike in every run
         cfg.visualizer.name = cfg.experiment_name
     return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
-
-
-def _set_classification_loaders(cfg: Config) -> None:
-    # mmpretrain's scripts, not its configs, ask for stacked batches.
-    for split in ("train", "val", "test"):
-        if loader := cfg.get(f"{split}_dataloader"):
-            loader.setdefault("collate_fn", dict(type="default_collate"))
-            workers = loader.get("num_workers", 0) > 0
-            loader.setdefault("persistent_workers", workers)
 
 
 def core_model(model: nn.Module) -> nn.Module:
@@ -168,12 +164,11 @@ def _prepare_sharded(cfg: Config, launcher: str) -> None:
             "FSDPStrategy shards a model over several processes: start it with "
             "tools/dist_train.sh or tools/slurm_train.sh"
         )
-    for hook in cfg.get("custom_hooks") or []:
-        if "EMAHook" in str(hook["type"]):
-            raise ConfigError(
-                "EMAHook cannot average a model that FSDPStrategy shards: remove one "
-                "of the two"
-            )
+    if any("EMAHook" in str(hook["type"]) for hook in cfg.get("custom_hooks") or []):
+        raise ConfigError(
+            "EMAHook cannot average a model that FSDPStrategy shards: remove one of "
+            "the two"
+        )
     cfg.strategy["type"] = "mmcastling.ResumableFSDPStrategy"
     wrapper = cfg.get("optim_wrapper")
     if wrapper is None:

@@ -85,16 +85,15 @@ def view_attention(
         source: A training or deployed checkpoint of that config.
         image: BGR, ``(H, W, 3)``.
         point: Where to look from.
-        layer: Which attention of the backbone, by depth. Defaults to -1 (the last).
-        head: Which head, or None for their mean. Defaults to None.
+        layer: Which attention of the backbone, by depth, negative from the end.
+        head: Which head, or None for their mean.
         threshold: Show what this threshold would keep, such as ``'4/N'``, in place of
             the state that the checkpoint was saved in. The features below the layer
             are those of the checkpoint's state all the same. Defaults to None.
 
     Raises:
-        UserError: If the checkpoint cannot be used, the test pipeline cuts the point
-            off, the threshold cannot be read, or the model has no such castling
-            attention or head.
+        UserError: If checkpoint or threshold cannot be used, the test pipeline cuts the
+            point off, or the model has no such castling attention or head.
     """
     height, width = image.shape[:2]
     if not (0 <= point[0] < width and 0 <= point[1] < height):
@@ -237,8 +236,7 @@ def _about_mask(view: AttentionView) -> str:
     if view.survivors:
         return f"{100 * view.survivors:.2g}% of the pairs exceed {bar}"
     if view.own_threshold and (view.weight == 0 or view.threshold.rejects_all):
-        pruned = view.call.mixer.deploy
-        return "empty: " + ("pruned" if pruned else "masks have decayed")
+        return f"empty: {'pruned' if view.call.mixer.deploy else 'masks have decayed'}"
     return f"empty: nothing exceeds {bar}"
 
 
@@ -263,11 +261,7 @@ def _lay_over(
 
 
 def click_point(image: np.ndarray) -> Point:
-    """Show an image ``(H, W, 3)`` in BGR in a window and wait for a click.
-
-    Raises:
-        ConfigError: If there is no display, or the window is closed without a click.
-    """
+    """Show an image ``(H, W, 3)`` in BGR in a window and wait for a click."""
     from matplotlib import pyplot  # picks a toolkit for windows when it is imported
 
     interactive = backend_registry.list_builtin(BackendFilter.INTERACTIVE)

@@ -36,7 +36,6 @@ LAST_CHECKPOINT = "last_checkpoint"
 """The file in a work directory that names its newest checkpoint."""
 
 _TRAINING_STATE = ("optimizer", "message_hub", "meta")
-
 _REPLACED = ("OptimWrapper", "AmpOptimWrapper", "DeviceAmpOptimWrapper")
 
 
@@ -57,7 +56,6 @@ def train(
             in the config's dtype or else the device's usual one. Defaults to None (as
             the config says).
         auto_scale_lr: Let the learning rate follow the batch size by the linear rule.
-            Defaults to False.
 
     Raises:
         UserError: If config, data, work directory or what to start from cannot be used.
@@ -175,11 +173,8 @@ def newest_usable(work_dir: str) -> Start | None:
 
     That is the one which ``last_checkpoint`` names. If it is damaged or missing, the
     others in the same folder and in the work directory are tried, newest first, those
-    without training state left out. None where there are none.
-
-    Raises:
-        CheckpointError: If none of those that are there can be used, or one asks to run
-            code.
+    without training state left out. None where there are none; an error where none can
+    be used, or one asks to run code.
     """
     named = _named_last(Path(work_dir))
     folders = {Path(work_dir), named.parent if named else Path(work_dir)}

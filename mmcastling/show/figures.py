@@ -25,11 +25,8 @@ def plot_mask_density(
 ) -> None:
     """Draw density, threshold and metric over training, as a PNG file.
 
-    Args:
-        history: From :func:`mmcastling.show.run_log.read_mask_history`.
-        path: The file.
-        metrics: Names of the metrics to draw, which must have been logged. Defaults to
-            None (:meth:`MaskHistory.headlines`).
+    Metrics are drawn by name, without any :meth:`MaskHistory.headlines`; they must have
+    been logged.
     """
     names = history.headlines() if metrics is None else list(metrics)
     for name in names:

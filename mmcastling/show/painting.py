@@ -9,11 +9,8 @@ import numpy as np
 from mmengine.registry import VISUALIZERS, DefaultScope
 from mmengine.structures import BaseDataElement
 
-_KINDS = {
-    "mmdet": "DetLocalVisualizer",
-    "mmseg": "SegLocalVisualizer",
-    "mmpretrain": "UniversalVisualizer",
-}
+_KINDS = dict(mmdet="DetLocalVisualizer", mmseg="SegLocalVisualizer")
+_KINDS |= dict(mmpretrain="UniversalVisualizer")
 _READABLE = 224  # shorter side of a classifier's picture, for its text to be legible
 
 _count = itertools.count()
@@ -22,10 +19,8 @@ _count = itertools.count()
 class Painter:
     """Draws boxes and masks, an overlay of classes, or a label.
 
-    Args:
-        scope: The toolbox, one of ``'mmdet'``, ``'mmseg'`` and ``'mmpretrain'``.
-        dataset_meta: ``classes`` and ``palette``, each a sequence or None.
-        score_thr: Detections with lower scores are not drawn.
+    The scope is the toolbox, mmdet, mmseg or mmpretrain; ``classes`` and ``palette``
+    are a sequence each, or None. Detections with lower scores are not drawn.
     """
 
     def __init__(

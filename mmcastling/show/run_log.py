@@ -64,10 +64,7 @@ def read_mask_history(work_dir: str | Path) -> MaskHistory:
     belong to it. MMEngine numbers validations by epoch in most configs; those are
     placed at the training record before them, which is at most one logging interval
     too early. One of its folders named by timestamp can be read alone.
-
-    Raises:
-        ValueError: If the directory is missing, is no work directory, holds a damaged
-            log, or was written without ``MaskDecayHook``.
+    A directory without a log of ``MaskDecayHook`` is a ``ValueError``.
     """
     work_dir = Path(work_dir)
     if not work_dir.is_dir():
@@ -115,7 +112,9 @@ def _append_part(
     first = next((record["step"] for record in records if "iter" in record), None)
     if first is None:
         return
-    start = 0 if _is_fresh(file) else first
+    config = file.parent / "config.py"  # says whether it was started from scratch
+    fresh = config.is_file() and _FRESH.search(config.read_text(errors="replace"))
+    start = 0 if fresh else first
     train[:] = [record for record in train if record["step"] < start]
     for values in metrics.values():
         for step in [step for step in values if step >= start]:
@@ -131,12 +130,6 @@ def _append_part(
                 # An epoch's number, or 0, is below the iteration.
                 step = max(last, record["step"])
                 metrics.setdefault(name, {})[step] = float(value)
-
-
-def _is_fresh(file: Path) -> bool:
-    """Whether a part of the log was started from scratch, as its config says."""
-    config = file.parent / "config.py"
-    return config.is_file() and bool(_FRESH.search(config.read_text(errors="replace")))
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import mmcastling
 from mmcastling.analysis import PartTimer
 from mmcastling.checkpoint import CheckpointError
 from mmcastling.run import ConfigError, load_config
-from mmcastling.run.predictors import build_predictor
+from mmcastling.run.demo import build_predictor
 from mmcastling.runtime import ExportedModelError
 from mmcastling.verbs import castling_modules
 
