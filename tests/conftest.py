@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from drawn_data import draw_camvid, draw_coco
+from filelock import FileLock
 
 import mmcastling  # noqa: F401, before any toolbox, which keep placeholders for ops
 
@@ -206,21 +208,46 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_coco(tmp_path_factory) -> Path:
+def made_once(tmp_path_factory):
+    """Make a folder once for all processes of a test run, which then only read it.
+
+    ``make`` fills the folder that it is given; who asks first does the work.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # which the workers share
+    base = base / "made_once"
+    base.mkdir(exist_ok=True)
+
+    def made(name: str, make) -> Path:
+        folder, done = base / name, base / f"{name}.done"
+        with FileLock(base / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of one who failed
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_coco(made_once) -> Path:
     """50 + 50 images of COCO 2017, or 16 + 12 drawn: 80 categories, the same layout."""
     folder = shared_folder() / "tiny_coco"
     if folder.is_dir():
         return folder
-    return draw_coco(tmp_path_factory.mktemp("coco") / "tiny_coco", train=16, val=12)
+    return made_once("tiny_coco", lambda out: draw_coco(out, train=16, val=12))
 
 
 @pytest.fixture(scope="session")
-def camvid(tmp_path_factory) -> Path:
+def camvid(made_once) -> Path:
     """123 + 34 road scenes, or 8 + 4 drawn, with label maps of 11 classes and void."""
     folder = shared_folder() / "camvid"
     if folder.is_dir():
         return folder
-    return draw_camvid(tmp_path_factory.mktemp("scenes") / "camvid", train=8, val=4)
+    return made_once("camvid", lambda out: draw_camvid(out, train=8, val=4))
 
 
 @pytest.fixture(scope="session")
@@ -252,18 +279,21 @@ def make_scenes(camvid):
 
 
 @pytest.fixture(scope="session")
-def scenes(make_scenes, tmp_path_factory) -> Path:
+def scenes(make_scenes, made_once) -> Path:
     """Four frames a split in CamVid's layout."""
-    return make_scenes(tmp_path_factory.mktemp("data") / "scenes")
+    return made_once("scenes", make_scenes)
 
 
 @pytest.fixture(scope="session")
-def segmentor_config(scenes, tmp_path_factory) -> Path:
+def segmentor_config(scenes, made_once) -> Path:
     """Config of the nano segmentor that trains in seconds on small frames."""
-    path = tmp_path_factory.mktemp("configs") / "tiny_segmentor.py"
     base = str(ROOT / "configs" / "upernet_castling_nano_camvid.py")
-    path.write_text(SEGMENTOR.format(base=base, data_root=str(scenes)))
-    return path
+
+    def make(folder):
+        text = SEGMENTOR.format(base=base, data_root=str(scenes))
+        (folder / "tiny_segmentor.py").write_text(text)
+
+    return made_once("segmentor_config", make) / "tiny_segmentor.py"
 
 
 def finished(config: Path, work_dir: Path, on: str, off: str) -> SimpleNamespace:
@@ -277,12 +307,14 @@ def finished(config: Path, work_dir: Path, on: str, off: str) -> SimpleNamespace
 
 
 @pytest.fixture(scope="session")
-def trained_segmentor(segmentor_config, tmp_path_factory):
+def trained_segmentor(segmentor_config, made_once):
     """The segmentor after two iterations, masks on, and after four, masks off."""
     from mmcastling.run import load_config, train
 
-    work_dir = tmp_path_factory.mktemp("segmentor")
-    train(load_config(segmentor_config, work_dir=str(work_dir)))
+    def make(folder):
+        train(load_config(segmentor_config, work_dir=str(folder)))
+
+    work_dir = made_once("segmentor", make)
     return finished(segmentor_config, work_dir, "iter_2", "iter_4")
 
 
@@ -315,35 +347,39 @@ def make_people(tiny_coco):
 
 
 @pytest.fixture(scope="session")
-def people(make_people, tmp_path_factory) -> Path:
+def people(make_people, made_once) -> Path:
     """The data root of :func:`detector_config`; tests that damage it make their own."""
-    return make_people(tmp_path_factory.mktemp("data") / "people")
+    return made_once("people", make_people)
 
 
 @pytest.fixture(scope="session")
-def detector_config(people, tmp_path_factory) -> Path:
+def detector_config(people, made_once) -> Path:
     """Config of a Mask R-CNN that trains in seconds on tiny_coco."""
-    path = tmp_path_factory.mktemp("configs") / "tiny_detector.py"
     base = str(ROOT / "configs" / "mask_rcnn_castling_nano_nuclei.py")
-    path.write_text(DETECTOR.format(base=base, data_root=str(people)))
-    return path
+
+    def make(folder):
+        text = DETECTOR.format(base=base, data_root=str(people))
+        (folder / "tiny_detector.py").write_text(text)
+
+    return made_once("detector_config", make) / "tiny_detector.py"
 
 
 @pytest.fixture(scope="session")
-def classifier_config(tmp_path_factory) -> Path:
+def classifier_config(made_once) -> Path:
     """Config of a classifier with EMA that trains in seconds on made-up pictures."""
     import mmcv
 
-    folder = tmp_path_factory.mktemp("pictures")
-    noise = np.random.default_rng(0)
-    for label, level in (("dark", 60), ("light", 180)):
-        for index in range(4):
-            picture = noise.integers(level - 50, level + 50, (64, 64, 3), np.uint8)
-            mmcv.imwrite(picture, str(folder / f"images/{label}/{index}.png"))
-    path = folder / "tiny_classifier.py"
-    base = str(ROOT / "configs" / "castling_tiny_in1k.py")
-    path.write_text(CLASSIFIER.format(base=base, data_root=str(folder)))
-    return path
+    def make(folder):
+        noise = np.random.default_rng(0)
+        for label, level in (("dark", 60), ("light", 180)):
+            for index in range(4):
+                picture = noise.integers(level - 50, level + 50, (64, 64, 3), np.uint8)
+                mmcv.imwrite(picture, str(folder / f"images/{label}/{index}.png"))
+        base = str(ROOT / "configs" / "castling_tiny_in1k.py")
+        text = CLASSIFIER.format(base=base, data_root=str(folder))
+        (folder / "tiny_classifier.py").write_text(text)
+
+    return made_once("pictures", make) / "tiny_classifier.py"
 
 
 @pytest.fixture(scope="session")
@@ -364,21 +400,26 @@ def run_command():
 
 
 @pytest.fixture(scope="session")
-def trained(detector_config, run_command, tmp_path_factory):
+def trained(detector_config, run_command, made_once):
     """The detector after two iterations, masks on, and after four, masks off."""
-    work_dir = tmp_path_factory.mktemp("detector")
-    process = run_command("train.py", detector_config, "--work-dir", work_dir)
-    assert process.returncode == 0, process.stderr[-3000:]
+
+    def make(folder):
+        process = run_command("train.py", detector_config, "--work-dir", folder)
+        assert process.returncode == 0, process.stderr[-3000:]
+
+    work_dir = made_once("detector", make)
     return finished(detector_config, work_dir, "iter_2", "iter_4")
 
 
 @pytest.fixture(scope="session")
-def trained_classifier(classifier_config, tmp_path_factory):
+def trained_classifier(classifier_config, made_once):
     """The classifier after one epoch, masks on, and after two, masks off; with EMA."""
     from mmcastling.run import load_config, train
 
-    work_dir = tmp_path_factory.mktemp("classifier")
-    train(load_config(classifier_config, work_dir=str(work_dir)))
+    def make(folder):
+        train(load_config(classifier_config, work_dir=str(folder)))
+
+    work_dir = made_once("classifier", make)
     return finished(classifier_config, work_dir, "epoch_1", "epoch_2")
 
 

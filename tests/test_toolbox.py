@@ -53,8 +53,6 @@ def test_every_config_is_in_the_index_once_and_no_weights_are_promised(root, met
         "castling_levit_256_in1k",
         "swin_tiny_in1k",
         "mask2former_castling_b_ade20k",
-        "mask_rcnn_castling_s_coco",
-        "cascade_mask_rcnn_castling_s_coco",
         DETECTOR,
         SEGMENTOR,
     ],

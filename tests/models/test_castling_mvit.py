@@ -2,22 +2,17 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS as MMENGINE_MODELS
-from mmengine.registry import DefaultScope
 from mmpretrain.models.backbones import MViT
-from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from mmcastling.analysis import count_model_macs
-from mmcastling.attention import MIXERS, CastlingMixer, LinearAngularMixer
+from mmcastling.attention import CastlingMixer, LinearAngularMixer
 from mmcastling.models import CastlingMViT
 from mmcastling.models.mvit_blocks import SoftmaxMultiScaleAttention
-from mmcastling.registry import MODELS
 from mmcastling.verbs import castling_modules, set_mask
 
 # Blocks of 8, 16, 32, 32 channels in 1, 2, 4, 4 heads; 1 and 2 downsample.
@@ -90,13 +85,6 @@ def test_softmax_twin_equals_mmpretrain_with_its_weights(options, absolute):
         assert_close(twin(image(*size)), original(image(*size)))
 
 
-def test_inner_outputs_do_not_change_the_last_one():
-    alone, all_scales = mvit(), mvit(out_indices=(0, 1, 2))
-    for index in range(2):  # a norm that does something
-        torch.nn.init.constant_(getattr(all_scales, f"norm{index}").weight, 3.0)
-    assert_close(all_scales(image())[-1], alone(image())[0])
-
-
 def test_softmax_weights_load_into_the_castled_backbone():
     castled = mvit(ffn_conv=5)
     result = castled.load_state_dict(MViT(TINY, img_size=32).state_dict(), strict=False)
@@ -117,11 +105,6 @@ def test_relative_positions_of_another_image_size_are_resized_at_load():
     assert_close(first.rel_pos_w.detach(), torch.full((47, 8), 2.0))
 
 
-def test_softmax_with_a_convolution_keeps_the_castled_pooling():
-    control = mvit(attention=dict(type="softmax", local_conv="token"))
-    assert control.state_dict().keys() == mvit().state_dict().keys()
-
-
 def test_attention_per_scale():
     linear = dict(type="linear_angular")
     backbone = mvit(attention=[linear, None, dict(mask_threshold="4/N")])
@@ -136,70 +119,17 @@ def test_attention_per_scale():
 # ---------------------------------------------------------------------- behaviour
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    height=st.integers(4, 61),
-    width=st.integers(4, 61),
-    ffn_conv=st.sampled_from([0, 3]),
-    attention=st.sampled_from(
-        [dict(), SOFTMAX, dict(local_conv="grid"), dict(type="linear_angular")]
-    ),
-)
-def test_any_image_size(height, width, ffn_conv, attention):
-    backbone = mvit(
-        ffn_conv=ffn_conv,
-        attention=attention,
-        out_indices=(0, 1, 2),
-        img_size=(24, 40),
-        use_abs_pos_embed=True,
-    )
-    for i, out in enumerate(backbone(image(height, width, 1))):
-        stride = 4 << i
-        assert out.shape == (1, 8 << i, -(-height // stride), -(-width // stride))
-
-
 @pytest.mark.parametrize("arch", ["tiny", "small", "base"])
-def test_every_size_runs_on_rectangles(arch):
-    backbone = CastlingMViT(
-        arch, ffn_conv=5, out_indices=(0, 1, 2, 3), deploy=True
-    ).eval()
-    for height, width in [(224, 224), (208, 304)]:
-        with torch.no_grad():
-            outs = backbone(image(height, width, 1))
-        for i, out in enumerate(outs):
-            size = (-(-height // (4 << i)), -(-width // (4 << i)))
-            assert out.shape == (1, 96 << i, *size)
-            assert out.isfinite().all()
-
-
-@pytest.mark.parametrize("attention", [dict(mask_threshold="1/N"), SOFTMAX])
-def test_every_parameter_learns(attention):
-    backbone = mvit(attention=attention, ffn_conv=3, out_indices=(0, 1, 2))
-    before = {n: p.detach().clone() for n, p in backbone.named_parameters()}
-    optimizer = torch.optim.AdamW(backbone.parameters(), lr=1e-2, weight_decay=0)
-    # Not a plain square: the norms at the outputs would leave it constant.
-    sum((out**3).sum() for out in backbone(image())).backward()
-    optimizer.step()
-    after = dict(backbone.named_parameters())
-    assert [n for n in before if torch.equal(before[n], after[n])] == []
-
-
-@pytest.mark.parametrize("ffn_conv", [0, 5])
-def test_deployed_equals_decayed_and_differs_from_undecayed(ffn_conv):
-    spec = dict(mask_threshold=0.0)
-    backbone = mvit(ffn_conv=ffn_conv, attention=spec)
-    with_branch = backbone(image())[0]
-    set_mask(backbone, 1.0)
-    decayed = backbone(image())[0]
-    built = mvit(ffn_conv=ffn_conv, deploy=True)
-    built.load_state_dict(backbone.state_dict())
-    backbone.switch_to_deploy()
-    backbone.switch_to_deploy()
-    assert backbone.deploy and not any(True for _ in castling_modules(backbone))
-    deployed = backbone(image())[0]
-    assert (deployed - decayed).abs().max() <= 1e-5 * decayed.abs().max()
-    assert_close(built(image())[0], deployed, atol=0, rtol=0)
-    assert (with_branch - decayed).abs().max() > 1e-3
+def test_every_size_has_its_shapes_on_rectangles(arch):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        backbone = CastlingMViT(
+            arch, ffn_conv=5, out_indices=(0, 1, 2, 3), deploy=True
+        ).eval()
+        for height, width in [(224, 224), (208, 304)]:
+            outs = backbone(torch.empty(1, 3, height, width))
+            for i, out in enumerate(outs):
+                size = (-(-height // (4 << i)), -(-width // (4 << i)))
+                assert out.shape == (1, 96 << i, *size)
 
 
 @pytest.mark.parametrize("arch", ["tiny", "small", "base"])
@@ -218,50 +148,6 @@ def test_every_size_learns_and_deploys(arch):
     assert (undecayed - decayed).abs().max() > 1e-3
 
 
-def test_recomputed_blocks_give_the_same_gradients():
-    plain, recomputed = mvit(ffn_conv=3), mvit(ffn_conv=3, with_cp=True)
-    recomputed.load_state_dict(plain.state_dict())
-    for backbone in (plain, recomputed):
-        (backbone(image())[0] ** 3).sum().backward()
-    for (name, p), q in zip(
-        plain.named_parameters(), recomputed.parameters(), strict=True
-    ):
-        assert_close(p.grad, q.grad, msg=lambda text, name=name: f"{name}: {text}")
-
-
-@pytest.mark.parametrize("kind", sorted(MIXERS))
-def test_every_mixer_fits(kind):
-    (out,) = mvit(attention=dict(type=kind))(image(64, 96))
-    out.square().sum().backward()
-    assert out.isfinite().all()
-
-
-@pytest.mark.parametrize("attention", [dict(mask_threshold="1/N"), SOFTMAX])
-def test_autocast_stays_close_and_finite(attention):
-    backbone = mvit(attention=attention, ffn_conv=3).eval()
-    exact = backbone(image())[0]
-    with torch.autocast("cpu", torch.bfloat16):
-        out = backbone(image())[0]
-    assert_close(out.float(), exact, atol=0.2, rtol=0.1)
-
-
-def test_drop_path_rises_with_depth():
-    backbone = mvit(drop_path_rate=0.3)
-    rates = [getattr(b.drop_path, "drop_prob", 0.0) for b in backbone.blocks]
-    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
-
-
-def test_frozen_stages_have_no_gradient_and_stay_in_evaluation():
-    backbone = mvit(frozen_stages=2, use_abs_pos_embed=True)
-    assert backbone.train() is backbone
-    assert [block.training for block in backbone.blocks] == [False, False, True, True]
-    trainable = {n for n, p in backbone.named_parameters() if p.requires_grad}
-    frozen = ("blocks.0.", "blocks.1.", "patch_embed", "pos_embed")
-    assert not any(name.startswith(frozen) for name in trainable)
-    assert any(name.startswith("blocks.2.") for name in trainable)
-    assert backbone.eval() is backbone and not backbone.training
-
-
 def test_initialisation_by_config():
     """mmpretrain's attention expects relative positions when it initialises."""
     for attention in (None, SOFTMAX):
@@ -275,56 +161,7 @@ def test_initialisation_by_config():
             assert backbone.blocks[0].attn.qkv.weight.std() < 0.03
 
 
-def test_image_classifier_with_mmpretrain_s_head():
-    with DefaultScope.overwrite_default_scope("mmpretrain"):
-        classifier = MMPRETRAIN_MODELS.build(
-            dict(
-                type="ImageClassifier",
-                backbone=dict(type="CastlingMViT", arch=TINY),
-                neck=dict(type="GlobalAveragePooling"),
-                head=dict(type="LinearClsHead", num_classes=5, in_channels=32),
-            )
-        )
-    assert classifier(image(), mode="tensor").shape == (2, 5)
-
-
 # ------------------------------------------------------------------- construction
-
-
-@pytest.mark.parametrize("name", ["mmcastling.CastlingMViT", "mmpretrain.CastlingMViT"])
-@pytest.mark.parametrize("scope", ["mmpretrain", "mmdet", "mmseg"])
-def test_built_by_name_from_every_toolbox(scope, name):
-    toolbox = __import__(f"{scope}.registry", fromlist=["MODELS"])
-    with DefaultScope.overwrite_default_scope(scope):
-        backbone = toolbox.MODELS.build(dict(type=name, arch=TINY))
-    assert type(backbone) is CastlingMViT
-    assert MODELS.get("CastlingMViT") is MMPRETRAIN_MODELS.get("CastlingMViT")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(arch="large"), "'large' is not known: choose one of .*'tiny'"),
-        (dict(arch=dict(embed_dims=8)), "lacks .*'num_layers'"),
-        (dict(attention=dict(type="mean")), "'mean' is not known"),
-        (dict(attention=dict(heads=3)), "'heads'"),
-        (dict(attention=[None, None]), "list of 2: give one entry for each of the 3"),
-        (dict(ffn_conv=4), "ffn_conv 4 must be 0"),
-        (dict(out_indices=3), "3 is not a scale; there are 3"),
-        (dict(out_indices=(0, -4)), "-4 is not a scale"),
-        (dict(out_scales=1), "'out_scales'.* with out_indices in place"),
-        (dict(frozen_stages=4), "frozen_stages 4 must be"),
-        (dict(img_size=(32,)), r"img_size \(32,\) must be"),
-    ],
-)
-def test_bad_options_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        mvit(**options)
-
-
-def test_an_image_below_a_patch_is_refused():
-    with pytest.raises(ValueError, match="3x32 pixels is smaller than a patch"):
-        mvit()(image(3, 32))
 
 
 # ---------------------------------------------------------------------- detectors

@@ -46,6 +46,13 @@ def test_masks_are_pasted_as_mmdet_pastes_them():
     np.testing.assert_array_equal(pasted | near, expected | near)
 
 
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
+def test_a_mask_is_where_its_probability_reaches_the_threshold(threshold):
+    ramp = np.linspace(0, 1, 40, dtype=np.float32)[None, None].repeat(40, axis=1)
+    pasted = paste_masks(ramp, np.float32([[0, 0, 40, 40]]), (40, 40), threshold)
+    np.testing.assert_array_equal(pasted, ramp >= threshold)
+
+
 def test_no_masks_paste_to_none():
     pasted = paste_masks(np.zeros((0, 28, 28)), np.zeros((0, 4)), (7, 9))
     assert pasted.shape == (0, 7, 9)

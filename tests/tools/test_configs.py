@@ -10,6 +10,7 @@ import pytest
 import torch
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 
+from mmcastling.compat.model_index import models
 from mmcastling.run import load_config
 from mmcastling.run.conversion import deploy_config
 from mmcastling.verbs import castling_modules, switch_to_deploy
@@ -54,7 +55,10 @@ def test_every_config_builds_and_deploys(path):
     # Without memory for the weights; Swin reads numbers from tensors as it is built.
     device = contextlib.nullcontext() if "swin" in path.stem else torch.device("meta")
     with device:
-        build_and_deploy(cfg, path.stem)
+        model = build_and_deploy(cfg, path.stem)
+    # That its MACs are the index's is counted for one of each kind in test_toolbox.py.
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert parameters == models()[path.stem]["Metadata"]["Parameters"]
 
 
 def build_and_deploy(cfg, name):
@@ -68,6 +72,8 @@ def build_and_deploy(cfg, name):
         deployed = MODELS.build(deploy_config(cfg).model)
         assert not list(castling_modules(deployed))
         deployed.load_state_dict(switch_to_deploy(model, inplace=True).state_dict())
+        return deployed
+    return model
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -1,8 +1,8 @@
 """Every recipe trains: two iterations on real images, as small as they may be.
 
 The configs are as they are but for the size of images and batches, the number of
-iterations, and what :data:`REDUCED` says. That all of them build at full size is
-``test_configs.py``'s matter.
+iterations, and the depth of what has a sibling that trains at its full depth. That all
+of them build at full size is ``test_configs.py``'s matter.
 """
 
 import json
@@ -27,17 +27,15 @@ ELSEWHERE = ("nuclei", "mask_rcnn_castling_mvit_t", "mask_rcnn_softmax_mvit_t")
 ELSEWHERE += ("retinanet_", "ade20k", "camvid")
 NAMES = [p.stem for p in CONFIGS if not any(part in p.stem for part in ELSEWHERE)]
 
-FOUR_LAYERS = "layers = dict(num_layers=4, embed_dims={0}, num_heads={1})\n"
-FOUR_LAYERS += "layers['_delete_'] = True\n"
-FOUR_LAYERS += "layers['feedforward_channels'] = 4 * {0}\n"
-FOUR_LAYERS += "model = dict(backbone=dict(arch=layers))\n"
-# Four layers of full width where a model of full depth takes more than a few seconds.
-REDUCED = {
-    "castling_base_in1k": FOUR_LAYERS.format(768, 12),
-    "castling_large_in1k": FOUR_LAYERS.format(1024, 16),
-    "mask_rcnn_castling_b_coco": FOUR_LAYERS.format(768, 12).replace(
-        "dict(backbone", "dict(train_cfg=model['train_cfg'], backbone"
-    ),
+# Trained at the depth that they are published with, one of each family; their siblings
+# at full width, with a layer or two of each kind.
+AT_FULL_DEPTH = ("castling_tiny_in1k", "castling_levit_128s_in1k")
+AT_FULL_DEPTH += ("castling_mvit_tiny_in1k", "mask_rcnn_swin_t_coco", "swin_tiny_in1k")
+AT_FULL_DEPTH += ("mask_rcnn_castling_s_coco", "rtmdet_castling_levit_128_coco")
+SHALLOW = {
+    "CastlingViT": dict(num_layers=3),
+    "CastlingLeViT": dict(depths=[1, 1, 1]),
+    "CastlingMViT": dict(num_layers=5, downscale_indices=[1, 2, 4]),
 }
 
 ALL = """
@@ -146,10 +144,22 @@ def small_config(name, root, folder, imagenet, tiny_coco, teacher):
         options = dict(data_root=str(tiny_coco) + "/")
         # Jitter's padding to 1024x1024.
         options["model.data_preprocessor.batch_augments"] = None
-    text += REDUCED.get(name, "")
     path = folder / f"small_{name}.py"
     path.write_text(text)
-    return load_config(path, options, work_dir=str(folder / name))
+    cfg = load_config(path, options, work_dir=str(folder / name))
+    if name not in AT_FULL_DEPTH:
+        make_shallow(cfg.model)
+    return cfg
+
+
+def make_shallow(model):
+    """Leave few layers in the backbone and narrow what is linear in a detector."""
+    kind = MODELS.get(model.backbone.type)
+    arch = kind.arch_zoo[model.backbone.arch]
+    model.backbone.arch = {**arch, **SHALLOW[kind.__name__]}
+    heads = model.get("roi_head", {}).get("bbox_head", [])
+    for head in heads if isinstance(heads, list) else [heads]:
+        head.fc_out_channels = 64
 
 
 @pytest.mark.slow
