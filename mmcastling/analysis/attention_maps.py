@@ -81,9 +81,9 @@ class AttentionRows:
             1 and ``s`` is 1, or ``reference_tokens / N`` where that is set (see
             :func:`mmcastling.attention.linear_angular_attention`). May be negative.
         masked: The auxiliary branch, ``weight * P_ij`` where ``P_ij > threshold`` and
-            zero elsewhere, not renormalised.
+            zero elsewhere, not renormalized.
         combined: ``masked + angular``: times the values it is what the attention
-            yields before normalisation and local convolution.
+            yields before normalization and local convolution.
     """
 
     softmax: Tensor

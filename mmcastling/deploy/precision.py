@@ -55,7 +55,7 @@ def set_precision(model: nn.Module, precision: str) -> None:
     Weights of linear layers and convolutions are rounded once, and inputs as they
     arrive. The backbone passes what they return on as it is; layers outside it (neck,
     heads) return float32, so that boxes are decoded and suppressed in it. Norms keep
-    float32 weights and statistics, attention normalises and sums over tokens in
+    float32 weights and statistics, attention normalizes and sums over tokens in
     float32, and the sum of residuals stays float32.
 
     ``'int8'`` quantizes the linear layers of the backbone only, see

@@ -172,7 +172,7 @@ def write(
                 f"{' '.join(lines)[:600]}. Choose another --format, or export the "
                 "backbone alone with --part backbone"
             ) from error
-        with _as_os_error(path):
+        with _as_os_error():
             if format == "exported-program":
                 texts = {f"{METADATA_KEY}.json": metadata}
                 torch.export.save(graph, str(path), extra_files=texts)
@@ -280,17 +280,17 @@ def _lower_openvino(
             source = passing
         # What is read is mapped, and stays when the folder goes.
         model = openvino.Core().read_model(str(source))
-    with _as_os_error(out):
+    with _as_os_error():
         _save_openvino(model, out, metadata)
 
 
 @contextlib.contextmanager
-def _as_os_error(path: Path) -> Iterator[None]:
+def _as_os_error() -> Iterator[None]:
     """What libraries raise where a file cannot be written, each its own, as OSError."""
     try:
         yield
     except Exception as error:
-        raise OSError(f"cannot write {path.name}: {error}") from error
+        raise OSError(str(error)) from error
 
 
 @contextlib.contextmanager

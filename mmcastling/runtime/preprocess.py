@@ -67,7 +67,7 @@ def read_image(source: str | os.PathLike[str] | np.ndarray) -> np.ndarray:
 
 
 def prepare(image: np.ndarray, metadata: ExportMetadata) -> Prepared:
-    """Resize, normalise and pad an image.
+    """Resize, normalize and pad an image.
 
     Args:
         image: ``(H, W, 3)`` in BGR, 0 to 255.
