@@ -42,7 +42,7 @@ lint: setup
 # A process per core, up to four (2 GB each), each with one thread; one that dies ends
 # the run, which would wait for it for ever.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 
 # The variable silences the theme's note on MkDocs 2, which is not what we pin.
 docs: setup

@@ -169,6 +169,27 @@ custom_hooks = [
 """
 
 
+# Files that take longest, which begin first, so that no process is left with one.
+LONGEST = (
+    "tests/export/test_export.py",
+    "tests/tools/test_nuclei_demo.py",
+    "tests/tools/test_bad_input.py",
+    "tests/deploy/test_precision.py",
+    "tests/tools/test_export.py",
+    "tests/run/test_resume.py",
+    "tests/tools/test_distributed.py",
+    "tests/tools/test_recipes.py",
+    "tests/compat/test_exact_resume_hook.py",
+    "tests/test_toolbox.py",
+)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Put the longest files first; Makefile tells xdist to keep the order."""
+    place = {ROOT / name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The checkout."""

@@ -8,6 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from mmcastling import castle, castling_modules, set_mask, switch_to_deploy
+from mmcastling.attention import MIXERS
 from mmcastling.castle import CastledAttention
 
 PLAIN = dict(embed_dims=24, num_layers=2, num_heads=3, feedforward_channels=48)
@@ -374,4 +375,12 @@ def test_timm_attention_refuses_masks():
 @pytest.mark.parametrize("kind", ["focused", "efficient", "performer", "relu_linear"])
 def test_levit_takes_peers_although_its_values_are_wider_than_its_keys(kind):
     model = castle(mmpretrain_levit(), type=kind)
-    output(model, images((64, 64))).sum().backward()
+    y = output(model, images((64, 64)))
+    assert y.shape == output(mmpretrain_levit(), images((64, 64))).shape
+    (y * torch.randn_like(y)).mean().backward()
+    attentions = [m for m in model.modules() if isinstance(m, CastledAttention)]
+    assert len(attentions) == 5
+    for attention in attentions:
+        assert type(attention.mixer) is MIXERS[kind]
+        for name, weight in attention.named_parameters():
+            assert weight.grad is not None and weight.grad.isfinite().all(), name

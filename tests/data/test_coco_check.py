@@ -55,6 +55,8 @@ def check(tmp_path):
 
 def test_good_file_passes(check, data):
     check(data, classes=("dog", "cat"))
+    with pytest.raises(CocoFormatError):
+        check(data, classes=("dog", "cow"))
 
 
 @pytest.mark.parametrize("split", ["train2017", "val2017"])
@@ -246,6 +248,9 @@ def test_entry_that_is_no_object(check, data):
 def test_box_within_the_rounding_tolerance_passes(check, data, box):
     data["annotations"][0]["bbox"] = box
     check(data)
+    data["annotations"][0]["bbox"] = [-2.5, *box[1:]]
+    with pytest.raises(CocoFormatError, match=r"-2\.5"):
+        check(data)
 
 
 def test_annotation_without_segmentation_passes(check, data):
