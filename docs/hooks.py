@@ -29,6 +29,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Links to them, which hold in the repository, as they hold on the site."""
+    for source, page in PAGES.items():
+        markdown = re.sub(rf"\]\(\.\./{re.escape(source)}", f"]({page}", markdown)
+    return markdown
+
+
 def on_page_content(html: str, page: Page, **_: object) -> str:
     """Read docstrings as Sphinx would: ``:func:`name``` links, ``::`` opens code.
 

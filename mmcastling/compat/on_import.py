@@ -15,8 +15,6 @@ from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any
 
-from mmcastling.version import __version__
-
 AFTER_IMPORT = {
     "mmengine.registry.registry": "load_second_half_on_first_lookup",
     "mmengine.config.utils": "name_packages",
@@ -29,16 +27,23 @@ AFTER_IMPORT = {
 """Functions of :mod:`mmcastling.compat.registrations`, by the module they are given."""
 
 MOVED = {
+    "mmcastling.analysis.figures": "mmcastling.show.figures",
+    "mmcastling.analysis.parts": "mmcastling.analysis.timing",
+    "mmcastling.analysis.run_log": "mmcastling.show.run_log",
     "mmcastling.attention.baselines": "mmcastling.attention.peers",
     "mmcastling.attention.block": "mmcastling.attention.attention",
     "mmcastling.attention.linear": "mmcastling.attention.fast",
     "mmcastling.backbones": "mmcastling.models",
+    "mmcastling.castle.attention": "mmcastling.castle.castled_attention",
+    "mmcastling.castle.registry": "mmcastling.castle.adapter_registry",
     "mmcastling.classifiers": "mmcastling.models",
     "mmcastling.datasets": "mmcastling.data",
+    "mmcastling.deploy.checkpoint": "mmcastling.deploy.deployed_checkpoint",
+    "mmcastling.deploy.config": "mmcastling.run.conversion",
     "mmcastling.deploy.export": "mmcastling.export",
     "mmcastling.deploy.runtime": "mmcastling.runtime",
-    "mmcastling.engine": "mmcastling.run",
-    "mmcastling.hooks": "mmcastling.train",
+    "mmcastling.engine": "mmcastling.run (its errors: mmcastling.errors)",
+    "mmcastling.hooks": "mmcastling.train (what mends MMEngine: mmcastling.compat)",
     "mmcastling.importers": "mmcastling.weights",
     "mmcastling.model_index": "mmcastling.compat.model_index",
     "mmcastling.necks": "mmcastling.models",
@@ -79,7 +84,7 @@ class _NotFound(MetaPathFinder):
             return importlib.import_module("mmcastling.compat.mmcv_ext").stand_in_spec()
         if name in MOVED:
             raise ModuleNotFoundError(
-                f"{name} has moved: it is {MOVED[name]} since mmcastling {__version__}",
+                f"{name} has moved: since mmcastling 0.2.0 it is {MOVED[name]}",
                 name=name,
             )
 
