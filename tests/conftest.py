@@ -20,6 +20,10 @@ import mmcastling  # noqa: F401, before any toolbox, which keep placeholders for
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# torch describes each step of compiling and exporting, as JSON, once any handler asks,
+# and pytest 9 attaches its own to loggers that do not propagate: a tenth of an export.
+logging.getLogger("torch.__trace").addHandler = lambda handler: None
+
 # The nano detector of the demo at 128x128 (256 tokens), one class and four iterations.
 # The branch's weight is 1, 0.63, 0.26 and 0 in them.
 DETECTOR = """

@@ -38,6 +38,15 @@ from mmcastling.verbs import switch_to_deploy
 
 ENDINGS = {"onnx": "onnx", "openvino": "xml", "exported-program": "pt2"}
 NANO = {"model.backbone.arch": "nano"}
+TWO_LAYERS = {  # what an export costs is its number of layers
+    "model.backbone.arch": {
+        "embed_dims": 128,
+        "num_layers": 2,
+        "num_heads": 4,
+        "feedforward_channels": 256,
+        "_delete_": True,
+    }
+}
 LEVIT = {  # a block a stage; maps of strides 8 to 64 with these channels
     "model.backbone.arch": {
         "embed_dims": [32, 64, 96],
@@ -48,11 +57,23 @@ LEVIT = {  # a block a stage; maps of strides 8 to 64 with these channels
     },
     "model.neck.in_channels": [16, 32, 64, 96],
 }
+LEVIT_OF_TWO_STAGES = {
+    "model.backbone.arch": {
+        "embed_dims": [32, 64],
+        "key_dims": [16, 16],
+        "num_heads": [1, 2],
+        "depths": [1, 1],
+        "_delete_": True,
+    },
+    "model.backbone.out_indices": (0, 1),
+    "model.neck.in_channels": [16, 32, 64],
+}
 # Untrained detectors: no threshold that all scores would miss, and few boxes.
 MODELS = {
     "mask_rcnn": (
         "mask_rcnn_castling_nano_nuclei",
         {
+            **TWO_LAYERS,
             "model.test_cfg.rcnn.score_thr": 0.0,
             "model.test_cfg.rcnn.max_per_img": 30,
             "model.roi_head.bbox_head.num_classes": 3,
@@ -63,7 +84,8 @@ MODELS = {
     "retinanet": (
         "retinanet_castling_levit_256_coco",
         {
-            **LEVIT,
+            **LEVIT_OF_TWO_STAGES,
+            "model.bbox_head.stacked_convs": 1,
             "model.neck.out_channels": 32,
             "model.bbox_head.in_channels": 32,
             "model.bbox_head.feat_channels": 32,
