@@ -49,6 +49,13 @@ def build_mixer(
     """
     options = dict(spec or {})
     kind = options.pop("type", "castling")
+    options.pop("deploy", None)  # the backbone says it
+    for name in ("num_heads", "head_dims", "key_dims"):
+        if name in options:
+            raise OptionError(
+                f"attention of type {kind!r}: {name}={options[name]!r} follows from "
+                "the network around it, leave it out"
+            )
     if kind not in MIXERS:
         raise OptionError(
             f"attention type {kind!r} is not known: choose one of {sorted(MIXERS)}"

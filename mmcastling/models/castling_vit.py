@@ -64,7 +64,10 @@ class CastlingEncoderLayer(TransformerEncoderLayer):
             proj_drop=drop_rate,
         )
         options.update(attention or {}, deploy=deploy)
-        self.attn = Attention(**options)
+        try:
+            self.attn = Attention(**options)
+        except TypeError as error:
+            raise OptionError(f"attention={attention!r}: {error}") from error
         self.drop_path = build_dropout(drop_path)
         if ffn_conv:
             self.ffn = ConvFFN(

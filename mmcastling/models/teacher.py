@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -92,7 +93,9 @@ class Teacher:
         self._module = module.requires_grad_(False)
         given, wanted = _statistics(student), _statistics(module, timm_weights)
         if given is not None and wanted is not None:
-            self._convert = lambda inputs: _normalize_anew(inputs, given, wanted)
+            self._convert = functools.partial(
+                _normalize_anew, given=given, wanted=wanted
+            )
 
     def _build(self) -> tuple[nn.Module, bool]:
         """The model with its weights, and whether those are timm's own."""
@@ -203,7 +206,7 @@ def _model_config(
     try:
         if "::" in spec:
             cfg = get_config(spec)
-        elif spec.endswith(".py"):
+        elif spec.endswith((".py", ".json", ".yaml", ".yml")):
             cfg = Config.fromfile(spec)
         else:
             cfg, published = (found := ModelHub.get(spec)).config, found.weights

@@ -243,7 +243,7 @@ def check_writable(
     the option.
     """
     path = Path(path)
-    if suffixes and path.suffix.lower() not in suffixes:
+    if suffixes and path.suffix not in suffixes:
         problem = f"end the name in {' or '.join(suffixes)}"
     elif path.is_dir():
         problem = "it is a folder, name a file"

@@ -14,7 +14,9 @@ from mmengine.registry import DefaultScope
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch.testing import assert_close
 
+import mmcastling.models
 from mmcastling.attention import MIXERS
+from mmcastling.errors import OptionError
 from mmcastling.models import CastlingLeViT, CastlingMViT, CastlingViT
 from mmcastling.registry import MODELS
 from mmcastling.verbs import castling_modules, set_mask
@@ -409,3 +411,16 @@ SHARED = [
 def test_bad_options_are_named(name, options, message):
     with pytest.raises(ValueError, match=message):
         built(name, **options)
+
+
+@pytest.mark.parametrize("name", ["CastlingViT", "CastlingLeViT", "CastlingMViT"])
+def test_attention_options_act_or_are_refused(name):
+    build = getattr(mmcastling.models, name)
+    with pytest.raises(OptionError, match="key_dims=7 follows from the network"):
+        build(attention=dict(type="linear_angular", key_dims=7))
+    build(attention=dict(deploy=True))  # the backbone's own option decides
+
+
+def test_an_attention_option_of_another_type_is_named():
+    with pytest.raises(OptionError, match=r"num_heads.*'a'"):
+        mmcastling.models.CastlingViT("nano", attention=dict(num_heads="a"))

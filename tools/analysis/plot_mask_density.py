@@ -39,7 +39,7 @@ def main() -> None:
     args = parse_args()
     out = args.out or args.work_dir / "mask_density.png"
     if args.out:
-        check_writable(out, ".png")
+        check_writable(out, ".png", ".PNG")
     history = read_mask_history(args.work_dir)
     plot_mask_density(history, out, args.metric)
     print(

@@ -79,7 +79,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    check_writable(args.out, ".png")
+    check_writable(args.out, ".png", ".PNG")
     image = read_image(args.image)
     cfg = config_from_arguments(args)
     point = click_point(image) if args.click else tuple(args.point)
