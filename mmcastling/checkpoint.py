@@ -63,7 +63,7 @@ def load_checkpoint(
         if _is_broken_archive(path):
             raise DamagedCheckpointError(_damaged(path)) from error
         reason = str(error).partition("GLOBAL ")[2].split(" was not")[0]
-        if reason.startswith("mmengine."):
+        if reason.startswith("mmengine.logging.history_buffer."):
             raise CheckpointError(
                 f"checkpoint {path} was written by MMEngine, whose {reason} is needed "
                 "to read it: import mmengine first (pip install onedl-mmengine)"
