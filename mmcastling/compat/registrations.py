@@ -28,6 +28,9 @@ METAFILES = {
 }
 CLASSIFIERS = "configs/metafile_classification.yml"
 
+# Tells our wrappers from those that others may have put around the same function.
+_OURS = "_is_of_mmcastling"
+
 TIMM_ARCHS = {
     "castling_vit": ("nano", "tiny", "small", "base", "large"),
     "castling_levit": ("128s", "128", "192", "256", "384"),
@@ -42,7 +45,7 @@ def load_second_half_on_first_lookup(module: ModuleType) -> None:
     """
     registry = module.Registry
     theirs = registry.get
-    if hasattr(theirs, "__wrapped__"):
+    if hasattr(theirs, _OURS):
         return
 
     @functools.wraps(theirs)
@@ -55,6 +58,7 @@ def load_second_half_on_first_lookup(module: ModuleType) -> None:
             raise
         return theirs(self, key)
 
+    setattr(get, _OURS, True)
     registry.get = get
 
 
@@ -96,7 +100,7 @@ def name_models_in_inferencers(module: ModuleType) -> None:
     """
     inferencer = module.BaseInferencer
     theirs = inferencer._get_models_from_metafile
-    if hasattr(theirs, "__wrapped__"):
+    if hasattr(theirs, _OURS):
         return
 
     @functools.wraps(theirs)
@@ -111,6 +115,7 @@ def name_models_in_inferencers(module: ModuleType) -> None:
                 for entry in model_index.read(folder / part)["Models"]:
                     yield {**entry, "Config": str(folder / entry["Config"])}
 
+    setattr(with_ours, _OURS, True)
     inferencer._get_models_from_metafile = staticmethod(with_ours)
 
 

@@ -93,3 +93,20 @@ def test_what_never_was_is_an_ordinary_error():
         _ = mmcastling.engin
     with pytest.raises(AttributeError, match=r"mmcastling\.engine has moved"):
         _ = mmcastling.engine
+
+
+@pytest.mark.slow
+def test_what_another_library_has_wrapped_is_wrapped_all_the_same():
+    code = """
+import functools
+from mmengine.registry import MODELS, Registry
+theirs = Registry.get
+@functools.wraps(theirs)
+def get(self, key):
+    return theirs(self, key)
+Registry.get = get
+import mmcastling
+assert MODELS.get("mmcastling.CastlingViT") is not None
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
