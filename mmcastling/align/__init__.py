@@ -1,0 +1,28 @@
+"""Teach a castled network what its softmax original knows, from pictures alone.
+
+    student = castle(copy.deepcopy(teacher), form="learned", center_keys=True)
+    align(student, teacher, images)
+
+First each castled attention learns to give what the softmax one gives, then the whole
+network the features that the next part reads.
+"""
+
+from mmcastling.align.aligning import align
+from mmcastling.align.pairs import (
+    AlignError,
+    attention_errors,
+    attention_pairs,
+    feature_similarity,
+)
+from mmcastling.align.pictures import PictureBatches
+from mmcastling.align.scan import scan
+
+__all__ = [
+    "AlignError",
+    "PictureBatches",
+    "align",
+    "attention_errors",
+    "attention_pairs",
+    "feature_similarity",
+    "scan",
+]

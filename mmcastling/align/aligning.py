@@ -1,0 +1,249 @@
+"""The two stages of an alignment, resumable at every step."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmcastling.align.pairs import (
+    AlignError,
+    Features,
+    Images,
+    Pairs,
+    attention_pairs,
+    cosines,
+    default_features,
+    on_each_attention,
+    relative_error,
+)
+from mmcastling.checkpoint import load_checkpoint, save_atomically
+from mmcastling.decay import MaskDecay
+from mmcastling.deploy.verify import tensors_in
+from mmcastling.errors import OptionError
+from mmcastling.verbs import castling_modules, set_mask
+
+logger = logging.getLogger("mmcastling")
+STATE_FILE = "align.pth"
+_WARM_UP = 0.1  # of a stage's steps
+
+
+def align(
+    student: nn.Module,
+    teacher: nn.Module,
+    images: Images,
+    *,
+    steps: tuple[int, int] = (120, 240),
+    learning_rates: tuple[float, float] = (1e-3, 4e-5),
+    mask: MaskDecay | None = None,
+    features: Features = default_features,
+    folder: str | Path | None = None,
+    save_every: int = 50,
+    log_every: int = 20,
+) -> nn.Module:
+    """Train a castled network to compute what its softmax original computes.
+
+    No labels are needed. In the first stage each castled attention, with all of its
+    weights, learns to give what the teacher's gives on the teacher's own tokens; in the
+    second the whole student learns the features that the next part reads. Masks decay
+    over both and are off in the end, so that the student can always be deployed.
+
+    Args:
+        student: A castled copy of the teacher, which is trained in place.
+        teacher: The softmax network, which is left as it is.
+        images: Gives the batch of a step, such as :class:`PictureBatches`.
+        steps: Of the two stages; either may be 0. Defaults to (120, 240).
+        learning_rates: Peaks of the two stages. Defaults to (1e-3, 4e-5).
+        mask: How the masks decay; they must be off before the end. Defaults to None
+            (:class:`MaskDecay` from ``'4/N'``).
+        features: Called as ``features(model, images)``; the features to match. Defaults
+            to those of the backbone, or of timm's ``forward_features``.
+        folder: Where the state is saved, and from where an alignment goes on that was
+            interrupted. Defaults to None (nowhere).
+        save_every, log_every: Steps between two savings and two lines of the logger
+            ``mmcastling``. Default to 50 and 20.
+
+    Returns:
+        The student, in evaluation.
+
+    Raises:
+        AlignError: If the networks do not belong together, or an error is not finite.
+        ValueError: If an option is out of range.
+    """
+    pairs = attention_pairs(student, teacher)
+    if min(steps) < 0 or sum(steps) == 0 or min(learning_rates) <= 0:
+        raise OptionError(
+            f"steps {steps} and learning rates {learning_rates}: give two numbers of "
+            "steps that are not both 0, and two rates above 0"
+        )
+    mask = mask or MaskDecay(start="4/N")
+    threshold, weight = mask.state_at(1.0)
+    if not threshold.rejects_all and weight:
+        raise OptionError(
+            f"{mask}: the masks would still be on in the end; let mode 'threshold' end "
+            "at 1, or take mode 'weight'"
+        )
+    has_branch = any(True for _ in castling_modules(student))
+    student.train(False)
+    teacher_was_training = teacher.training
+    teacher.train(False)
+    settings = dict(steps=list(steps), learning_rates=list(learning_rates))
+    settings["mask"] = str(mask)
+    state = _State(Path(folder) / STATE_FILE if folder else None, settings)
+    wanted = [parameter.requires_grad for parameter in student.parameters()]
+    try:
+        for stage, count in enumerate(steps):
+            _select(student, pairs, wanted, stage)
+            run = _Stage(stage, count, learning_rates[stage], student)
+            first = state.resume(run, student)
+            compute = _match_attentions if stage == 0 else _match_features
+            for step in range(first, count):
+                done = step + (steps[0] if stage else 0)
+                if has_branch:
+                    set_mask(student, *mask.state_at(done / max(1, sum(steps) - 1)))
+                losses = compute(student, teacher, pairs, features, images(done))
+                run.update(losses, step)
+                if (step + 1) % log_every == 0 or step + 1 == count:
+                    run.say(step, losses)
+                if (step + 1) % save_every == 0 or step + 1 == count:
+                    state.save(run, student, step + 1)
+    finally:
+        for parameter, flag in zip(student.parameters(), wanted, strict=True):
+            parameter.requires_grad_(flag)
+        teacher.train(teacher_was_training)
+    if has_branch:
+        set_mask(student, *mask.state_at(1.0))
+    return student
+
+
+def _select(student: nn.Module, pairs: Pairs, wanted: list[bool], stage: int) -> None:
+    """Let gradients reach the attentions, and in the second stage everything."""
+    inside = {id(p) for attention, _ in pairs.values() for p in attention.parameters()}
+    for parameter, flag in zip(student.parameters(), wanted, strict=True):
+        parameter.requires_grad_(flag and (stage == 1 or id(parameter) in inside))
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise AlignError(
+            "all weights of the student are frozen: nothing can be aligned"
+        )
+
+
+def _match_attentions(
+    student: nn.Module, teacher: nn.Module, pairs: Pairs, features: Features, x: Tensor
+) -> dict[str, float]:
+    """Add the gradients of each attention's error; the errors by name."""
+    errors: dict[str, float] = {}
+
+    def learn(name: str, found: Tensor, expected: Tensor) -> None:
+        error = relative_error(found, expected)
+        error.backward()  # blocks are independent: no two graphs live at once
+        errors[name] = error.item()
+
+    with torch.no_grad(), on_each_attention(pairs, learn, gradients=True):
+        features(teacher, x)
+    return errors
+
+
+def _match_features(
+    student: nn.Module, teacher: nn.Module, pairs: Pairs, features: Features, x: Tensor
+) -> dict[str, float]:
+    """Add the gradients of the features' errors; the errors by level."""
+    with torch.no_grad():
+        expected = list(tensors_in(features(teacher, x)))
+    found = list(tensors_in(features(student, x)))
+    if [f.shape for f in found] != [e.shape for e in expected]:
+        raise AlignError(
+            f"features of the student have shapes {[tuple(f.shape) for f in found]}, "
+            f"those of the teacher {[tuple(e.shape) for e in expected]}: give "
+            "features=, a function of a model and its images"
+        )
+    errors = [
+        1 - cosines(f, e).mean() + 0.1 * relative_error(f, e)
+        for f, e in zip(found, expected, strict=True)
+    ]
+    sum(errors).backward()
+    return {f"features {level}": error.item() for level, error in enumerate(errors)}
+
+
+class _Stage:
+    """The optimizer of a stage; its learning rate is a function of the step."""
+
+    def __init__(self, index: int, steps: int, rate: float, student: nn.Module) -> None:
+        self.index, self.steps, self.rate = index, steps, rate
+        parameters = [p for p in student.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+        self.started = time.monotonic()
+        self.first = 0
+
+    def update(self, losses: dict[str, float], step: int) -> None:
+        """Take a step, unless a loss or a gradient is not finite."""
+        for name, loss in losses.items():
+            if not math.isfinite(loss):
+                self._stop(step, f"the error of {name} is {loss}")
+        (group,) = self.optimizer.param_groups
+        warm = max(1, round(_WARM_UP * self.steps))
+        if step < warm:
+            factor = (step + 1) / warm
+        else:
+            rest = (step - warm) / max(1, self.steps - warm)
+            factor = (1 + math.cos(math.pi * rest)) / 2
+        group["lr"] = self.rate * factor
+        norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
+        if not torch.isfinite(norm):
+            self._stop(step, "a gradient is not finite")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _stop(self, step: int, what: str) -> None:
+        raise AlignError(
+            f"stage {self.index + 1}, step {step + 1}: {what}. The state saved last is "
+            f"good; try a learning rate below {self.rate:g}"
+        )
+
+    def say(self, step: int, losses: dict[str, float]) -> None:
+        """Log the errors, and how long the rest of the stage will take."""
+        spent = time.monotonic() - self.started
+        left = spent / (step + 1 - self.first) * (self.steps - step - 1)
+        values = " ".join(f"{value:.3f}" for value in losses.values())
+        logger.info(
+            "stage %d, step %d of %d: mean error %.4f (%s), %.0f s left",
+            *(self.index + 1, step + 1, self.steps),
+            *(sum(losses.values()) / len(losses), values, left),
+        )
+
+
+class _State:
+    """What is saved, so that an alignment goes on as if it had never stopped."""
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        self.saved = load_checkpoint(path) if path and path.is_file() else None
+        if self.saved is not None and self.saved["settings"] != settings:
+            raise AlignError(
+                f"{path} is of an alignment with {self.saved['settings']}, which cannot "
+                f"go on with {settings}: give the same, or take another folder"
+            )
+
+    def resume(self, stage: _Stage, student: nn.Module) -> int:
+        """Load a stage's state, if there is one; the step to go on with."""
+        if self.saved is None or self.saved["stage"] < stage.index:
+            return 0
+        if self.saved["stage"] > stage.index:
+            return stage.steps
+        student.load_state_dict(self.saved["state_dict"])
+        stage.optimizer.load_state_dict(self.saved["optimizer"])
+        stage.first = self.saved["step"]
+        return stage.first
+
+    def save(self, stage: _Stage, student: nn.Module, step: int) -> None:
+        if self.path is None:
+            return
+        state = dict(settings=self.settings, stage=stage.index, step=step)
+        state["state_dict"] = student.state_dict()
+        state["optimizer"] = stage.optimizer.state_dict()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        save_atomically(state, self.path)

@@ -1,0 +1,150 @@
+"""What is compared: attentions of two networks by name, and the features they give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmcastling.attention import TokenMixer
+from mmcastling.attention.peers.softmax import SoftmaxMixer
+from mmcastling.deploy.verify import tensors_in
+from mmcastling.errors import UserError
+
+Features = Callable[[nn.Module, Tensor], Any]
+Pairs = dict[str, tuple[nn.Module, nn.Module]]
+Images = Callable[[int], Tensor]
+"""The batch ``(B, 3, H, W)`` of a step, always the same for the same step."""
+
+
+class AlignError(UserError, RuntimeError):
+    """Two networks that cannot be aligned, or an alignment that went wrong."""
+
+
+def attention_pairs(student: nn.Module, teacher: nn.Module) -> Pairs:
+    """Castled attentions of the student, and the teacher's of the same names.
+
+    Args:
+        student: A castled network, not deployed.
+        teacher: The softmax network that it was made of, or one with its names.
+
+    Raises:
+        AlignError: If there is none, the teacher lacks one, or both share weights.
+    """
+    pairs = {}
+    originals = dict(teacher.named_modules())
+    for path, module in student.named_modules():
+        if not isinstance(module, TokenMixer) or isinstance(module, SoftmaxMixer):
+            continue
+        name = path.rpartition(".")[0]
+        if name not in originals:
+            raise AlignError(
+                f"the teacher, a {type(teacher).__name__}, has no {name}, where the "
+                "student has a castled attention: give the network that was castled, "
+                "as it was before"
+            )
+        pairs[name] = student.get_submodule(name), originals[name]
+    if not pairs:
+        raise AlignError(
+            f"the student, a {type(student).__name__}, has no castled attention: make "
+            "it by mmcastling.castle(copy.deepcopy(teacher))"
+        )
+    if shared := {id(p) for p in student.parameters()} & {
+        id(p) for p in teacher.parameters()
+    }:
+        raise AlignError(
+            f"student and teacher share {len(shared)} weights, which would train the "
+            "teacher, too: castle a copy, castle(copy.deepcopy(teacher))"
+        )
+    return pairs
+
+
+def default_features(model: nn.Module, images: Tensor) -> Any:
+    """The features that the next part reads: the backbone's, or timm's last ones."""
+    if isinstance(getattr(model, "backbone", None), nn.Module):
+        return model.backbone(images)
+    forward_features = getattr(model, "forward_features", None)
+    return model(images) if forward_features is None else forward_features(images)
+
+
+@contextmanager
+def on_each_attention(
+    pairs: Pairs, matched: Callable[[str, Tensor, Tensor], None], gradients: bool
+) -> Iterator[None]:
+    """Run each student's attention on what its teacher's is given, with both outputs.
+
+    The teacher's own tokens go on through the network, so that no block sees the errors
+    of those before it.
+    """
+
+    def hook_of(name: str, attention: nn.Module) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, kwargs: Any, expected: Any) -> None:
+            with torch.set_grad_enabled(gradients):
+                found = next(tensors_in(attention(*args, **kwargs)))
+                matched(name, found, next(tensors_in(expected)))
+
+        return hook
+
+    handles = [
+        teacher.register_forward_hook(hook_of(name, student), with_kwargs=True)
+        for name, (student, teacher) in pairs.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def relative_error(found: Tensor, expected: Tensor) -> Tensor:
+    """``|found - expected|^2 / |expected|^2`` in float32, a scalar."""
+    expected = expected.float()
+    difference = (found.float() - expected).square().sum()
+    return difference / expected.square().sum().clamp_min(1e-12)
+
+
+def cosines(found: Tensor, expected: Tensor) -> Tensor:
+    """Of each position's channels: the second axis of maps, the last of tokens."""
+    axis = 1 if expected.ndim == 4 else -1
+    return nn.functional.cosine_similarity(found.float(), expected.float(), dim=axis)
+
+
+@torch.no_grad()
+def attention_errors(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Tensor],
+    features: Features = default_features,
+) -> dict[str, float]:
+    """Relative squared error of each castled attention on the teacher's tokens."""
+    pairs, errors = attention_pairs(student, teacher), {}
+
+    def note(name: str, found: Tensor, expected: Tensor) -> None:
+        errors.setdefault(name, []).append(float(relative_error(found, expected)))
+
+    for images in batches:
+        with on_each_attention(pairs, note, gradients=False):
+            features(teacher, images)
+    return {name: sum(values) / len(values) for name, values in errors.items()}
+
+
+@torch.no_grad()
+def feature_similarity(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Tensor],
+    features: Features = default_features,
+) -> list[float]:
+    """Mean cosine of the features of two networks, one number for each tensor."""
+    found: list[list[float]] = []
+    for images in batches:
+        pairs = zip(
+            tensors_in(features(student, images)),
+            tensors_in(features(teacher, images)),
+            strict=True,
+        )
+        found.append([float(cosines(*pair).mean()) for pair in pairs])
+    return [sum(level) / len(level) for level in zip(*found, strict=True)]

@@ -1,0 +1,109 @@
+"""Batches of pictures from a folder, the same for a step whenever it is asked for."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmcastling.align.pairs import AlignError
+
+logger = logging.getLogger("mmcastling")
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+
+class PictureBatches:
+    """Normalised crops of the pictures in a folder and those below it, without labels.
+
+    Each picture is resized so that a random crop covers at least half of its area, and
+    flipped half of the time. Which pictures, crops and size a step has depends on the
+    step and the seed alone.
+
+    Args:
+        folder: Of pictures; what cannot be read is skipped, with a warning.
+        sizes: ``(H, W)`` that a step may have, taken in turn. Defaults to 224x224.
+        batch_size: Pictures of a step. Defaults to 8.
+        mean, std: Of the channels, red, green and blue from 0 to 255. Default to
+            ImageNet's.
+        seed: Of everything random. Defaults to 0.
+
+    Raises:
+        AlignError: If the folder has no readable picture.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        sizes: Sequence[tuple[int, int]] = ((224, 224),),
+        batch_size: int = 8,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        seed: int = 0,
+    ) -> None:
+        self.sizes, self.batch_size, self.seed = list(sizes), batch_size, seed
+        self.mean = torch.tensor(mean).view(3, 1, 1)
+        self.std = torch.tensor(std).view(3, 1, 1)
+        self.paths = sorted(
+            path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES
+        )
+        self._skipped: set[Path] = set()
+        if not any(self._read(path) is not None for path in self.paths):
+            raise AlignError(
+                f"{folder} has no picture that can be read ({len(self.paths)} files "
+                f"named as pictures): give a folder of {', '.join(sorted(SUFFIXES))}"
+            )
+
+    def __call__(self, step: int) -> Tensor:
+        """The batch ``(B, 3, H, W)`` of a step."""
+        size = self.sizes[step % len(self.sizes)]
+        first = step * self.batch_size
+        crops: list[Tensor] = []
+        index = first
+        while len(crops) < self.batch_size:
+            epoch, place = divmod(index, len(self.paths))
+            order = np.random.default_rng((self.seed, epoch)).permutation(
+                len(self.paths)
+            )
+            picture = self._read(self.paths[order[place]])
+            if picture is not None:
+                noise = np.random.default_rng((self.seed, step, len(crops)))
+                crops.append(self._crop(picture, size, noise))
+            index += 1
+        return torch.stack(crops)
+
+    def _read(self, path: Path) -> np.ndarray | None:
+        import cv2
+
+        picture = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+        if picture is None:
+            if path not in self._skipped:
+                self._skipped.add(path)
+                logger.warning("%s cannot be read as a picture: it is skipped", path)
+            return None
+        return picture
+
+    def _crop(
+        self, picture: np.ndarray, size: tuple[int, int], noise: np.random.Generator
+    ) -> Tensor:
+        import cv2
+
+        height, width = picture.shape[:2]
+        # The largest crop of this shape, and a part of it.
+        scale = min(height / size[0], width / size[1]) * noise.uniform(0.7, 1.0)
+        rows, columns = (max(1, int(side * scale)) for side in size)
+        top = int(noise.integers(height - rows + 1))
+        left = int(noise.integers(width - columns + 1))
+        crop = picture[top : top + rows, left : left + columns, ::-1]
+        shrinks = rows > size[0]
+        how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        crop = cv2.resize(np.ascontiguousarray(crop), size[::-1], interpolation=how)
+        if noise.random() < 0.5:
+            crop = crop[:, ::-1]
+        tensor = torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1).float()
+        return (tensor - self.mean) / self.std

@@ -1,0 +1,99 @@
+"""What castling each attention alone costs, and what it saves."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mmcastling.align.pairs import (
+    Features,
+    attention_pairs,
+    default_features,
+    feature_similarity,
+)
+from mmcastling.verbs import switch_to_deploy
+
+
+@dataclass(frozen=True)
+class ScanRow:
+    """One attention, castled alone.
+
+    Attributes:
+        name: In the model.
+        damage: 1 minus the mean cosine of the features with the original's, of the
+            level that changes most.
+        softmax_ms, castled_ms: Median time of the attention before and after.
+    """
+
+    name: str
+    damage: float
+    softmax_ms: float
+    castled_ms: float
+
+    @property
+    def saved_ms(self) -> float:
+        return self.softmax_ms - self.castled_ms
+
+
+@torch.no_grad()
+def scan(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Tensor],
+    features: Features = default_features,
+    rounds: int = 5,
+) -> list[ScanRow]:
+    """Castle each attention alone, and see what that does to features and to time.
+
+    Args:
+        student: The castled network, aligned or not; it is not changed. Its attentions
+            take the place of the teacher's one by one, deployed.
+        teacher: The softmax network.
+        batches: Batches of images ``(B, 3, H, W)``, of the size of use.
+        features: As of :func:`align`.
+        rounds: Repetitions of each timing, on the first batch. Defaults to 5.
+
+    Returns:
+        A row for each castled attention, in the order of the network.
+    """
+    batches = list(batches)
+    pairs = attention_pairs(student, teacher)
+    deployed = switch_to_deploy(student).train(False)
+    hybrid = copy.deepcopy(teacher).train(False)
+    rows = []
+    for name in pairs:
+        original, castled = hybrid.get_submodule(name), deployed.get_submodule(name)
+        softmax_ms = _time(hybrid, original, batches[0], features, rounds)
+        hybrid.set_submodule(name, castled)
+        castled_ms = _time(hybrid, castled, batches[0], features, rounds)
+        kept = min(feature_similarity(hybrid, teacher, batches, features))
+        hybrid.set_submodule(name, original)
+        rows.append(ScanRow(name, 1 - kept, softmax_ms, castled_ms))
+    return rows
+
+
+def _time(
+    model: nn.Module, attention: nn.Module, images: Tensor, features: Features, n: int
+) -> float:
+    """Median milliseconds of an attention, on what it is given inside its model."""
+    calls = []
+    handle = attention.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    try:
+        features(model, images)
+    finally:
+        handle.remove()
+    (args, kwargs), *_ = calls
+    spent = []
+    for _ in range(n + 1):
+        started = time.perf_counter()
+        attention(*args, **kwargs)
+        spent.append(time.perf_counter() - started)
+    return 1000 * statistics.median(spent[1:])
