@@ -30,6 +30,8 @@ module                      what it mends or adds             can go when
                             and cannot be resumed             all three right
                             nor told groups of parameters
 ``cpu_group``               launchers demand a GPU            MMEngine starts gloo
+``own_size``                images of a batch see each        mmdet's detectors leave
+                            other's padding                   padding out
 ``coco_eval``               COCO's evaluation is slow         mmdet's own metric runs
                                                               on faster-coco-eval
 ==========================  ================================  =======================

@@ -21,6 +21,7 @@ AFTER_IMPORT = {
     "mmengine.infer.infer": "name_models_in_inferencers",
     "mmengine.logging": "drop_debug_messages",
     "mmengine.logging.history_buffer": "allow_history_in_checkpoints",
+    "mmdet.models.detectors.base": "keep_images_at_own_size",
     "mmpretrain.apis.model": "name_classifiers",
     "timm.models": "name_timm_models",
 }

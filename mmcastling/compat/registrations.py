@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from mmcastling.checkpoint import SAFE_GLOBALS
-from mmcastling.compat import mmcv_ext, model_index
+from mmcastling.compat import mmcv_ext, model_index, own_size
 
 # Whose inferencers know the models of a metafile; mmpretrain's have a way of their own.
 METAFILES = {
@@ -117,6 +117,14 @@ def name_models_in_inferencers(module: ModuleType) -> None:
 
     setattr(with_ours, _OURS, True)
     inferencer._get_models_from_metafile = staticmethod(with_ours)
+
+
+def keep_images_at_own_size(module: ModuleType) -> None:
+    """Keep the padding of a batch out of what a detector finds in an image."""
+    detector = module.BaseDetector
+    if not hasattr(detector.forward, _OURS):
+        detector.forward = own_size.at_own_size(detector.forward)
+        setattr(detector.forward, _OURS, True)
 
 
 def drop_debug_messages(module: ModuleType) -> None:
