@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmcastling.attention import TokenMixer, build_mixer
 from mmcastling.attention.fast import fuse_linear
 from mmcastling.attention.local_conv import Grid, merge_heads, split_qkv
+from mmcastling.attention.opaque import OpaqueModule
 from mmcastling.errors import OptionError
 
 
@@ -80,7 +81,7 @@ class MixerBuilder:
             self.note(f"attention dropout of {probability:g} is not applied")
 
 
-class CastledAttention(nn.Module):
+class CastledAttention(OpaqueModule):
     """Project tokens, mix them, project back, with the layers of another attention.
 
     Enough by itself for attentions that are called as ``attention(x)`` and whose

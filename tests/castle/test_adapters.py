@@ -17,15 +17,18 @@ from known_models import (
     mmpretrain_swin,
     mmpretrain_vit,
     output,
+    timm_small,
     timm_vit,
     torchvision_vit,
 )
 from torch import nn
 from torch.testing import assert_close
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from mmcastling import castle, castling_modules, set_mask, switch_to_deploy
 from mmcastling.attention import MIXERS
 from mmcastling.castle import CastledAttention
+from mmcastling.deploy import tensors_in
 
 
 @pytest.fixture(params=MODELS)
@@ -125,6 +128,23 @@ def test_checkpoints_of_a_castled_model_load_into_a_deployed_one(case):
     fresh.load_state_dict(model.state_dict())
     x = images(sizes[0])
     assert_close(output(fresh, x), output(model, x), atol=0, rtol=0)
+
+
+def test_features_are_extracted_by_torchvisions_graphs():
+    for model, node in (
+        (timm_small("vit_tiny_patch16_224"), "blocks.1.attn"),
+        (build("timm-relpos"), "blocks.1.attn"),
+        (torchvision_vit(), "encoder.layers.encoder_layer_1.self_attention"),
+    ):
+        model.eval()
+        castle(model)
+        x, seen = images((64, 64)), []
+        found = create_feature_extractor(model, [node])(x)[node]
+        attention = model.get_submodule(node)
+        attention.register_forward_hook(lambda *a, seen=seen: seen.append(a[2]))
+        model(x)
+        for a, b in zip(tensors_in(found), tensors_in(seen[0]), strict=True):
+            assert_close(a, b, rtol=0, atol=0)
 
 
 # -- what is special to one of them ----------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.attention.local_conv import Grid
+from mmcastling.attention.opaque import OpaqueModule
 from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
 from mmcastling.castle.adapters.biased import CastledBiasedAttention
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
@@ -24,7 +25,7 @@ _KEPT = ("qkv", "q_bias", "v_bias", "logit_scale", "proj", "proj_drop")
 _LARGEST_LOG_SCALE = math.log(100.0)  # of SwinV2's cosines
 
 
-class CastledShiftWindowMSA(nn.Module):
+class CastledShiftWindowMSA(OpaqueModule):
     """``ShiftWindowMSA`` of mmpretrain, mmdet and mmseg, castled.
 
     Args:
