@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmcastling.attention import TokenMixer
 from mmcastling.castle.adapter_registry import CannotCastle, find_adapter
 from mmcastling.castle.castled_attention import MixerBuilder
+from mmcastling.castle.optimizers import optimizers_of
 from mmcastling.castle.report import Castled, CastleReport
 from mmcastling.errors import OptionError
 
@@ -107,6 +108,7 @@ def castle(
     if not swaps:
         raise OptionError(_nothing_found(model, report.left_alone))
 
+    optimizers = optimizers_of(model)
     before = model.state_dict(keep_vars=True)
     for holder in list(model.modules()):
         for name, child in holder._modules.items():
@@ -125,6 +127,12 @@ def castle(
         if not any(_holds(other, name) for other in [*gone, *report.left_alone]):
             report.left_alone[name] = "no adapter"
 
+    if optimizers and any(isinstance(after[name], nn.Parameter) for name in report.new):
+        logger.warning(
+            "castle has added parameters that an optimizer built before does not "
+            "train (%s): build it after castling, or call its add_param_group",
+            ", ".join(sorted({type(optimizer).__name__ for optimizer in optimizers})),
+        )
     level = logging.WARNING if report.lossy else logging.INFO
     logger.log(level, "castled %s:\n%s", type(model).__name__, report)
     return (model, report) if return_report else model

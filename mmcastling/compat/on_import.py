@@ -22,6 +22,8 @@ AFTER_IMPORT = {
     "mmengine.logging": "drop_debug_messages",
     "mmengine.logging.history_buffer": "allow_history_in_checkpoints",
     "mmpretrain.apis.model": "name_classifiers",
+    "ptflops.pytorch_ops": "name_layers_in_ptflops",
+    "thop.profile": "name_layers_in_thop",
     "timm.models": "name_timm_models",
 }
 """Functions of :mod:`mmcastling.compat.registrations`, by the module they are given."""

@@ -49,9 +49,9 @@ def check_precision(precision: str, device: torch.device | str = "cpu") -> None:
             f"precision {precision!r} is not known: choose one of {list(PRECISIONS)}"
         )
     device = torch.device(device)
-    if precision in _DTYPES and not _computes_in(_DTYPES[precision], device):
+    if precision in _DTYPES and not computes_in(_DTYPES[precision], device):
         others = [p for p in _DTYPES if p != precision]
-        others = [p for p in others if _computes_in(_DTYPES[p], device)]
+        others = [p for p in others if computes_in(_DTYPES[p], device)]
         raise UnavailableError(
             f"precision {precision}: this {device.type} has no instructions for "
             f"{_DTYPES[precision]} and would be slower with it than in float32: "
@@ -206,8 +206,8 @@ def _weights_read_by(cls: type[nn.Module]) -> list[str]:
     return paths
 
 
-def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a device has instructions for it, and does not emulate them."""
+def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device has instructions for a dtype, and does not emulate them."""
     if device.type == "cuda":
         return dtype is torch.float16 or torch.cuda.is_bf16_supported(False)
     if device.type == "cpu":

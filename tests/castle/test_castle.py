@@ -236,6 +236,25 @@ def test_the_report_is_logged_as_a_warning_when_something_is_lost(caplog):
     assert "castled ToyModel" in record.message and "dropped" in record.message
 
 
+def test_an_optimizer_from_before_is_named_and_no_other(caplog):
+    models = [ToyModel() for _ in range(4)]
+    castle(models[0])
+    other = torch.optim.Adam(models[1].parameters())
+    castle(models[2])
+    parameters = list(models[3].parameters())  # which are no optimizer's
+    castle(models[3], type="softmax")
+    del parameters
+    assert "optimizer" not in caplog.text
+    castle(models[1])
+    assert "an optimizer built before does not train (Adam)" in caplog.text
+    caplog.clear()
+    model = ToyModel()
+    torch.optim.SGD(model.parameters(), lr=1.0)  # and forgotten
+    castle(model)
+    assert "optimizer" not in caplog.text
+    assert len(other.param_groups) == 1
+
+
 def test_options_reach_the_mixer():
     model = castle(ToyModel(), mask_threshold="4/N", local_conv=None)
     for _, module in castling_modules(model):

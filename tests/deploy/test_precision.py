@@ -41,7 +41,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 @pytest.fixture
 def any_machine(monkeypatch):
     """A machine that has instructions for everything; emulation is right, and slow."""
-    monkeypatch.setattr(module, "_computes_in", lambda dtype, device: True)
+    monkeypatch.setattr(module, "computes_in", lambda dtype, device: True)
 
 
 def deployed(family, **options):
@@ -217,7 +217,7 @@ def test_an_unknown_precision_is_refused():
 
 def test_a_machine_without_it_is_named_with_what_it_has(monkeypatch):
     has = {torch.bfloat16: True, torch.float16: False}
-    monkeypatch.setattr(module, "_computes_in", lambda dtype, device: has[dtype])
+    monkeypatch.setattr(module, "computes_in", lambda dtype, device: has[dtype])
     message = r"fp16: this cpu has no instructions for torch.float16.*'fp32', 'bf16'\]"
     with pytest.raises(RuntimeError, match=message):
         set_precision(deployed("vit"), "fp16")
