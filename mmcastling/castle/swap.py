@@ -48,9 +48,9 @@ def castle(
     """Swap the softmax attentions of a model for castling ones, in place.
 
     Knows the attentions of mmpretrain's, mmdet's and mmseg's vision transformers (plain
-    ones, BEiT, Swin, MViT, LeViT), of timm's and of torchvision's ViT; others are made
-    known by :func:`register_adapter`. All weights that keep a meaning are kept, as the
-    same parameters. What was done is logged by the logger ``mmcastling``, as a warning
+    ones, BEiT, EVA-02, SAM, Swin, MViT, LeViT, T2T-ViT, TNT), of timm's ViT, BEiT and
+    SAM, and of torchvision's ViT; others are made known by :func:`register_adapter`.
+    All weights that keep a meaning are kept, as the same parameters. What was done is logged by the logger ``mmcastling``, as a warning
     where something of the original (a relative position bias, say) is lost. On an
     error the model is left as it was.
 

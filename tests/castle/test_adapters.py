@@ -199,6 +199,24 @@ def test_a_grid_convolution_finds_the_grid_behind_class_and_register_tokens():
                 assert module.find_grid(extra + 16 + 1) is None
 
 
+@pytest.mark.parametrize("name", ["eva02", "sam", "t2t", "tnt", "mmseg-vit", "swin2"])
+def test_a_grid_convolution_finds_the_grid_of_every_attention(name):
+    model = castle(build(name), local_conv="grid")
+    model.eval()
+    assert output(model, images((64, 64))).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["beit-shared", "timm-relpos-shared"])
+def test_a_shared_bias_goes_with_the_last_attention_that_reads_it(name):
+    model, table = build(name), "rel_pos"
+    castle(model, stages=[0])
+    assert any(table in key for key, _ in model.named_parameters())
+    output(model, images((64, 64))).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    castle(whole := build(name))
+    assert not any(table in key for key in whole.state_dict())
+
+
 def test_a_grid_that_is_not_square_must_be_given():
     x = images((96, 48))
     model = castle(mmpretrain_vit(), local_conv="grid")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from known_models import MODELS, build, output
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
 from mmcastling import castle, switch_to_deploy
@@ -298,6 +299,29 @@ def test_keywords_named_tuples_hooks_and_other_layers(any_machine, precision, ca
         assert_close(a, b, rtol=0.05, atol=0.05)
     assert ("1 of 2 layers stay float32" in caplog.text) == (precision == "int8")
     assert ("cosine" in caplog.text) == (precision == "int8")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "int8"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        parametrizations.spectral_norm,
+        parametrizations.weight_norm,
+    ],
+    ids=["pruned", "spectral", "weight"],
+)
+def test_computed_weights_are_lowered_or_stay(any_machine, wrap, precision, caplog):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    wrap(model[0])
+    model.requires_grad_(False).eval()
+    x = torch.randn(4, 16)
+    expected = model(x)
+    set_precision(model, precision)
+    assert 0 < (model(x) - expected).abs().max() < 0.05 * expected.abs().max()
+    assert isinstance(model[1], QuantizedLinear) == (precision == "int8")
+    assert ("1 of 2 layers stay" in caplog.text) == (precision == "int8")
 
 
 def test_a_bare_layer_and_one_used_twice_are_quantized():
