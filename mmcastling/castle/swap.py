@@ -50,9 +50,9 @@ def castle(
     Knows the attentions of mmpretrain's, mmdet's and mmseg's vision transformers (plain
     ones, BEiT, EVA-02, SAM, Swin, MViT, LeViT, T2T-ViT, TNT), of timm's ViT, BEiT and
     SAM, and of torchvision's ViT; others are made known by :func:`register_adapter`.
-    All weights that keep a meaning are kept, as the same parameters. What was done is logged by the logger ``mmcastling``, as a warning
-    where something of the original (a relative position bias, say) is lost. On an
-    error the model is left as it was.
+    All weights that keep a meaning are kept, as the same parameters. What was done is
+    logged by the logger ``mmcastling``, as a warning where something of the original (a
+    relative position bias, say) is lost. On an error the model is left as it was.
 
     Args:
         model: Any module that holds attentions: a backbone, classifier, detector.
