@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import secrets
 import zipfile
 from collections.abc import Callable
@@ -20,6 +21,10 @@ from mmcastling.attention.old_names import with_current_names
 from mmcastling.errors import CheckpointError, DamagedCheckpointError
 
 _TEMPORARY = ".mmcastling-tmp"  # ends the name of a file while it is written
+# Of torch.compile, of FullyShardedDataParallel and of its activation checkpoints.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 _multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray
 SAFE_GLOBALS: list[Any] = [
     slice,
@@ -102,10 +107,13 @@ def _damaged(path: Path) -> str:
 
 
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The state dict inside a checkpoint, without a wrapper's ``module.`` prefix.
+    """The state dict inside a checkpoint, without what wrappers add to names.
+
+    That is ``module.`` at the front, of distributed models, and at any place what
+    compiled, sharded and checkpointed modules add (``_orig_mod.``).
 
     Raises:
-        CheckpointError: If there are no tensors in it.
+        CheckpointError: If there are no tensors in it, or two come to have one name.
     """
     weights = checkpoint.get("state_dict", checkpoint)
     tensors = isinstance(weights, dict) and any(
@@ -116,7 +124,18 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
             f"the checkpoint has no weights: expected a 'state_dict' of tensors, found "
             f"the keys {sorted(map(str, checkpoint))[:8]}"
         )
-    return {key.removeprefix("module."): value for key, value in weights.items()}
+    named = {without_wrappers(key): value for key, value in weights.items()}
+    if len(named) < len(weights):
+        raise CheckpointError(
+            "the checkpoint has weights of a model and of its wrapper under one name: "
+            "save one of them, {'state_dict': model.state_dict()}"
+        )
+    return named
+
+
+def without_wrappers(name: str) -> str:
+    """The name of a parameter without what wrappers of modules add."""
+    return _WRAPPERS.sub("", name).removeprefix("module.")
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], source: str) -> None:

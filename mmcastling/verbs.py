@@ -23,9 +23,15 @@ MASK_META_KEY = "mask_decay"
 
 
 def castling_modules(model: nn.Module) -> Iterator[tuple[str, CastlingMixer]]:
-    """Yield ``(name, module)`` of every castling attention that has its branch."""
+    """Yield ``(name, module)`` of every castling attention that has its branch.
+
+    That is a :class:`~mmcastling.attention.CastlingMixer`, or whatever else offers
+    ``set_mask``; a ``deploy`` that is true says that its branch is gone. Only what has
+    ``branch`` and ``mask_is_on`` as a mixer has is asked for its density and state.
+    """
     for name, module in model.named_modules():
-        if isinstance(module, CastlingMixer) and not module.deploy:
+        offered = callable(getattr(module, "set_mask", None))
+        if offered and getattr(module, "deploy", False) is not True:
             yield name, module
 
 

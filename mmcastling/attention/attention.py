@@ -11,6 +11,7 @@ from mmcastling.attention.build import build_mixer
 from mmcastling.attention.fast import fold_layer_scale, fuse_linear
 from mmcastling.attention.local_conv import Grid, merge_heads, split_qkv
 from mmcastling.attention.old_names import rename_on_load
+from mmcastling.attention.opaque import OpaqueModule
 from mmcastling.errors import OptionError
 
 
@@ -25,7 +26,7 @@ class LayerScale(nn.Module):
         return x * self.weight
 
 
-class Attention(nn.Module):
+class Attention(OpaqueModule):
     """The projections of a vision transformer's attention around any mixer.
 
     With ``type='castling'`` it equals the authors' released block, in training form

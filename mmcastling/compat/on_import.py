@@ -23,6 +23,8 @@ AFTER_IMPORT = {
     "mmengine.logging.history_buffer": "allow_history_in_checkpoints",
     "mmdet.models.detectors.base": "keep_images_at_own_size",
     "mmpretrain.apis.model": "name_classifiers",
+    "ptflops.pytorch_ops": "name_layers_in_ptflops",
+    "thop.profile": "name_layers_in_thop",
     "timm.models": "name_timm_models",
 }
 """Functions of :mod:`mmcastling.compat.registrations`, by the module they are given."""

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+from mmcastling.attention import GridConv, TokenConv
+from mmcastling.attention.fast import FusedLinear
 from mmcastling.checkpoint import SAFE_GLOBALS
 from mmcastling.compat import mmcv_ext, model_index, own_size
 
@@ -154,6 +156,24 @@ def allow_history_in_checkpoints(module: ModuleType) -> None:
         return getattr(history, name)
 
     SAFE_GLOBALS.extend([history, (statistic, "builtins.getattr")])
+
+
+def name_layers_in_thop(module: ModuleType) -> None:
+    """Let thop, which asks for exact classes, count ours that compute as torch's do."""
+    rules = module.register_hooks
+    for kind in (FusedLinear, GridConv, TokenConv):
+        rules.setdefault(kind, rules[_base_of(kind)])
+
+
+def name_layers_in_ptflops(module: ModuleType) -> None:
+    """The same for ptflops, whose rule for convolutions does not fit ``GridConv``."""
+    rules = module.MODULES_MAPPING
+    for kind in (FusedLinear, TokenConv):
+        rules.setdefault(kind, rules[_base_of(kind)])
+
+
+def _base_of(kind: type) -> type:
+    return next(base for base in kind.__mro__ if base.__module__.startswith("torch."))
 
 
 def name_timm_models(module: ModuleType) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from mmcastling.attention.local_conv import Grid
 from mmcastling.errors import OptionError
 from mmcastling.models.common import (
     CastlingBackbone,
+    TokensAt,
     check_arch,
     check_ffn_conv,
     check_image,
@@ -210,6 +211,7 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
         if deploy:
             self.switch_to_deploy()
         self._freeze_stages()
+        self._freeze_unused()
 
     def _castle_layers(self, kwargs: dict[str, Any], **shared: Any) -> None:
         names = ("layer_scale_init_value", "drop_rate", "qkv_bias")
@@ -255,6 +257,10 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
         Raises:
             ValueError: If they are smaller than a patch.
         """
+        return self.outputs_of(self.tokens_at(x, self.out_indices))
+
+    def tokens_at(self, x: Tensor, indices: Iterable[int]) -> TokensAt:
+        """Tokens behind each layer asked for, and their grid; none is run behind."""
         check_image(x, self.patch_size, "a patch")
         if _is_traced() and not isinstance(self.patch_embed, ConvStem):
             # mmpretrain asks whether to pad, and the answer would hold for all sizes.
@@ -269,12 +275,29 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
         x = x + self._positions(grid)
         x = self.pre_norm(self.drop_after_pos(x))
 
-        outs = []
-        for i, layer in enumerate(self.layers):
+        taken = {}
+        for i, layer in enumerate(self.layers[: max(indices) + 1]):
             x = self._run(layer, x, grid)
-            if i in self.out_indices:
-                outs.append(self._format_output(self._norm_output(i, x), grid))
-        return tuple(outs)
+            if i in indices:
+                taken[i] = (x, grid)
+        return taken
+
+    def outputs_of(self, taken: TokensAt) -> tuple[Any, ...]:
+        """What :meth:`forward` returns of the tokens at ``out_indices``."""
+        return tuple(
+            self._format_output(self._norm_output(i, tokens), grid)
+            for i, (tokens, grid) in ((i, taken[i]) for i in self.out_indices)
+        )
+
+    def truncate(self, last: int) -> None:
+        """Drop the layers behind one, whose output becomes the only one."""
+        self.layers, self.num_layers = self.layers[: last + 1], last + 1
+        self.out_indices = [last]
+
+    def _unused(self) -> list[nn.Module]:
+        last = max(self.out_indices)
+        norm = [self.ln1] if self.final_norm and last < self.num_layers - 1 else []
+        return [*self.layers[last + 1 :], *norm]
 
     def _positions(self, grid: Grid) -> Tensor:
         """The position embedding for a grid, ``(1, N, C)``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -16,6 +17,11 @@ from mmcastling.attention.local_conv import Grid
 from mmcastling.errors import OptionError
 from mmcastling.models.folding import fold_for_inference
 from mmcastling.models.pretrained import check_pretrained, pretrained_cfgs
+
+logger = logging.getLogger("mmcastling")
+
+TokensAt = dict[int, tuple[Tensor, Grid]]
+"""Tokens ``(B, N, C)``, of which the last fill a grid, by the index of an output."""
 
 Backbone = TypeVar("Backbone", bound="CastlingBackbone")
 
@@ -46,6 +52,21 @@ class CastlingBackbone:
         if cfgs and not isinstance(self.init_cfg, dict):
             # mmpretrain draws position embeddings anew after it has loaded a list's.
             initialize(self, cfgs)
+
+    def _unused(self) -> list[nn.Module]:
+        """What lies behind the last output, and is not run."""
+        raise NotImplementedError
+
+    def _freeze_unused(self) -> None:
+        """Take it out of training: it has no gradient, which distributed training
+        would wait for."""
+        if unused := self._unused():
+            freeze(unused)
+            logger.info(
+                "%s: out_indices %s need no layer behind them; %d modules are neither "
+                "run nor trained",
+                *(type(self).__name__, list(self.out_indices), len(unused)),
+            )
 
     def switch_to_deploy(self) -> None:
         """Remove the auxiliary branch of every attention, and fold layers together.
@@ -167,6 +188,8 @@ def check_out_indices(
 ) -> list[int]:
     """Resolve negative indices of ``count`` things; sort, drop what is named twice."""
     indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
+    if not indices:
+        raise OptionError(f"out_indices {out_indices!r} name no {what} to return")
     for index in indices:
         if not -count <= index < count:
             raise OptionError(

@@ -152,7 +152,7 @@ def load_pruned_model(
     modules = [module for _, module in castling_modules(model)]
     if not modules:
         return switch_to_deploy(model, inplace=True), None
-    was_on = any(module.mask_is_on for module in modules)
+    was_on = any(getattr(module, "mask_is_on", True) for module in modules)
     inputs: list[Tensor] = []
     if runner is not None:
         dataset = runner.test_dataloader.dataset

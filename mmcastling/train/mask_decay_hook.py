@@ -166,8 +166,9 @@ class MaskDecayHook(Hook):
     def before_val_epoch(self, runner: Runner) -> None:
         if self.val_deployed:
             for _, module in castling_modules(runner.model):
-                mask = module.branch
-                state = (mask.threshold, mask.weight, mask.penalty)
+                state = self._state(runner)
+                if mask := getattr(module, "branch", None):
+                    state = (mask.threshold, mask.weight, mask.penalty)
                 self._masks_before_val.append((module, state))
                 module.set_mask(1.0)
 
@@ -192,7 +193,8 @@ class MaskDecayHook(Hook):
 
     def after_train(self, runner: Runner) -> None:
         self._apply(runner)
-        if any(module.mask_is_on for _, module in castling_modules(runner.model)):
+        modules = [module for _, module in castling_modules(runner.model)]
+        if any(getattr(module, "mask_is_on", False) for module in modules):
             threshold, weight = self._state(runner)
             runner.logger.warning(
                 "training ended with the auxiliary softmax branch still on "
@@ -212,7 +214,10 @@ class MaskDecayHook(Hook):
     def _log(self, runner: Runner) -> None:
         threshold, weight = self._state(runner)
         modules = [module for _, module in castling_modules(runner.model)]
-        density = torch.stack([module.branch.density for module in modules])
+        measured = [m.branch.density for m in modules if hasattr(m, "branch")]
+        if not measured:  # attentions of others
+            return
+        density = torch.stack(measured)
         all_reduce(density, "mean")  # over processes, all of which are here
         densities = density.tolist()
         scalars = dict(

@@ -1,15 +1,22 @@
 """castle() itself: choosing, reporting, refusing, and adapters of one's own."""
 
 import ast
+import copy
 import logging
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.testing import assert_close
 
-from mmcastling import castle, castling_modules, register_adapter, switch_to_deploy
+from mmcastling import (
+    castle,
+    castling_modules,
+    register_adapter,
+    set_mask,
+    switch_to_deploy,
+)
 from mmcastling.attention import Attention, TokenMixer
 from mmcastling.castle import CannotCastle, CastledAttention, adapter_registry
 
@@ -108,6 +115,55 @@ def test_an_attention_may_be_castled_inside_some_modules_only():
     assert report.left_alone == {"b": "no adapter"}
 
 
+class ForeignBranch(nn.Module):
+    """A castled attention of a user's own: nothing of ours but the verbs."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.threshold = nn.Linear(12, 12), 0.0
+
+    def forward(self, x):
+        return self.linear(x) * (2.0 if self.threshold < 1 else 1.0)
+
+    def set_mask(self, threshold, weight=1.0, penalty=0.0):
+        self.threshold = threshold.probability
+
+    def switch_to_deploy(self):
+        self.threshold, self.deploy = 1.0, True
+
+
+def test_the_verbs_find_what_offers_them():
+    register_adapter(ToyAttention)(lambda old, build: ForeignBranch())
+    model, x = castle(ToyModel(2)), torch.randn(2, 9, 12)
+    assert [name for name, _ in castling_modules(model)] == ["blocks.0", "blocks.1"]
+    on = model(x)
+    assert set_mask(model, 1.0) == 2
+    off = model(x)
+    assert (on - off).abs().max() > 0.1
+    deployed = switch_to_deploy(model)
+    assert_close(deployed(x), off)
+    assert list(castling_modules(deployed)) == []
+
+
+@pytest.mark.parametrize("kind", ["castling", "performer", "softmax"])
+def test_torch_fx_takes_an_attention_as_one_step(kind):
+    model, x = castle(ToyModel(2), type=kind, local_conv="grid"), torch.randn(2, 9, 12)
+    for each in (model, switch_to_deploy(model)):
+        traced = copy.deepcopy(fx.symbolic_trace(each))
+        assert_close(traced(x), each(x), rtol=0, atol=0)
+        calls = {n.target for n in traced.graph.nodes if n.op == "call_module"}
+        assert calls == {"blocks.0", "blocks.1"}
+    if kind == "castling":
+        assert set_mask(fx.symbolic_trace(model), 1.0) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*deprecated")
+@pytest.mark.parametrize("deploy", [True, False])
+def test_torchscript_is_refused_with_the_reason(deploy):
+    with pytest.raises(RuntimeError, match=r"cannot compile.*use torch\.export"):
+        torch.jit.script(castle(ToyModel(), deploy=deploy))
+
+
 def test_subclasses_are_castled_unless_they_override_forward():
     class Renamed(ToyAttention):
         pass
@@ -178,6 +234,25 @@ def test_the_report_is_logged_as_a_warning_when_something_is_lost(caplog):
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "castled ToyModel" in record.message and "dropped" in record.message
+
+
+def test_an_optimizer_from_before_is_named_and_no_other(caplog):
+    models = [ToyModel() for _ in range(4)]
+    castle(models[0])
+    other = torch.optim.Adam(models[1].parameters())
+    castle(models[2])
+    parameters = list(models[3].parameters())  # which are no optimizer's
+    castle(models[3], type="softmax")
+    del parameters
+    assert "optimizer" not in caplog.text
+    castle(models[1])
+    assert "an optimizer built before does not train (Adam)" in caplog.text
+    caplog.clear()
+    model = ToyModel()
+    torch.optim.SGD(model.parameters(), lr=1.0)  # and forgotten
+    castle(model)
+    assert "optimizer" not in caplog.text
+    assert len(other.param_groups) == 1
 
 
 def test_options_reach_the_mixer():

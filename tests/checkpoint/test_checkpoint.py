@@ -225,8 +225,20 @@ def test_weights_are_found_with_or_without_a_wrapper():
         {"state_dict": {"module.weight": weight}},
         {"state_dict": {"weight": weight}},
         {"weight": weight},
+        {"_orig_mod.weight": weight},
+        {"module._orig_mod.weight": weight},
+        {"_orig_mod.module.weight": weight},
     ):
         assert weights_of(checkpoint) == {"weight": weight}
+    inside = {
+        "backbone._orig_mod.layers.0._checkpoint_wrapped_module.weight": weight,
+        "neck._fsdp_wrapped_module.module.weight": weight,
+        "my_orig_mod.weight": weight,
+    }
+    names = ["backbone.layers.0.weight", "neck.module.weight", "my_orig_mod.weight"]
+    assert list(weights_of(inside)) == names
+    with pytest.raises(CheckpointError, match="of a model and of its wrapper"):
+        weights_of({"weight": weight, "_orig_mod.weight": weight})
     with pytest.raises(
         CheckpointError, match=r"no weights: .* found the keys \['meta'"
     ):

@@ -174,6 +174,21 @@ def loss(outs):
 
 
 @everywhere
+def test_what_lies_behind_the_last_output_is_neither_run_nor_trained(name):
+    whole, part = built(name, out_indices=(0, 1, 2)), built(name, out_indices=0)
+    part.load_state_dict(whole.state_dict(), strict=False)
+    (found,) = part(image())
+    assert_close(found, whole(image())[0], rtol=0, atol=0)
+    loss([found]).backward()
+    for key, parameter in part.named_parameters():
+        assert (parameter.grad is None) == (not parameter.requires_grad), key
+    assert any(not p.requires_grad for p in part.parameters())
+    assert all(p.requires_grad for p in whole.parameters())
+    with pytest.raises(ValueError, match=r"out_indices \(\) name no"):
+        built(name, out_indices=())
+
+
+@everywhere
 @settings(max_examples=12, deadline=None)
 @given(
     height=st.integers(16, 90),

@@ -189,6 +189,18 @@ def test_masks_follow_the_schedule_iteration_by_iteration(tmp_path, epochs):
     assert not any(module.mask_is_on for _, module in castling_modules(model))
 
 
+def test_an_attention_that_offers_set_mask_alone_follows_too(tmp_path):
+    class Foreign(nn.Identity):
+        def set_mask(self, threshold, weight=1.0, penalty=0.0):
+            self.threshold = MaskThreshold.parse(threshold)
+
+    model = Toy()
+    model.third = Foreign()
+    run(tmp_path, model, val=6, mode="none")  # validates at the end
+    assert model.third.threshold == model.first.mixer.branch.threshold
+    assert model.third.threshold == MaskThreshold(0.02)
+
+
 def test_resume_continues_the_schedule_of_an_uninterrupted_run(tmp_path):
     whole = Toy()
     run(tmp_path / "whole", whole, max_iters=8, finish=1.0)
