@@ -8,6 +8,7 @@ import os
 import pickle
 import secrets
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -116,7 +117,30 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
             f"the checkpoint has no weights: expected a 'state_dict' of tensors, found "
             f"the keys {sorted(map(str, checkpoint))[:8]}"
         )
-    return {key.removeprefix("module."): value for key, value in weights.items()}
+    found = {key.removeprefix("module."): value for key, value in weights.items()}
+    return with_metadata(found, weights, "module.")
+
+
+def with_metadata(
+    weights: dict[str, torch.Tensor], source: dict[str, Any], *prefixes: str
+) -> dict[str, torch.Tensor]:
+    """Weights with the metadata of the state dict that they are of, if it has any.
+
+    There torch keeps versions of modules, and a castling attention the state of its
+    mask. ``prefixes``, which the weights' names have lost, its names lose too.
+    """
+    metadata = getattr(source, "_metadata", None)
+    if metadata is None:
+        return weights
+    renamed = {}
+    for name, value in metadata.items():
+        path = f"{name}."
+        for prefix in prefixes:
+            path = path.removeprefix(prefix)
+        renamed[path.removesuffix(".")] = value
+    weights = OrderedDict(weights)
+    weights._metadata = OrderedDict(renamed)
+    return weights
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], source: str) -> None:

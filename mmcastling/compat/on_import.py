@@ -21,8 +21,10 @@ AFTER_IMPORT = {
     "mmengine.infer.infer": "name_models_in_inferencers",
     "mmengine.logging": "drop_debug_messages",
     "mmengine.logging.history_buffer": "allow_history_in_checkpoints",
+    "mmengine.runner.checkpoint": "keep_metadata_in_mmengine",
     "mmpretrain.apis.model": "name_classifiers",
     "timm.models": "name_timm_models",
+    "timm.models._helpers": "keep_metadata_in_timm",
 }
 """Functions of :mod:`mmcastling.compat.registrations`, by the module they are given."""
 
