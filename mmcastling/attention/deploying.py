@@ -39,11 +39,11 @@ def deploying(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         _NOTES.reset(token)
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, None]] = {}
     for module, text in notes:
         name = names.get(id(module)) or type(module).__name__
-        found.setdefault(text, []).append(name)
-    for text, where in found.items():
+        found.setdefault(text, {})[name] = None  # a set that keeps its order
+    for text, where in ((text, list(names)) for text, names in found.items()):
         more = f" and {len(where) - 3} more" if len(where) > 3 else ""
         logger.warning("deployment: %s%s: %s", ", ".join(where[:3]), more, text)
 
@@ -62,11 +62,11 @@ def why_not_plain(module: nn.Module, *kinds: type[nn.Module]) -> str | None:
     if type(module) not in kinds:
         return f"{type(module).__name__} is not exactly a {kinds[0].__name__}"
     if is_watched(module):
-        return f"the {type(module).__name__} has hooks or a forward of its own"
+        return f"the {kinds[0].__name__} has hooks or a forward of its own"
     for name in ("weight", "bias"):
         own = type(module._parameters.get(name)) is nn.Parameter
         if getattr(module, name, None) is not None and not own:
-            return f"the {name} of the {type(module).__name__} is no parameter"
+            return f"the {name} of the {kinds[0].__name__} is no parameter"
     return None
 
 

@@ -20,14 +20,14 @@ from mmcastling.attention.deploying import (
     why_not_plain,
     without_effect,
 )
-from mmcastling.attention.fast import apply_then, fuse_linear
+from mmcastling.attention.fast import apply_then, change_class, fuse_linear
 from mmcastling.models.conv_ffn import ConvFFN, FusedHiddenConv, HiddenConv
 
 _WITHOUT_EFFECT = (nn.Dropout, Dropout, DropPath)
 _WITH_BATCH_NORM = (ConvolutionBatchNorm, LinearBatchNorm, BatchNormLinear)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+# mmcv's wraps nn.Linear for versions long past.
 _FUSED = {MMCVLinear: nn.Linear, HiddenConv: FusedHiddenConv}
-"""Classes that change in place: mmcv's wraps nn.Linear for versions long past."""
 
 
 class FusedSequential(Sequential):
@@ -53,8 +53,8 @@ def fold_for_inference(module: nn.Module) -> None:
     stays as it is, with a note in the log. Idempotent.
     """
     for name, child in module.named_children():
-        if type(child) in _FUSED:
-            child.__class__ = _FUSED[type(child)]
+        for old, new in _FUSED.items():
+            change_class(child, old, new)
         if isinstance(child, _WITHOUT_EFFECT):
             setattr(module, name, without_effect(child, *_WITHOUT_EFFECT))
         elif isinstance(child, _WITH_BATCH_NORM):
@@ -99,5 +99,5 @@ def _fold_mlp(mlp: FFN) -> None:
         between=[layers[-1]],
     )
     for part in layers:
-        if type(part) is Sequential and len(part) > 1:
-            part.__class__ = FusedSequential
+        if len(getattr(part, "_modules", ())) > 1:
+            change_class(part, Sequential, FusedSequential)
