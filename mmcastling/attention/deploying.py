@@ -60,7 +60,8 @@ def note(module: nn.Module, text: str) -> None:
 def why_not_plain(module: nn.Module, *kinds: type[nn.Module]) -> str | None:
     """Why a module may compute other than exactly one of ``kinds``, or None."""
     if type(module) not in kinds:
-        return f"{type(module).__name__} is not exactly a {kinds[0].__name__}"
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        return f"{kind} is not exactly a {kinds[0].__name__}"
     if is_watched(module):
         return f"the {kinds[0].__name__} has hooks or a forward of its own"
     for name in ("weight", "bias"):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmcastling.attention import TokenMixer
 from mmcastling.castle.adapter_registry import CannotCastle, find_adapter
 from mmcastling.castle.castled_attention import MixerBuilder
+from mmcastling.castle.hooks import check_own_weights, lost_hooks, take_hooks
 from mmcastling.castle.report import Castled, CastleReport
 from mmcastling.errors import OptionError
 
@@ -91,12 +92,15 @@ def castle(
         extra_tokens = _extra_tokens_of(item.ancestors)
         build = MixerBuilder(item.module, options, deploy, grid, extra_tokens)
         try:
+            check_own_weights(item.module)
             new = item.adapt(item.module, build)
         except CannotCastle as reason:
             report.left_alone[item.name] = str(reason)
             continue
         new.training = item.module.training
         swaps[id(item.module)] = new
+        for name in lost_hooks(item.module, new):
+            build.note(f"hooks on {name} are gone with it")
         report.castled.append(
             Castled(item.name, type(item.module).__name__, item.stage, (*build.notes,))
         )
@@ -104,6 +108,9 @@ def castle(
         raise OptionError(_nothing_found(model, report.left_alone))
 
     before = model.state_dict(keep_vars=True)
+    for item in found:
+        if id(item.module) in swaps:
+            take_hooks(item.module, swaps[id(item.module)])
     for holder in list(model.modules()):
         for name, child in holder._modules.items():
             if id(child) in swaps:
