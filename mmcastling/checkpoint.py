@@ -9,6 +9,7 @@ import pickle
 import re
 import secrets
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -130,12 +131,31 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
             "the checkpoint has weights of a model and of its wrapper under one name: "
             "save one of them, {'state_dict': model.state_dict()}"
         )
-    return named
+    return with_metadata(named, weights)
 
 
 def without_wrappers(name: str) -> str:
     """The name of a parameter without what wrappers of modules add."""
     return _WRAPPERS.sub("", name).removeprefix("module.")
+
+
+def with_metadata(
+    weights: dict[str, torch.Tensor], source: dict[str, Any], prefix: str = ""
+) -> dict[str, torch.Tensor]:
+    """Weights with the metadata of the state dict that they are of, if it has any.
+
+    There torch keeps versions of modules, and a castling attention the state of its
+    mask. Its names lose what wrappers added, and then ``prefix``, as the weights' have.
+    """
+    metadata = getattr(source, "_metadata", None)
+    if metadata is None:
+        return weights
+    weights = OrderedDict(weights)
+    weights._metadata = OrderedDict(
+        (without_wrappers(f"{name}.").removeprefix(prefix).removesuffix("."), value)
+        for name, value in metadata.items()
+    )
+    return weights
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], source: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmcastling.attention import TokenMixer
 from mmcastling.castle.adapter_registry import CannotCastle, find_adapter
 from mmcastling.castle.castled_attention import MixerBuilder
+from mmcastling.castle.hooks import check_own_weights, lost_hooks, take_hooks
 from mmcastling.castle.optimizers import optimizers_of
 from mmcastling.castle.report import Castled, CastleReport
 from mmcastling.errors import OptionError
@@ -95,6 +96,7 @@ def castle(
             item.module, options, deploy, grid, extra_tokens, item.ancestors
         )
         try:
+            check_own_weights(item.module)
             new = item.adapt(item.module, build)
         except CannotCastle as reason:
             report.left_alone[item.name] = str(reason)
@@ -102,6 +104,8 @@ def castle(
         new.training = item.module.training
         swaps[id(item.module)] = new
         shared += [(type(item.module), *where) for where in build.shared]
+        for name in lost_hooks(item.module, new):
+            build.note(f"hooks on {name} are gone with it")
         report.castled.append(
             Castled(item.name, type(item.module).__name__, item.stage, (*build.notes,))
         )
@@ -110,6 +114,9 @@ def castle(
 
     optimizers = optimizers_of(model)
     before = model.state_dict(keep_vars=True)
+    for item in found:
+        if id(item.module) in swaps:
+            take_hooks(item.module, swaps[id(item.module)])
     for holder in list(model.modules()):
         for name, child in holder._modules.items():
             if id(child) in swaps:

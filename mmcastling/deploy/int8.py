@@ -28,14 +28,14 @@ class QuantizedLinear(nn.Module):
     products (VNNI) and to 7 where it adds pairs of products in 16 bits, which 8 would
     overflow. Sums are exact, outputs float32.
 
+    A row that is not finite gives a row of NaN and leaves the others alone.
+
     Args:
-        linear: The layer in float32, whose activation it takes over if that is a
-            :class:`~mmcastling.attention.fast.FusedLinear`.
+        linear: The layer in float32.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.activation = activation_of(linear)
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.input_levels = 254 if torch.cpu._is_vnni_supported() else 127
@@ -72,8 +72,26 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply to ``(..., in_features)`` in float32; the name is ``nn.Linear``'s."""
-        x = input
+        return self.then(nn.Identity(), input)
+
+    def then(self, activation: nn.Module, x: Tensor) -> Tensor:
+        """``activation(layer(x))``, in one pass; see
+        :func:`~mmcastling.attention.fast.apply_then`."""
+        name = onednn_name(activation)
+        if name is None:
+            return activation(self(x))
         low, high = torch.aminmax(x)
+        compiling = torch.compiler.is_compiling()
+        if compiling or not (low.isfinite() and high.isfinite()):
+            bad = ~x.isfinite().all(-1, keepdim=True)
+            x = x.masked_fill(bad, 0.0)
+            y = self._compute(x, *torch.aminmax(x), name)
+            return y.masked_fill(bad, torch.nan)
+        return self._compute(x, low, high, name)
+
+    def _compute(
+        self, x: Tensor, low: Tensor, high: Tensor, name: tuple[str, list[float], str]
+    ) -> Tensor:
         low = low.clamp_max(0.0)  # so that zero is a level: padding stays exact
         step = ((high.clamp_min(0.0) - low) / self.input_levels).clamp_min(
             _SMALLEST_STEP
@@ -92,7 +110,7 @@ class QuantizedLinear(nn.Module):
             *(rounded, step, zero.to(torch.int32)),
             *(self._packed, self.weight_steps, self._zeros, self.bias),
             *(1.0, 0, torch.float32),  # what comes out is not rounded
-            *onednn_name(self.activation),
+            *name,
         )
 
     def extra_repr(self) -> str:
@@ -108,11 +126,6 @@ def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / steps[:, None]).round().to(torch.int8), steps
 
 
-def activation_of(linear: nn.Linear) -> nn.Module:
-    """What a linear layer applies to its sums."""
-    return getattr(linear, "activation", nn.Identity())
-
-
 @torch.no_grad()
 def is_plain_linear(layer: nn.Module) -> bool:
     """Whether a layer has a weight of its own and computes what a linear layer does."""
@@ -120,7 +133,7 @@ def is_plain_linear(layer: nn.Module) -> bool:
         return False
     x = torch.linspace(-1.0, 1.0, 2 * layer.in_features).to(layer.weight)
     x = x.unflatten(0, (2, -1))
-    y = activation_of(layer)(nn.functional.linear(x, layer.weight, layer.bias))
+    y = nn.functional.linear(x, layer.weight, layer.bias)
     return torch.allclose(layer.forward(x), y, rtol=1e-3, atol=1e-5)
 
 

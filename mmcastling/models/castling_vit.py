@@ -51,6 +51,7 @@ class CastlingEncoderLayer(TransformerEncoderLayer):
         deploy: bool = False,
         **kwargs: Any,
     ) -> None:
+        _check_options(ffn_conv, **kwargs)
         super().__init__(**kwargs)
         embed_dims = self.embed_dims
         drop_rate = kwargs.get("drop_rate", 0.0)
@@ -334,6 +335,27 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
             super()._freeze_stages()
             if self.dist_token is not None:
                 self.dist_token.requires_grad = False
+
+
+def _check_options(
+    ffn_conv: int,
+    attn_drop_rate: float = 0.0,
+    ffn_type: str = "origin",
+    num_fcs: int = 2,
+    **options: Any,
+) -> None:
+    """Refuse options of mmpretrain's layer that ours could not let act."""
+    if attn_drop_rate:
+        raise OptionError(
+            f"attn_drop_rate={attn_drop_rate!r}: the attention keeps no probabilities "
+            "that could be dropped; use drop_rate or drop_path_rate"
+        )
+    if ffn_conv and (ffn_type != "origin" or num_fcs != 2):
+        raise OptionError(
+            f"ffn_conv={ffn_conv!r} is a convolution between the two layers of a plain "
+            f"MLP, and there are ffn_type={ffn_type!r} and num_fcs={num_fcs!r}: leave "
+            "one of them out"
+        )
 
 
 def _is_traced() -> bool:

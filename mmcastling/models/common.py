@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from mmcastling.attention.deploying import deploying
 from mmcastling.attention.local_conv import Grid
 from mmcastling.errors import OptionError
 from mmcastling.models.folding import fold_for_inference
@@ -73,11 +74,12 @@ class CastlingBackbone:
 
         See :func:`~mmcastling.models.folding.fold_for_inference`. Idempotent.
         """
-        for module in self.modules():
-            switch = getattr(module, "switch_to_deploy", None)
-            if module is not self and callable(switch):
-                switch()
-        fold_for_inference(self)
+        with deploying(self):
+            for module in list(self.modules()):
+                switch = getattr(module, "switch_to_deploy", None)
+                if module is not self and callable(switch):
+                    switch()
+            fold_for_inference(self)
         self.deploy = True
 
     def train(self: Backbone, mode: bool = True) -> Backbone:

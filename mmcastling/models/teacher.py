@@ -117,10 +117,10 @@ class Teacher:
             try:
                 with safe_mmengine_loading():
                     loaded = CheckpointLoader.load_checkpoint(str(checkpoint), "cpu")
+                restore_mask(module, loaded)
                 load_weights(module, loaded, str(checkpoint))
             except CheckpointError as error:
                 raise CheckpointError(f"teacher: {error}") from error
-            restore_mask(module, loaded)
         return module, timm_weights
 
     @torch.no_grad()

@@ -121,9 +121,9 @@ def load_model(
         model = build_model(cfg)
     if is_deployed(checkpoint):
         switch_to_deploy(model, inplace=True)
+    restore_mask(model, checkpoint)
     weights = {"state_dict": select_weights(checkpoint, ema)}
     load_weights(model, weights, str(source))
-    restore_mask(model, checkpoint)
     return model.eval()
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize, prune
 from torch.testing import assert_close
+from torchvision.models import VisionTransformer
 
 from mmcastling import (
     castle,
@@ -313,3 +315,85 @@ def test_no_library_is_imported():
             elif isinstance(node, ast.ImportFrom):
                 roots.add(node.module.split(".")[0])
     assert not roots & {"mmpretrain", "mmdet", "mmseg", "mmcv", "timm", "torchvision"}
+
+
+# -- hooks -----------------------------------------------------------------------------
+
+
+def with_hooks(model, find):
+    """Hooks of all kinds on each attention, and what they have seen."""
+    seen, handles = [], []
+    for module in model.modules():
+        if find(module):
+            handles += [
+                module.register_forward_hook(lambda m, x, y: seen.append(type(m))),
+                module.register_forward_pre_hook(
+                    lambda m, x, k: seen.append(type(m)), with_kwargs=True
+                ),
+                module.register_full_backward_hook(
+                    lambda m, i, o: seen.append(type(m))
+                ),
+            ]
+    return seen, handles
+
+
+def small_vit():
+    return VisionTransformer(32, 16, 2, 2, 16, 32, num_classes=3)  # torchvision's
+
+
+def test_hooks_act_on_what_takes_an_attentions_place():
+    model = small_vit()
+    seen, handles = with_hooks(model, lambda m: isinstance(m, nn.MultiheadAttention))
+    castle(model)
+    images = torch.randn(1, 3, 32, 32)
+    model(images).sum().backward()
+    assert len(seen) == 6 and {kind.__name__ for kind in seen} == {
+        "CastledSelfAttention"
+    }
+    for handle in handles:
+        handle.remove()
+    seen.clear()
+    model(images).sum().backward()
+    assert seen == []
+
+
+def test_hooks_inside_an_attention_are_kept_or_named():
+    from mmpretrain.models.backbones import SwinTransformer
+
+    sizes = dict(embed_dims=8, depths=[2], num_heads=[2])
+    model = SwinTransformer(sizes, img_size=32, window_size=4, out_indices=(0,))
+    hooked = ("ShiftWindowMSA", "WindowMSA", "Softmax")
+    seen, _ = with_hooks(model, lambda m: type(m).__name__ in hooked)
+    model.stages[0].blocks[0].attn.w_msa.qkv.register_forward_hook(
+        lambda m, x, y: seen.append(type(m))
+    )
+    _, report = castle(model, return_report=True)
+    model(torch.randn(1, 3, 32, 32))
+    gone = [f"hooks on {name} are gone with it" for name in ("w_msa", "w_msa.softmax")]
+    assert list(report.notes) == gone and report.lossy
+    assert [kind.__name__ for kind in seen] == [
+        *("CastledShiftWindowMSA", "Linear", "CastledShiftWindowMSA"),
+        *["CastledShiftWindowMSA"] * 2,
+    ]
+
+
+def pruned(attention):
+    prune.l1_unstructured(attention, "in_proj_weight", 0.5)
+
+
+def parametrized(attention):
+    parametrize.register_parametrization(attention, "in_proj_weight", nn.Tanh())
+
+
+@pytest.mark.parametrize("compute", [pruned, parametrized])
+def test_weights_that_are_computed_are_not_taken_for_parameters(compute):
+    model = small_vit()
+    compute(model.encoder.layers[0].self_attention)
+    model.eval()
+    _, report = castle(model, return_report=True)
+    assert [item.name for item in report.castled] == [
+        "encoder.layers.encoder_layer_1.self_attention"
+    ]
+    (why,) = report.left_alone.values()
+    assert "make that permanent first" in why
+    model(torch.randn(1, 3, 32, 32))

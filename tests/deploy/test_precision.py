@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
 from mmcastling import castle, switch_to_deploy
-from mmcastling.attention.fast import fuse_linear
+from mmcastling.attention.fast import apply_then
 from mmcastling.deploy import precision as module
 from mmcastling.deploy import set_precision, tensors_in
 from mmcastling.deploy.int8 import QuantizedLinear
@@ -163,13 +163,26 @@ def test_rows_are_rounded_alike_in_whatever_number():
 @pytest.mark.parametrize(
     "activation", [nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.Hardswish()], ids=str
 )
-def test_a_quantized_layer_keeps_its_activation(activation):
+def test_a_quantized_layer_applies_the_activation_behind_it(activation):
     torch.manual_seed(0)
-    linear = nn.Linear(32, 48).requires_grad_(False)
+    layer = QuantizedLinear(nn.Linear(32, 48).requires_grad_(False))
     x = torch.randn(5, 32)
-    expected = activation(QuantizedLinear(linear)(x))
-    fuse_linear(linear, activation)
-    assert_close(QuantizedLinear(linear)(x), expected, atol=1e-5, rtol=1e-5)
+    expected = activation(layer(x))
+    assert_close(apply_then(layer, activation, x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_not_finite_is_the_only_one(value):
+    torch.manual_seed(0)
+    layer = QuantizedLinear(nn.Linear(32, 48).requires_grad_(False))
+    x = torch.randn(2, 3, 32)
+    x[1, 0] = 0.0
+    expected = apply_then(layer, nn.GELU(), x)
+    x[1, 0, 5] = value
+    found = apply_then(layer, nn.GELU(), x)
+    assert found[1, 0].isnan().all()
+    found[1, 0], expected[1, 0] = 0.0, 0.0
+    assert torch.equal(found, expected)
 
 
 def test_a_convolution_stays_between_a_quantized_layer_and_its_gelu():
@@ -180,8 +193,9 @@ def test_a_convolution_stays_between_a_quantized_layer_and_its_gelu():
     (expected,) = model(images(64, 96))
     early = copy.deepcopy(model)
     for block in early.layers:
-        fuse_linear(block.ffn.layers[0][0], block.ffn.dwconv.activation)
-        block.ffn.dwconv.activation = nn.Identity()
+        gelu = block.ffn.layers[0][1]
+        block.ffn.layers[0][0].register_forward_hook(lambda _, x, y, gelu=gelu: gelu(y))
+        block.ffn.layers[0][1] = nn.Identity()
     apart = (early(images(64, 96))[0] - expected).abs().max()
     set_precision(model, "int8")
     (found,) = model(images(64, 96))

@@ -32,7 +32,7 @@ def test_a_deployed_checkpoint_loads_into_the_model_of_its_training_config():
 def test_a_training_checkpoint_brings_its_masks():
     source, model = built(0), built(1)
     state = dict(threshold="4/N", weight=0.5)
-    checkpoint = dict(meta={MASK_META_KEY: state}, state_dict=source.state_dict())
+    checkpoint = dict(meta={MASK_META_KEY: state}, state_dict=dict(source.state_dict()))
     load_model(None, checkpoint, "epoch_1.pth", model=model)
     for _, module in castling_modules(model):
         assert module.branch.threshold == MaskThreshold.parse("4/N")
