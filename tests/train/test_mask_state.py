@@ -186,6 +186,6 @@ def test_densities_lie_on_one_device():
 
     with FakeTensorMode(), torch.device("cuda"):
         model = nn.Sequential(Attention(8, 2), Attention(8, 2))
-        model[0].mixer.branch.density = torch.ones((), device="cuda")
+        model[1].mixer.branch.density = torch.ones((), device="cuda")
         densities = mask_decay_hook._densities(model)
         assert densities.device.type == "cuda" and densities.shape == (2,)
