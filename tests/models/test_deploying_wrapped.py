@@ -300,17 +300,16 @@ def test_a_head_without_statistics_is_left():
 
 def test_low_rank_matrices_added_after_deployment_act_on_the_layer():
     """No layer hides an activation, whoever goes by its type."""
-    model, wrapped = (switch_to_deploy(vit()) for _ in range(2))
-    for block in model.layers:
-        layer = block.ffn.layers[0][0]
-        layer.register_forward_hook(lambda _, x, y: y + x[0] @ torch.ones(16, 32))
-    for block in wrapped.layers:
-        lora = LoRA(block.ffn.layers[0][0], rank=16)
-        lora.A.weight.data = torch.eye(16)
-        lora.B.weight.data = torch.ones(32, 16)
-        block.ffn.layers[0][0] = lora
+    expected, wrapped = vit(), switch_to_deploy(vit())
+    for model in (expected, wrapped):
+        for block in model.layers:
+            lora = LoRA(block.ffn.layers[0][0], rank=16)
+            lora.A.weight.data = torch.eye(16)
+            lora.B.weight.data = torch.linspace(-1, 1, 512).view(32, 16)
+            block.ffn.layers[0][0] = lora
     with torch.no_grad():
-        assert_close(wrapped.eval()(IMAGES), model.eval()(IMAGES))
+        found = wrapped.eval()(IMAGES)
+        assert_close(found, expected.eval()(IMAGES), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("place", ["qkv", "proj", "mlp.fc1"])
