@@ -32,7 +32,7 @@ DEFAULT_MAX_DETECTIONS = 100
 
 
 def read_byte_order_marks() -> None:
-    """Let pycocotools read JSON that begins with a byte order mark, as Windows's may."""
+    """Let pycocotools read JSON that begins with a byte order mark, as on Windows."""
     coco = importlib.import_module("pycocotools.coco")
     coco.open = functools.partial(open, encoding="utf-8-sig")
 

@@ -46,6 +46,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to ``(..., in_features)`` in float32."""
+        if x.shape[0] == 0:  # no images
+            return x.new_zeros((*x.shape[:-1], self.out_features))
         low, high = torch.aminmax(x)
         low = low.clamp_max(0.0)  # so that zero is a level: padding stays exact
         step = ((high.clamp_min(0.0) - low) / self.input_levels).clamp_min(

@@ -10,7 +10,6 @@ import argparse
 import copy
 import importlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,11 @@ def load_config(
     try:
         cfg = Config.fromfile(path)
     except Exception as error:
-        raise ConfigError(f"config {path} cannot be read: {error}") from error
+        # MMEngine hides which module was not found, and perhaps where ours has moved.
+        cause: BaseException | None = error
+        while not isinstance(cause, ModuleNotFoundError | None):
+            cause = cause.__cause__ or cause.__context__
+        raise ConfigError(f"config {path} cannot be read: {cause or error}") from error
     options = dict(options or {})
     new_root = options.pop("data_root", None)
     old_root = cfg.get("data_root")
@@ -224,7 +227,9 @@ def check_data(cfg: Config, *splits: str) -> list[str]:
     read_byte_order_marks()
     seen: set[tuple] = set()
     warnings: list[str] = []
-    for split, dataset in ((s, dataset) for s in splits for dataset in datasets_of(cfg, s)):
+    for split, dataset in (
+        (s, dataset) for s in splits for dataset in datasets_of(cfg, s)
+    ):
         root = dataset.get("data_root") or ""
         if root and not Path(root).is_dir():
             raise DatasetError(_missing_root(root))
@@ -280,41 +285,6 @@ def _missing_root(root: str) -> str:
         f"to yours with --cfg-options data_root=FOLDER, or with {DATA_VARIABLE}=FOLDER "
         f"where FOLDER/{name} is it"
     )
-
-
-def check_work_dir(work_dir: str | os.PathLike[str]) -> None:
-    """Create the work directory, and raise unless files can be written in it."""
-    try:
-        Path(work_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=work_dir) as file:
-            file.write(b"1")
-    except OSError as error:
-        raise ConfigError(
-            f"the work directory {work_dir} cannot be written: {error}; choose another "
-            "with --work-dir"
-        ) from error
-
-
-def check_writable(
-    path: str | os.PathLike[str], *suffixes: str, option: str = "--out"
-) -> Path:
-    """The path of a file that may be written, or an error before any work is done.
-
-    Suffixes are those that it may have, any where none is given; messages name it by
-    the option.
-    """
-    path = Path(path)
-    if suffixes and path.suffix not in suffixes:
-        problem = f"end the name in {' or '.join(suffixes)}"
-    elif path.is_dir():
-        problem = "it is a folder, name a file"
-    elif not path.absolute().parent.is_dir():
-        problem = f"the folder {path.parent} does not exist, create it first"
-    elif not os.access(path.absolute().parent, os.W_OK):
-        problem = f"the folder {path.parent} is read-only, choose another"
-    else:
-        return path
-    raise ConfigError(f"cannot write {option} {path}: {problem}")
 
 
 # -- options that the commands in tools/ share -----------------------------------------

@@ -11,6 +11,7 @@ import copy
 import itertools
 import os
 import time
+from collections.abc import Iterable
 
 import torch
 from mmengine.config import Config
@@ -79,7 +80,7 @@ class _HeadCheckHook(Hook):
         classes = getattr(loader.dataset, "metainfo", {}).get("classes")
         model = core_model(runner.model)
         # A detector that is asked in words has as many outputs as words fit.
-        if classes is None or hasattr(model, "language_model"):
+        if not classes or hasattr(model, "language_model"):
             return
         for name, module in model.named_modules():
             parts = [part for part in name.split(".") if not part.isdecimal()]
@@ -145,6 +146,12 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def say_warnings(warnings: Iterable[str]) -> None:
+    """Print warnings, once where several processes run."""
+    for text in warnings:
+        say(f"warning: {text}")
+
+
 # -- several processes -----------------------------------------------------------------
 
 LAUNCHERS = {
@@ -159,6 +166,13 @@ LAUNCHERS = {
     ),
 }
 """Launchers, and the environment variables by which each tells a process its place."""
+
+
+def is_first_process(cfg: Config) -> bool:
+    """Whether this is the first of a config's processes, before they have met."""
+    names = LAUNCHERS.get(cfg.get("launcher") or "none", ())
+    return not names or os.environ.get(names[0], "0") == "0"
+
 
 HOW_TO_START = {
     "pytorch": "start it with tools/dist_train.sh, tools/dist_test.sh or torchrun",

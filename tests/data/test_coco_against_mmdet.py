@@ -252,7 +252,7 @@ def test_classes_are_read_as_mmdet_reads_them(how, tmp_path):
     dataset = cfg.train_dataloader.dataset
     given, message = {
         "file": (dict(classes=str(names)), None),
-        "one name": (dict(classes="cat"), r"the text 'cat', .* \('cat',\) with a comma"),
+        "one name": (dict(classes="cat"), r"text 'cat', .* \('cat',\) with a comma"),
         "no file": (dict(classes="none.txt"), "'none.txt', which names no file"),
         "capitals": (dict(CLASSES=CLASSES), "'CLASSES'.*small letters"),
         "number": (dict(classes=2), "classes are 2; expected a tuple"),

@@ -6,7 +6,8 @@ import pytest
 
 from mmcastling.data import CocoFormatError, DatasetError
 from mmcastling.run import ConfigError, check_data, load_config
-from mmcastling.run.config import check_work_dir, datasets_of, has_data, require
+from mmcastling.run.config import datasets_of, has_data, require
+from mmcastling.run.work_dir import check_work_dir
 
 COCO = "mask_rcnn_castling_s_coco.py"
 IMAGENET = "castling_tiny_in1k.py"
