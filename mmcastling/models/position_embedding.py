@@ -51,10 +51,10 @@ def _measured_grid(table: Tensor, guess: Grid | None) -> Grid | None:
         step: (table[step:] - table[:-step]).float().square().mean().item()
         for step in {width + near for width in widths for near in (-1, 0, 1)}
     }
-    shares = {
-        width: steps[width] / max(min(steps[width - 1], steps[width + 1]), 1e-30)
-        for width in widths
-    }
+    shares = {}
+    for width in widths:
+        beside = min(steps[width - 1], steps[width + 1])
+        shares[width] = steps[width] / beside if beside else 1.0
     if guess is not None and shares.get(guess[1], 1.0) < _LIKELY:
         return guess
     width = min(shares, key=shares.get, default=0)
@@ -86,10 +86,8 @@ def grid_of_positions(
             "channels)"
         )
     recorded = local_metadata or {}
-    counts = {extra: table.shape[1] - extra for extra in (held, 1, 2, 0)}
-    guesses = {n: known_grid(count, expected, recorded) for n, count in counts.items()}
-    for extra in sorted(counts, key=lambda n: guesses[n] is None):  # stable
-        grid = guesses[extra]
+    for extra in dict.fromkeys((held, 1, 2, 0)):
+        grid = known_grid(table.shape[1] - extra, expected, recorded)
         if grid is None or grid != recorded.get(_GRID):
             grid = _measured_grid(table[0, extra:], grid)
         if grid is not None:

@@ -1,4 +1,4 @@
-"""Whose grid a table of positions is of, where the number of positions leaves it open."""
+"""Of which grid a table of positions is, where their number leaves it open."""
 
 import pytest
 import torch
@@ -28,7 +28,9 @@ def learnt(height, width, dims=48):
     return (rows + columns).reshape(1, height * width, dims)
 
 
-@pytest.mark.parametrize("grid", [(4, 9), (9, 4), (3, 12), (6, 6), (4, 8), (14, 14)])
+@pytest.mark.parametrize(
+    "grid", [(4, 9), (9, 4), (3, 12), (6, 6), (4, 8), (10, 8), (14, 14)]
+)
 @pytest.mark.parametrize("held", [0, 1])
 def test_a_learnt_table_shows_its_grid(grid, held):
     table = torch.cat([torch.zeros(1, held, 48), learnt(*grid)], dim=1)
