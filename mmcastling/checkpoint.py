@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from mmcastling.attention.old_names import with_current_names
 from mmcastling.errors import CheckpointError, DamagedCheckpointError
 from mmcastling.files import remove_leftovers, write_atomically
 
+_OF_PROGRAMS = re.compile(r"(^|/)(code/__torch__|archive_format$|serialized_)")
 MOST_EXPANDED = 16
 """How many times the size of its file a checkpoint's tensors may have together. Several
 names of one tensor count each; views that repeat a number reach any size."""
@@ -98,8 +100,14 @@ def load_checkpoint(
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse an archive whose members are larger than itself, as no torch writes."""
+    """Refuse a program, and an archive whose members are larger than itself."""
     with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        if any(_OF_PROGRAMS.search(name) for name in archive.namelist()):
+            raise CheckpointError(
+                f"checkpoint {path} is refused: it is a program of TorchScript or "
+                "torch.export, which runs what its author wrote, and no weights. Give "
+                "the checkpoint that it was made from"
+            )
         unpacked = sum(member.file_size for member in archive.infolist())
         if unpacked > path.stat().st_size:
             raise CheckpointError(_too_large(path, f"unpacks to {unpacked:,} bytes"))

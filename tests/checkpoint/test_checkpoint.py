@@ -280,6 +280,19 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path, monkeyp
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize("kind", ["script", "exported"])
+def test_a_program_is_no_checkpoint(kind, tmp_path):
+    model, path = nn.Linear(2, 2), tmp_path / "program.pt"
+    if kind == "script":
+        torch.jit.save(torch.jit.trace(model, torch.ones(1, 2)), str(path))
+    else:
+        program = torch.export.export(model, (torch.ones(1, 2),))
+        torch.export.save(program, path.with_suffix(".pt2"))
+        path = path.with_suffix(".pt2")
+    with pytest.raises(CheckpointError, match="refused: it is a program"):
+        load_checkpoint(path)
+
+
 def test_tied_and_repeated_weights_are_loaded(tmp_path):
     weight = torch.zeros(1000)
     content = {f"{i}.weight": weight for i in range(8)} | {"few": nested(90)}
