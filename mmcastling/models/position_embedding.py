@@ -45,7 +45,7 @@ def _measured_grid(table: Tensor, guess: Grid | None) -> Grid | None:
 
     In a learnt table a position resembles the one below it more than those beside that.
     """
-    count = table.shape[0]
+    count = 0 if table.is_meta else table.shape[0]
     widths = [width for width in range(2, count // 2 + 1) if count % width == 0]
     steps = {
         step: (table[step:] - table[:-step]).float().square().mean().item()
@@ -124,6 +124,8 @@ def fit_position_embedding(
         CheckpointError: If the grid of the table is not known.
     """
     own, extra = grid_of_positions(table, held, grid, local_metadata)
+    if (own, extra) == (grid, wanted):
+        return table, ""
     notes = []
     if extra > wanted:
         which = "distillation" if extra == 2 and wanted == 1 else "class"
