@@ -116,7 +116,8 @@ def _check(
 
 
 def _counted(reasons: Counter[str]) -> str:
-    return ", ".join(f"{count} as {why}" for why, count in reasons.most_common(5))
+    shown = ", ".join(f"{count} as {why}" for why, count in reasons.most_common(5))
+    return shown + (", ..." if len(reasons) > 5 else "")
 
 
 # -- the file --------------------------------------------------------------------------
@@ -277,7 +278,7 @@ def _compare_classes(
 
 def _listed(names: list[str]) -> str:
     shown = ", ".join(map(repr, names[:10]))
-    return f"{shown}, ..." if names[10:] else f"{shown},"
+    return shown + (", ..." if names[10:] else "," if len(names) == 1 else "")
 
 
 def _is_id(value: Any) -> bool:

@@ -96,7 +96,7 @@ TABLE = {
     "class twice": (category("cat", at=0), CLASSES, True, ["repeats the name 'cat'"]),
     "classes in another order": (
         *(None, ("dog", "cat"), True),
-        ["not in the order", "classes=('cat', 'dog',)"],
+        ["not in the order", "classes=('cat', 'dog'))"],
     ),
     "other classes": (None, ("cow",), True, ["none of the file's 2 categories"]),
     "last class missing": (only_cats, CLASSES, True, "1 of 2 classes have no category"),
