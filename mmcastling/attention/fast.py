@@ -19,7 +19,7 @@ from mmcastling.attention.functional import (
     l2_normalize,
     linear_factor,
 )
-from mmcastling.attention.recording import is_recorded, is_watched
+from mmcastling.attention.recording import is_tracing_or_needs_grad, is_watched
 
 # Tokens are taken so many numbers at a time, about what a CPU core's cache holds.
 _CHUNK = 2**18
@@ -73,7 +73,7 @@ def normalized_linear_angular_attention(
 def _tokens_at_once(*tensors: Tensor | None) -> int | None:
     """How many tokens to take at a time, or None for all."""
     v = tensors[2]
-    if is_recorded(*tensors) or v.device.type != "cpu" or not v.numel():
+    if is_tracing_or_needs_grad(*tensors) or v.device.type != "cpu" or not v.numel():
         return None
     batch, heads, tokens, channels = v.shape
     size = max(_LEAST_ROWS, _CHUNK // (batch * heads * channels))
@@ -151,7 +151,7 @@ def apply_then(
     what is hooked, wrapped or recorded is called one by one.
     """
     then = getattr(type(layer), "then", None)
-    one_by_one = then is None or is_recorded(x)
+    one_by_one = then is None or is_tracing_or_needs_grad(x)
     if one_by_one or is_watched(layer) or is_watched(activation):
         return activation(layer(x, *args))
     return then(layer, activation, x, *args)
@@ -160,7 +160,7 @@ def apply_then(
 def onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether oneDNN's fused layers compute with such an input, weight and bias now."""
     return (
-        not is_recorded(x, weight, bias)
+        not is_tracing_or_needs_grad(x, weight, bias)
         and x.device.type == "cpu"
         and x.numel() > 0
         and x.dtype == weight.dtype

@@ -13,7 +13,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 
-def is_recorded(*tensors: Tensor | None) -> bool:
+def is_tracing_or_needs_grad(*tensors: Tensor | None) -> bool:
     """Whether operations on tensors become a graph, or are seen by anything else.
 
     By gradients of reverse or forward mode, the compiler and the exporters, ``vmap``

@@ -36,5 +36,7 @@ module                      what it mends or adds             can go when
                             other's padding                   padding out
 ``coco_eval``               COCO's evaluation is slow         mmdet's own metric runs
                                                               on faster-coco-eval
+                            pycocotools cannot read a byte    pycocotools opens files
+                            order mark                        as utf-8-sig
 ==========================  ================================  =======================
 """

@@ -80,6 +80,8 @@ class QuantizedLinear(nn.Module):
         name = onednn_name(activation)
         if name is None:
             return activation(self(x))
+        if x.shape[0] == 0:  # no images
+            return x.new_zeros((*x.shape[:-1], self.out_features))
         low, high = torch.aminmax(x)
         compiling = torch.compiler.is_compiling()
         if compiling or not (low.isfinite() and high.isfinite()):

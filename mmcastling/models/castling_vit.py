@@ -29,7 +29,7 @@ from mmcastling.models.common import (
     image_size,
 )
 from mmcastling.models.conv_ffn import ConvFFN
-from mmcastling.models.position_embedding import fit_position_embedding
+from mmcastling.models.position_embedding import fit_position_embedding, note_grid
 from mmcastling.models.stem import ConvStem
 from mmcastling.registry import MODELS
 
@@ -209,6 +209,7 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
             if index != num_layers - 1:  # the last layer's norm is ln1
                 norm = build_norm_layer(norm_cfg, self.embed_dims)
                 self.add_module(f"out_norm{index}", norm)
+        self._register_state_dict_hook(note_grid)
         if deploy:
             self.switch_to_deploy()
         self._freeze_stages()
@@ -234,17 +235,23 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
         super().init_weights()
 
     def _prepare_pos_embed(
-        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         # In place of mmpretrain's, which expects this model's own class tokens.
         name = f"{prefix}pos_embed"
-        if name in state_dict and state_dict[name].shape != self.pos_embed.shape:
+        if name in state_dict:
             state_dict[name], note = fit_position_embedding(
                 state_dict[name],
                 sum(f"{prefix}{token}" in state_dict for token in TOKENS),
                 tuple(self.patch_resolution),
                 self.num_extra_tokens,
                 self.interpolate_mode,
+                local_metadata,
             )
             if note:
                 MMLogger.get_current_instance().info(f"{name}: {note}")
@@ -328,6 +335,9 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
     def _format_output(self, x: Tensor, grid: Grid) -> Tensor | tuple[Tensor, Tensor]:
         if self.out_type == "cls_token" and self.dist_token is not None:
             return x[:, 0], x[:, 1]
+        if self.out_type == "featmap":  # mmpretrain's fails for no images at all
+            patches = x[:, self.num_extra_tokens :].unflatten(1, grid)
+            return patches.permute(0, 3, 1, 2)  # (B, C, H, W)
         return super()._format_output(x, grid)
 
     def _freeze_stages(self) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from mmcastling.checkpoint import load_checkpoint, write_atomically
+from mmcastling.checkpoint import load_checkpoint
 from mmcastling.compat.model_index import find_config
 from mmcastling.deploy import check_precision, is_deployed, set_precision
 from mmcastling.errors import ConfigError
+from mmcastling.files import temporary_folder, write_atomically
 from mmcastling.run.config import (
-    check_work_dir,
     dataset_meta,
     datasets_of,
     load_config,
@@ -40,7 +39,13 @@ from mmcastling.run.config import (
 )
 from mmcastling.run.load import load_pruned_model
 from mmcastling.run.testing import add_prediction
-from mmcastling.runtime import SUFFIXES, ExportedInferencer, is_exported
+from mmcastling.run.work_dir import check_work_dir
+from mmcastling.runtime import (
+    SUFFIXES,
+    ExportedInferencer,
+    ExportedModelError,
+    is_exported,
+)
 from mmcastling.runtime.preprocess import read_image
 from mmcastling.show.painting import Painter
 
@@ -197,13 +202,17 @@ VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 class DemoReport:
     """The painted files, and the seconds that each picture or frame took.
 
-    They run from the picture in memory to the prediction.
+    They run from the picture in memory to the prediction. What could not be read is
+    ``damaged``, in words.
     """
 
     seconds: list[float]
     written: list[Path]
+    damaged: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
+        if not self.seconds:
+            return "0 images"
         first, *rest = self.seconds
         text = f", the first took {first:.4f}" if rest else ""
         return (
@@ -217,7 +226,7 @@ def find_sources(source: str | os.PathLike[str]) -> list[Path]:
     """The pictures that are meant, or the one video.
 
     A folder stands for its own pictures in the order of their names. Anything else is a
-    :class:`ConfigError`, as is a picture that is none by its first bytes.
+    :class:`ConfigError`, as is one picture that is none by its first bytes.
     """
     source = Path(source)
     if source.is_dir():
@@ -236,13 +245,12 @@ def find_sources(source: str | os.PathLike[str]) -> list[Path]:
             f"{source} is neither a picture ({', '.join(PICTURES)}), nor a video "
             f"({', '.join(VIDEOS)}), nor a folder of pictures"
         )
-    for path in found:
-        if not _is_video(path) and not cv2.haveImageReader(str(path)):
-            raise ConfigError(
-                f"picture {path} ({path.stat().st_size} bytes) cannot be read: it is "
-                "damaged, or no picture of the kind that its name says; take it out, "
-                "or copy it again"
-            )
+    is_single = found == [source] and not _is_video(source)
+    if is_single and not cv2.haveImageReader(str(source)):
+        raise ConfigError(
+            f"picture {source} ({source.stat().st_size} bytes) cannot be read: it is "
+            "damaged, or no picture of the kind that its name says; copy it again"
+        )
     return found
 
 
@@ -256,7 +264,8 @@ def run_demo(
     """Predict, paint and write, with a line for each picture and a bar of progress.
 
     Pictures are written into the folder as PNG under their own names, a video as MP4.
-    Detections with lower scores are not drawn.
+    Detections with lower scores are not drawn. A picture that cannot be read is passed
+    over, and named in the report.
     """
     sources = find_sources(source)
     targets = _targets(sources, Path(out_dir))
@@ -281,10 +290,17 @@ def run_demo(
             _paint_video(sources[0], targets[0], paint, progress)
             return DemoReport(seconds, targets)
         pairs = list(zip(sources, targets, strict=True))
+        written, damaged = [], []
         for path, target in progress.track(pairs, description="predicting"):
-            png = cv2.imencode(".png", paint(read_image(path), path))[1].tobytes()
+            try:
+                image = read_image(path)
+            except ExportedModelError as error:
+                damaged.append(str(error))
+                continue
+            png = cv2.imencode(".png", paint(image, path))[1].tobytes()
             write_atomically(target, lambda file, png=png: file.write(png))
-    return DemoReport(seconds, targets)
+            written.append(target)
+    return DemoReport(seconds, written, damaged)
 
 
 def _is_video(path: Path) -> bool:
@@ -321,8 +337,8 @@ def _paint_video(
             "it is damaged, or of a codec that it lacks; convert it to MP4 (H.264)"
         )
     count, rate = video.frame_cnt or None, video.fps or 25.0
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".demo-") as folder:
-        unfinished, writer = Path(folder) / target.name, cv2.VideoWriter()
+    with temporary_folder(target) as folder:
+        unfinished, writer = folder / target.name, cv2.VideoWriter()
         for frame in progress.track(video, total=count, description="predicting"):
             painted = paint(frame)
             height, width = painted.shape[:2]

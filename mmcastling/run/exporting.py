@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import math
 import os
-import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -37,15 +36,16 @@ from mmcastling.export import (
     reference_outputs,
     write_graph,
 )
+from mmcastling.files import check_writable, replace_together, temporary_folder
 from mmcastling.registry import type_name
 from mmcastling.run.config import (
     check_data,
-    check_writable,
     dataset_meta,
     datasets_of,
     has_data,
 )
 from mmcastling.run.load import load_pruned_model
+from mmcastling.run.runner import say_warnings
 from mmcastling.runtime import SUFFIXES, ExportedInferencer, ExportMetadata
 from mmcastling.runtime.model import runtime_library
 from mmcastling.runtime.preprocess import (
@@ -124,8 +124,8 @@ def export(
     inputs = list(_inputs(picture, meta))
     expected = [_in_torch(model, meta, x) for x in inputs]
     try:
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
-            path = Path(folder) / out.name
+        with temporary_folder(out) as folder:
+            path = folder / out.name
             write_graph(graph, path, meta, format, opset)
             inferencer = ExportedInferencer(path, threads=torch.get_num_threads())
             agreements = _compare(inferencer, inputs, expected)
@@ -149,8 +149,8 @@ def export(
                 _print_latency(model, inferencer, x)
             del inferencer  # it maps the file
             # All that was written, the file that names the others last.
-            for made in sorted(path.parent.iterdir(), key=lambda x: x.name == out.name):
-                made.replace(out.parent / made.name)
+            made = sorted(path.parent.iterdir(), key=lambda x: x.name == out.name)
+            replace_together(path.parent, [out.parent / x.name for x in made])
     except OSError as error:
         raise CheckpointError(f"cannot write {out}: {error}") from error
     print(f"wrote {out}: {meta.kind} {meta.name}")
@@ -176,7 +176,7 @@ def _image(cfg: Config, image: str | os.PathLike[str] | None) -> Path:
     if image is not None:
         return Path(image)
     if has_data(cfg, "test"):
-        check_data(cfg, "test")
+        say_warnings(check_data(cfg, "test"))
         dataset = DATASETS.build(cfg.test_dataloader.dataset)
         if len(dataset):
             return Path(dataset.get_data_info(0)["img_path"])

@@ -26,7 +26,7 @@ from mmcastling.deploy import difference_of, features, is_deployed, select_weigh
 from mmcastling.errors import CheckpointError
 from mmcastling.registry import model_spec
 from mmcastling.run.config import check_data, has_data, require
-from mmcastling.run.runner import core_model
+from mmcastling.run.runner import core_model, say_warnings
 from mmcastling.verbs import castling_modules, restore_mask, set_mask, switch_to_deploy
 
 TOLERANCE = 1e-5
@@ -159,7 +159,7 @@ def load_pruned_model(
         inputs = list(first_test_images(cfg, model, images, dataset))
     elif verify or (verify is None and has_data(cfg, "test")):
         require(cfg, "test_dataloader")
-        check_data(cfg, "test")
+        say_warnings(check_data(cfg, "test"))
         inputs = list(first_test_images(cfg, model, images))
     if not inputs:
         switch_to_deploy(model, inplace=True)

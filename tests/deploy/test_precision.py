@@ -381,3 +381,11 @@ def test_the_converter_writes_it_into_the_config(
     assert evaluate(deployed_cfg, out, precision="fp32").precision == "fp32"
     with pytest.raises(ConfigError, match=r"end the name in \.pth"):
         convert(cfg, trained.masks_off, tmp_path / "x.bin", precision="bf16")
+
+
+def test_no_images_give_no_features(any_machine):
+    model = deployed("vit")
+    (expected,) = model(torch.zeros(0, 3, 64, 64))
+    set_precision(model, "int8")
+    (found,) = model(torch.zeros(0, 3, 64, 64))
+    assert found.shape == expected.shape == (0, 128, 8, 8)

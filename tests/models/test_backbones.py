@@ -19,7 +19,7 @@ from mmcastling.attention import MIXERS
 from mmcastling.errors import OptionError
 from mmcastling.models import CastlingLeViT, CastlingMViT, CastlingViT
 from mmcastling.registry import MODELS
-from mmcastling.verbs import castling_modules, set_mask
+from mmcastling.verbs import castling_modules, set_mask, switch_to_deploy
 
 SOFTMAX = dict(type="softmax")
 # Stage blocks: 2, 3, 4 heads of 8. Between stages: 4 and 6 heads of 16.
@@ -439,3 +439,16 @@ def test_attention_options_act_or_are_refused(name):
 def test_an_attention_option_of_another_type_is_named():
     with pytest.raises(OptionError, match=r"num_heads.*'a'"):
         mmcastling.models.CastlingViT("nano", attention=dict(num_heads="a"))
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_no_images_give_no_outputs_trained_and_deployed(family):
+    model = family.kind(family.arch, **{**family.options, **family.all_outputs})
+    images = torch.zeros(0, 3, 64, 64)
+    for outs in (model(images), switch_to_deploy(model).eval()(images)):
+        shapes = [
+            (0, c, 64 // s, 64 // s)
+            for c, s in zip(family.channels, family.strides, strict=True)
+        ]
+        assert [tuple(out.shape) for out in outs] == shapes
+    sum(out.sum() for out in model(images)).backward()

@@ -16,10 +16,10 @@ Example:
 import argparse
 from pathlib import Path
 
+from mmcastling.files import check_writable
 from mmcastling.run import run_cli
 from mmcastling.run.config import (
     add_config_arguments,
-    check_writable,
     config_from_arguments,
 )
 from mmcastling.run.show_attention import (
