@@ -7,7 +7,6 @@ is touched or a model is built.
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib
 import os
 import tempfile
@@ -19,10 +18,10 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import DATASETS, init_default_scope
 
 from mmcastling.data import DatasetError, check_coco
+from mmcastling.data.image_sizes import is_upright
 from mmcastling.deploy import PRECISIONS
 from mmcastling.errors import ConfigError
-from mmcastling.registry import type_name
-from mmcastling.run.label_maps import check_label_maps
+from mmcastling.run.label_maps import check_label_maps, loading_of
 
 DATA_VARIABLE = "MMCASTLING_DATA"
 """Environment variable that names the folder standing for ``data/`` in all configs."""
@@ -165,18 +164,6 @@ def dataset_meta(
     return dict(classes=classes, palette=palette)
 
 
-def pipeline_without_loading(cfg: Config) -> list[ConfigDict]:
-    """The steps of the test pipeline, which a config must have, behind loading."""
-    dataset = next(datasets_of(cfg, "test"), None)
-    if dataset is None or not dataset.get("pipeline"):
-        raise ConfigError(
-            f"config {cfg.filename} has no test_dataloader with a pipeline, which says "
-            "how an image reaches the network: start from a config that has"
-        )
-    steps = copy.deepcopy(dataset.pipeline)
-    return [step for step in steps if not type_name(step["type"]).startswith("Load")]
-
-
 def has_data(cfg: Config, split: str) -> bool:
     """Whether every data folder that a split reads exists."""
     roots = [dataset.get("data_root") or "." for dataset in datasets_of(cfg, split)]
@@ -207,6 +194,7 @@ def check_data(cfg: Config, *splits: str) -> None:
                 ann_file,
                 image_dir=os.path.join(root, prefix.get("img", "")),
                 classes=dataset_meta(dataset)["classes"],
+                upright=is_upright(loading_of(dataset)),
             )
 
 
