@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mmcastling.data import CocoFormatError, DatasetError
-from mmcastling.run import ConfigError, check_data, load_config
+from mmcastling.run import ConfigError, check_data, config, label_maps, load_config
 from mmcastling.run.config import check_work_dir, datasets_of, has_data, require
 
 COCO = "mask_rcnn_castling_s_coco.py"
@@ -248,3 +248,30 @@ def test_a_file_in_place_of_the_work_dir_is_named(below, tmp_path):
     with pytest.raises(ConfigError, match=r"taken.* cannot be written: .*--work-dir"):
         check_work_dir(tmp_path / "taken" / below)
     assert (tmp_path / "taken").read_text() == "keep"
+
+
+@pytest.mark.parametrize(
+    ("loading", "upright"),
+    [
+        ({}, True),
+        ({"color_type": "grayscale"}, True),
+        ({"color_type": "color_ignore_orientation"}, False),
+        ({"color_type": "unchanged"}, False),
+        ({"imdecode_backend": "turbojpeg"}, False),
+    ],
+)
+def test_images_are_checked_as_the_config_turns_them(
+    detector_config, segmentor_config, monkeypatch, loading, upright
+):
+    seen = []
+
+    def keep(*_, **options):
+        seen.append(options["upright"])
+
+    monkeypatch.setattr(config, "check_coco", keep)
+    monkeypatch.setattr(label_maps, "check_segmentation", keep)
+    step = "train_dataloader.dataset.pipeline.0"
+    options = {f"{step}.{name}": value for name, value in loading.items()}
+    for path in (detector_config, segmentor_config):
+        check_data(load_config(path, options), "train")
+    assert seen == [upright, upright]
