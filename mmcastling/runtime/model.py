@@ -201,13 +201,15 @@ class ExportedModel:
         runtime: str | None = None,
         threads: int | None = None,
     ) -> None:
-        self.path, self._threads = Path(path), threads
+        self.path = Path(path)
+        self._opened = self.path.absolute(), threads
         self.runtime, self._session = _open(self.path, runtime, threads)
         self.metadata = ExportMetadata.from_json(self._session.metadata, str(path))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled by its path: sessions cannot be."""
-        return type(self), (self.path.absolute(), self.runtime, self._threads)
+        path, threads = self._opened
+        return type(self), (path, self.runtime, threads)
 
     def __call__(
         self, images: Any, image_size: tuple[int, int] | None = None
