@@ -36,6 +36,7 @@ OPSETS = range(18, 24)
 """ONNX opsets that the exporter writes and the runtimes read."""
 
 DEFAULT_OPSET = 18
+DEFAULT_FORMAT = "onnx"
 
 FORMAT_PRECISIONS = {
     "onnx": ("fp32", "int8"),

@@ -17,7 +17,12 @@ from mmcastling.analysis import input_channels
 from mmcastling.analysis.data_sample import DataSample
 from mmcastling.deploy.verify import tensors_in
 from mmcastling.export.detectors import detector_graph
-from mmcastling.export.formats import DEFAULT_OPSET, UnsupportedModelError, write
+from mmcastling.export.formats import (
+    DEFAULT_FORMAT,
+    DEFAULT_OPSET,
+    UnsupportedModelError,
+    write,
+)
 from mmcastling.runtime import ExportMetadata
 
 
@@ -178,7 +183,11 @@ def _replace_pools(module: nn.Module) -> None:
 
 
 def describe(
-    model: nn.Module, graph: nn.Module, part: str = "model", **facts: Any
+    model: nn.Module,
+    graph: nn.Module,
+    part: str = "model",
+    format: str = DEFAULT_FORMAT,
+    **facts: Any,
 ) -> ExportMetadata:
     """The metadata of a model's exported file.
 
@@ -186,6 +195,7 @@ def describe(
         model: The deployed model.
         graph: What :func:`mmcastling.export.export_graph` makes of it.
         part: As there.
+        format: One of :data:`mmcastling.export.FORMATS`. Defaults to ``'onnx'``.
         **facts: What the model does not know: ``classes``, ``palette``, ``pipeline``,
             ``versions``.
 
@@ -198,12 +208,15 @@ def describe(
     elif graph.kind == "segmentor":
         facts["segmentation"] = _segmentor_facts(model)
     patch = getattr(model.backbone, "patch_size", 32)
+    smallest = patch if isinstance(patch, int) else max(patch)
+    if format == "exported-program":
+        smallest += 1  # torch asserts that a grid of tokens has two rows and columns
     return ExportMetadata(
         kind=graph.kind,
         name=type(model.backbone if part == "backbone" else model).__name__,
         outputs=tuple(graph.outputs),
         channels=input_channels(model),
-        min_size=patch if isinstance(patch, int) else max(patch),
+        min_size=smallest,
         dynamic_batch=graph.kind != "detector",
         **facts,
     )

@@ -24,6 +24,7 @@ from mmcastling.checkpoint import load_checkpoint
 from mmcastling.deploy import set_precision
 from mmcastling.errors import CheckpointError, ConfigError, UserError
 from mmcastling.export import (
+    DEFAULT_FORMAT,
     DEFAULT_OPSET,
     FORMATS,
     Agreement,
@@ -69,7 +70,7 @@ def export(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
-    format: str = "onnx",
+    format: str = DEFAULT_FORMAT,
     part: str = "model",
     opset: int = DEFAULT_OPSET,
     image: str | os.PathLike[str] | None = None,
@@ -124,7 +125,7 @@ def export(
     facts |= dict(versions=versions)
     if part != "backbone":
         facts |= _classes(cfg, checkpoint)
-    meta = describe(model, graph, part, **facts)
+    meta = describe(model, graph, part, format, **facts)
     from_file = _from_file(cfg, model, meta, picture)
     inputs = list(_inputs(read_image(picture, meta), meta))
     expected = [_in_torch(model, meta, x) for x in inputs]
