@@ -99,12 +99,13 @@ def _mix(
 ) -> Tensor:
     """``l2_normalize(weight |q| v + q keys_values) + residual``."""
     length = torch.linalg.vector_norm(q, dim=-1, keepdim=True)  # (B, h, N, 1)
-    # A zero row keeps v. The weight may follow from a size that a graph leaves open,
-    # which no operator takes for an attribute.
-    length = torch.threshold(length, NORM_EPS, 1.0) * weight
+    length = torch.threshold(length, NORM_EPS, 1.0)  # a zero row keeps v
+    if not isinstance(weight, float):
+        # It follows from a size that a graph leaves open: ONNX has no such attributes.
+        length, weight = length * weight, 1.0
     y = q @ keys_values
     # In place: the gradient of the product above does not need its result.
-    y = y.addcmul_(v, length)
+    y = y.addcmul_(v, length, value=weight)
     # A row with a direction is no shorter: it is |q| times one longer than NORM_EPS.
     return l2_normalize(y, residual=residual, eps=NORM_EPS**2, out=out)
 
