@@ -93,6 +93,9 @@ def _mix(
     """``l2_normalize(weight |q| v + q keys_values) + residual``."""
     length = torch.linalg.vector_norm(q, dim=-1, keepdim=True)  # (B, h, N, 1)
     length = torch.threshold(length, NORM_EPS, 1.0)  # a zero row keeps v
+    if not isinstance(weight, float):
+        # It follows from a size that a graph leaves open: ONNX has no such attributes.
+        length, weight = length * weight, 1.0
     y = q @ keys_values
     # In place: the gradient of the product above does not need its result.
     y = y.addcmul_(v, length, value=weight)

@@ -7,7 +7,6 @@ is touched or a model is built.
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib
 import os
 from collections.abc import Iterator
@@ -20,10 +19,10 @@ from mmengine.registry import DATASETS, init_default_scope
 
 from mmcastling.compat.coco_eval import read_byte_order_marks
 from mmcastling.data import DatasetError, check_coco
+from mmcastling.data.image_sizes import is_upright
 from mmcastling.deploy import PRECISIONS
 from mmcastling.errors import ConfigError
-from mmcastling.registry import type_name
-from mmcastling.run.label_maps import check_label_maps
+from mmcastling.run.label_maps import check_label_maps, loading_of
 
 DATA_VARIABLE = "MMCASTLING_DATA"
 """Environment variable that names the folder standing for ``data/`` in all configs."""
@@ -199,18 +198,6 @@ def _class_names(value: Any) -> tuple[str, ...]:
     )
 
 
-def pipeline_without_loading(cfg: Config) -> list[ConfigDict]:
-    """The steps of the test pipeline, which a config must have, behind loading."""
-    dataset = next(datasets_of(cfg, "test"), None)
-    if dataset is None or not dataset.get("pipeline"):
-        raise ConfigError(
-            f"config {cfg.filename} has no test_dataloader with a pipeline, which says "
-            "how an image reaches the network: start from a config that has"
-        )
-    steps = copy.deepcopy(dataset.pipeline)
-    return [step for step in steps if not type_name(step["type"]).startswith("Load")]
-
-
 def has_data(cfg: Config, split: str) -> bool:
     """Whether every data folder that a split reads exists."""
     roots = [dataset.get("data_root") or "." for dataset in datasets_of(cfg, split)]
@@ -250,6 +237,7 @@ def check_data(cfg: Config, *splits: str) -> list[str]:
                 classes=classes,
                 masks=_asks_for_masks(cfg, split),
                 evaluated=split != "train",
+                upright=is_upright(loading_of(dataset)),
             )
             if (key := (ann_file, *what.values())) not in seen:
                 seen.add(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import statistics
 import time
@@ -15,7 +16,7 @@ import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.dataset import Compose, pseudo_collate
+from mmengine.dataset import pseudo_collate
 from mmengine.device import get_device
 from mmengine.structures import BaseDataElement
 from rich.console import Console
@@ -26,27 +27,23 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mmcastling.analysis import input_channels
 from mmcastling.checkpoint import load_checkpoint
 from mmcastling.compat.model_index import find_config
 from mmcastling.deploy import check_precision, is_deployed, set_precision
-from mmcastling.errors import ConfigError
+from mmcastling.errors import ConfigError, UserError
 from mmcastling.files import temporary_folder, write_atomically
 from mmcastling.run.config import (
     dataset_meta,
     datasets_of,
     load_config,
-    pipeline_without_loading,
 )
 from mmcastling.run.load import load_pruned_model
+from mmcastling.run.pipelines import FilePipeline
 from mmcastling.run.testing import add_prediction
 from mmcastling.run.work_dir import check_work_dir
-from mmcastling.runtime import (
-    SUFFIXES,
-    ExportedInferencer,
-    ExportedModelError,
-    is_exported,
-)
-from mmcastling.runtime.preprocess import read_image
+from mmcastling.runtime import SUFFIXES, ExportedInferencer, is_exported
+from mmcastling.runtime.images import read_image, with_channels
 from mmcastling.show.painting import Painter
 
 # -- what predicts --------------------------------------------------------------------
@@ -63,14 +60,17 @@ class Predictor:
         scope: The toolbox that draws what it predicts.
         dataset_meta: ``classes`` and ``palette``, where they are known.
         name: What predicts, in words.
-        predict: From a picture ``(H, W, 3)`` in BGR to the toolbox's data sample, in
-            the picture's pixels.
+        read: From the path of a picture to ``(H, W, C)`` in BGR, or ``(H, W)``, as its
+            config reads it.
+        predict: From such a picture to the toolbox's data sample, in the picture's
+            pixels.
     """
 
     scope: str
     dataset_meta: dict[str, Any]
     name: str
     model: Any
+    read: Callable[[str | os.PathLike[str]], np.ndarray]
     predict: Callable[[np.ndarray], BaseDataElement]
 
     def __call__(self, image: np.ndarray) -> tuple[BaseDataElement, float]:
@@ -142,22 +142,22 @@ def _torch_predictor(
             f"{', '.join(TOOLBOXES.values())}"
         )
     checkpoint = load_checkpoint(path)
-    pipeline = Compose(pipeline_without_loading(cfg))
+    pipeline = FilePipeline(cfg)
     model, _ = load_pruned_model(cfg, checkpoint, path, verify=False)
     model.to(device)
     set_precision(model, precision)
+    channels = input_channels(model)
 
     @torch.inference_mode()
     def predict(image: np.ndarray) -> BaseDataElement:
-        shape = image.shape[:2]
-        data = dict(img=image, img_shape=shape, ori_shape=shape, img_id=0, img_path="")
-        (sample,) = model.test_step(pseudo_collate([pipeline(data)]))
+        image = with_channels(image, channels)  # of a video
+        (sample,) = model.test_step(pseudo_collate([pipeline(image)]))
         return sample.cpu()  # waits for a GPU
 
     meta = dataset_meta(next(datasets_of(cfg, "test")), checkpoint)
     pruned = "" if is_deployed(checkpoint) else ", pruned"
     name = f"torch in {precision} on {device}{pruned}"
-    return Predictor(scope, meta, name, model, predict)
+    return Predictor(scope, meta, name, model, pipeline.read, predict)
 
 
 def _exported_predictor(path: str, runtime: str | None) -> Predictor:
@@ -176,7 +176,8 @@ def _exported_predictor(path: str, runtime: str | None) -> Predictor:
 
     meta = dict(classes=metadata.classes or None, palette=metadata.palette or None)
     name = f"{inferencer.model.runtime} in {metadata.precision}"
-    return Predictor(TOOLBOXES[metadata.kind], meta, name, inferencer, predict)
+    read = functools.partial(read_image, metadata=metadata)
+    return Predictor(TOOLBOXES[metadata.kind], meta, name, inferencer, read, predict)
 
 
 def _device(name: str | None) -> torch.device:
@@ -293,8 +294,8 @@ def run_demo(
         written, damaged = [], []
         for path, target in progress.track(pairs, description="predicting"):
             try:
-                image = read_image(path)
-            except ExportedModelError as error:
+                image = predictor.read(path)
+            except UserError as error:
                 damaged.append(str(error))
                 continue
             png = cv2.imencode(".png", paint(image, path))[1].tobytes()

@@ -20,7 +20,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmcastling.analysis import count_macs
+from mmcastling.analysis import count_macs, input_channels
 from mmcastling.checkpoint import load_weights
 from mmcastling.deploy import difference_of, features, is_deployed, select_weights
 from mmcastling.errors import CheckpointError
@@ -216,4 +216,5 @@ def backbone_macs(
     # keep their device, unlike the meta device's, for which torch has no autocast.
     device = next(copied.parameters()).device
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return count_macs(copied, torch.empty(1, 3, *shape, device=device)).macs
+        images = torch.empty(1, input_channels(copied), *shape, device=device)
+        return count_macs(copied, images).macs

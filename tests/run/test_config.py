@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from mmcastling.data import CocoFormatError, DatasetError
-from mmcastling.run import ConfigError, check_data, load_config
+from mmcastling.run import ConfigError, check_data, config, label_maps, load_config
 from mmcastling.run.config import datasets_of, has_data, require
 from mmcastling.run.work_dir import LOCK, check_work_dir, claimed_work_dir
 
@@ -291,3 +291,31 @@ def test_a_work_dir_that_vanishes_is_named(tmp_path):
     folder.mkdir()
     with pytest.raises(PermissionError), claimed_work_dir(folder):
         raise PermissionError("of something else")
+
+
+@pytest.mark.parametrize(
+    ("loading", "upright"),
+    [
+        ({}, True),
+        ({"color_type": "grayscale"}, True),
+        ({"color_type": "color_ignore_orientation"}, False),
+        ({"color_type": "unchanged"}, False),
+        ({"imdecode_backend": "turbojpeg"}, False),
+    ],
+)
+def test_images_are_checked_as_the_config_turns_them(
+    detector_config, segmentor_config, monkeypatch, loading, upright
+):
+    seen = []
+
+    def keep(*_, **options):
+        seen.append(options["upright"])
+        return []
+
+    monkeypatch.setattr(config, "check_coco", keep)
+    monkeypatch.setattr(label_maps, "check_segmentation", keep)
+    step = "train_dataloader.dataset.pipeline.0"
+    options = {f"{step}.{name}": value for name, value in loading.items()}
+    for path in (detector_config, segmentor_config):
+        check_data(load_config(path, options), "train")
+    assert seen == [upright, upright]

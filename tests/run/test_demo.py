@@ -11,6 +11,7 @@ from rich.console import Console
 
 from mmcastling.run import ConfigError
 from mmcastling.run.demo import find_sources, run_demo
+from mmcastling.runtime.images import read_image
 from mmcastling.show.painting import Painter
 
 GREY = np.full((120, 160, 3), 128, np.uint8)
@@ -39,6 +40,9 @@ class Predictor:
         self.sample = sample or detections()
         self.dataset_meta = dict(classes=classes, palette=[(255, 0, 0), (0, 0, 255)])
         self.seen = []
+
+    def read(self, path):
+        return read_image(path)
 
     def __call__(self, image):
         self.seen.append(image)
@@ -93,6 +97,25 @@ def test_unnamed_classes_of_pixels_have_numbers_and_colours_of_their_own():
     sample = BaseDataElement(pred_sem_seg=PixelData(data=labels))
     painted = Painter("mmseg", dict(classes=None, palette=None))(GREY, sample)
     assert (painted[110, 5] != painted[110, 155]).any()
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        GREY[..., 0],
+        GREY[..., 0].astype(np.uint16) * 257,
+        np.float32(GREY),
+        np.concatenate([GREY, GREY], axis=2)[..., :4],
+    ],
+    ids=["grey", "16 bits", "float", "alpha"],
+)
+def test_any_picture_that_a_network_takes_is_painted_as_colour(picture):
+    picture = picture.copy()
+    picture[:10, :10] = picture.max() * (1.9 if picture.dtype == np.uint16 else 1)
+    painted = Painter("mmdet", Predictor().dataset_meta)(picture, detections())
+    assert painted.shape == (120, 160, 3)
+    level = 134 if picture.dtype == np.uint16 else 128  # the brightest is white
+    assert abs(int(painted[100, 150, 0]) - level) < 2
 
 
 def test_a_label_is_written_legibly_on_a_small_picture():
