@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.attention import LinearAngularMixer, MaskThreshold, l2_normalize
+from mmcastling.attention.functional import linear_factor
 from mmcastling.errors import OptionError
 
 Grid = tuple[int, int]
@@ -59,15 +60,27 @@ class MixerCall:
     ) -> AttentionRows:
         """The attention of a token, with its branch in the state of ``set_mask``."""
         q, k = self.q.float()[:, query : query + 1], self.k.float()  # (h, 1, d), ...
-        tokens, reference = k.shape[1], self.mixer.reference_tokens
+        tokens = k.shape[1]
         softmax = torch.softmax(q @ k.transpose(1, 2) * k.shape[2] ** -0.5, dim=-1)
-        scale = 1.0 if reference is None else reference / tokens
-        angular = l2_normalize(q) @ l2_normalize(k).transpose(1, 2) * (scale / math.pi)
-        softmax, angular = softmax.squeeze(1), angular.squeeze(1)  # (h, N)
-        angular[:, query] += 0.5
+        softmax = softmax.squeeze(1)  # (h, N)
+        angular = self._angular(q, k, query)
         survives = (softmax > threshold.resolve(tokens)) & (not threshold.rejects_all)
         masked = torch.where(survives, weight * softmax, 0.0)
         return AttentionRows(softmax, angular, masked, masked + angular)
+
+    def _angular(self, q: Tensor, k: Tensor, query: int) -> Tensor:
+        mixer, tokens = self.mixer, k.shape[1]
+        if mixer.center_keys:
+            k = k - k.mean(1, keepdim=True)
+        cosine = (l2_normalize(q) @ l2_normalize(k).transpose(1, 2)).squeeze(1)
+        if mixer.form == "released":
+            angular, own = cosine * linear_factor(k, mixer.reference_tokens), 0.5
+        else:
+            angular, own = (1 + 4 * cosine) / tokens, 0.0
+        if mixer.form == "learned":
+            angular, own = mixer.gain[:, None] * angular, mixer.own
+        angular[:, query] += own
+        return angular
 
 
 @dataclass(frozen=True)
@@ -76,10 +89,10 @@ class AttentionRows:
 
     Attributes:
         softmax: ``P_ij``, the row of ``softmax(q k^T / sqrt(d))``. Sums to 1.
-        angular: What the deployed model computes without ever forming it,
-            ``1/2 [i = j] + (1/pi) s <q^_i, k^_j>``, where ``q^`` and ``k^`` have length
-            1 and ``s`` is 1, or ``reference_tokens / N`` where that is set (see
-            :func:`mmcastling.attention.linear_angular_attention`). May be negative.
+        angular: What the deployed model computes without ever forming it, such as
+            ``1/2 [i = j] + (1/pi) <q^_i, k^_j>``, where ``q^`` and ``k^`` have length 1
+            (:func:`mmcastling.attention.linear_angular_attention` has all forms). May
+            be negative.
         masked: The auxiliary branch, ``weight * P_ij`` where ``P_ij > threshold`` and
             zero elsewhere, not renormalized.
         combined: ``masked + angular``: times the values it is what the attention

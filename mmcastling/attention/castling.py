@@ -7,11 +7,11 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmcastling.attention.deploying import note
-from mmcastling.attention.fast import normalized_linear_angular_attention
-from mmcastling.attention.functional import linear_angular_attention
+from mmcastling.attention.fast import mixed_linear_angular_attention
+from mmcastling.attention.functional import FORMS, linear_angular_attention
 from mmcastling.attention.local_conv import Grid
 from mmcastling.attention.masked_softmax import mask_state, masked_softmax_with_state
 from mmcastling.attention.mixer import TokenMixer
@@ -33,8 +33,13 @@ class LinearAngularMixer(TokenMixer):
         num_heads: Number of heads ``h``.
         head_dims: Channels per head of the values.
         local_conv: As in :class:`TokenMixer`. Defaults to ``'token'``.
-        norm_output: As in :class:`TokenMixer`. Defaults to True.
-        reference_tokens: See :func:`linear_angular_attention`. Defaults to None.
+        norm_output: As in :class:`TokenMixer`. Defaults to None (True in the released
+            form alone, whose magnitude depends on the number of tokens).
+        form: ``'released'`` or ``'average'``, see :func:`linear_angular_attention`, or
+            ``'learned'``: the average form with a learned balance per head between it
+            and the token itself, at first the average form. Defaults to ``'released'``.
+        center_keys: See :func:`linear_angular_attention`. Defaults to False.
+        reference_tokens: See there. Defaults to None.
         **options: Further arguments of :class:`TokenMixer`.
     """
 
@@ -46,17 +51,46 @@ class LinearAngularMixer(TokenMixer):
         num_heads: int,
         head_dims: int,
         local_conv: str | dict[str, Any] | None = "token",
-        norm_output: bool = True,
+        norm_output: bool | None = None,
+        form: str = "released",
+        center_keys: bool = False,
         reference_tokens: int | None = None,
         **options: Any,
     ) -> None:
+        if form not in (*FORMS, "learned"):
+            raise OptionError(
+                f"form {form!r} is not known: choose one of {[*FORMS, 'learned']}"
+            )
+        if norm_output is None:
+            norm_output = form == "released"
         super().__init__(num_heads, head_dims, local_conv, norm_output, **options)
         if reference_tokens is not None and reference_tokens < 1:
             raise OptionError(
                 f"reference_tokens {reference_tokens!r} must be a positive number of "
                 "tokens, or None for no scaling"
             )
+        if reference_tokens is not None and form != "released":
+            raise OptionError(
+                f"reference_tokens {reference_tokens} is for form='released'; in form "
+                f"{form!r} nothing grows with the number of tokens: leave it out"
+            )
         self.reference_tokens = reference_tokens
+        self.form = form
+        self.center_keys = center_keys
+        if form == "learned":
+            self.own = nn.Parameter(torch.zeros(num_heads))
+            self.gain = nn.Parameter(torch.ones(num_heads))
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """Arguments of :func:`linear_angular_attention` beside q, k and v."""
+        learned = self.form == "learned"
+        return dict(
+            form="average" if learned else self.form,
+            center_keys=self.center_keys,
+            balance=(self.own, self.gain) if learned else None,
+            reference_tokens=self.reference_tokens,
+        )
 
     @property
     def mask_is_on(self) -> bool:
@@ -72,20 +106,17 @@ class LinearAngularMixer(TokenMixer):
         :meth:`TokenMixer.forward`.
         """
         local = self.convolve(v, grid)
-        options = dict(reference_tokens=self.reference_tokens)
-        if self.norm_output and not self.mask_is_on:
+        if not self.mask_is_on:
             # The same as below in fewer passes over memory.
-            y = normalized_linear_angular_attention(q, k, v, residual=local, **options)
-            return y.to(v.dtype)
-        y = linear_angular_attention(q, k, v, **options)
-        if self.mask_is_on:
-            masked, density = masked_softmax_with_state(
-                q, k, v, state=self.branch.state
+            y = mixed_linear_angular_attention(
+                q, k, v, norm_output=self.norm_output, residual=local, **self.terms
             )
-            if self.training and not is_transformed():
-                self.branch.density = density
-            y = masked + y
-        return self.normalize_and_add(y, local, v.dtype)
+            return y.to(v.dtype)
+        y = linear_angular_attention(q, k, v, **self.terms)
+        masked, density = masked_softmax_with_state(q, k, v, state=self.branch.state)
+        if self.training and not is_transformed():
+            self.branch.density = density
+        return self.normalize_and_add(masked + y, local, v.dtype)
 
 
 class CastlingMixer(LinearAngularMixer):

@@ -7,6 +7,7 @@ oneDNN computes together with what follows them.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from mmcastling.attention.functional import (
     key_value_sum,
     l2_normalize,
     linear_factor,
+    mean_of_tokens,
 )
 from mmcastling.attention.recording import is_tracing_or_needs_grad, is_watched
 
@@ -26,47 +28,74 @@ _CHUNK = 2**18
 _LEAST_ROWS = 256
 
 
-def normalized_linear_angular_attention(
+def mixed_linear_angular_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
-    reference_tokens: int | None = None,
+    norm_output: bool,
     residual: Tensor | None = None,
+    form: str = "released",
+    center_keys: bool = False,
+    balance: tuple[Tensor, Tensor] | None = None,
+    reference_tokens: int | None = None,
 ) -> Tensor:
-    """``l2_normalize(linear_angular_attention(q, k, v))`` without normalising queries.
+    """Linear-angular attention, its norm and what is added, in few passes over memory.
 
-    A row's direction does not depend on its scale, so the row is taken times ``|q|``
-    and over the product's factor: ``(pi/2) |q| v + q (k^T^ v)``. Tokens stay the outer
-    axis in memory, so that heads merge without a copy. Where no graph is built, tokens
-    are taken a few at a time, which the next step then finds in the cache: once for the
-    sum over keys, once for the queries.
+    Queries are not normalised: a row is taken times ``|q|`` and divided by it in the
+    end, or by its own length, which does not depend on its scale. For the released form
+    that is ``(pi/2) |q| v + q (k^T^ v)``. Tokens stay the outer axis in memory, so that
+    heads merge without a copy. Where no graph is built, tokens are taken a few at a
+    time, which the next step then finds in the cache: once for the sum over keys, once
+    for the queries.
 
     Args:
-        q, k, v, reference_tokens: As in
+        q, k, v, form, center_keys, balance, reference_tokens: As in
             :func:`~mmcastling.attention.functional.linear_angular_attention`.
+        norm_output: Whether rows are scaled to length 1, before ``residual``.
         residual: Added to the result ``(B, h, N, e)``. Defaults to None.
 
     Returns:
-        ``(B, h, N, e)`` with rows of length 1 or 0, plus ``residual``. For
-        half-precision inputs float32, or half precision again where a residual was
-        added and tokens were taken a few at a time.
+        ``(B, h, N, e)``. For half-precision inputs float32, or half precision again
+        where a residual was added and tokens were taken a few at a time.
     """
-    weight = 0.5 / linear_factor(k, reference_tokens)
     size = _tokens_at_once(q, k, v, residual)
+    center = mean_of_tokens(k) if center_keys else None
     if size is None:
-        keys_values = key_value_sum(k, v)
-        return _mix(q, v, keys_values, weight=weight, residual=residual)
-    queries, keys, values = (x.split(size, 2) for x in (q, k, v))
-    keys_values = sum(map(key_value_sum, keys, values))
+        keys_values = key_value_sum(k, v, center=center)
+    else:
+        keys_values = sum(
+            key_value_sum(keys, values, center=center)
+            for keys, values in zip(k.split(size, 2), v.split(size, 2), strict=True)
+        )
+    own: Tensor | float | None
+    mean = None
+    if form == "released":
+        factor = linear_factor(k, reference_tokens)
+        own = 0.5
+        if norm_output:  # of a row that is normalised, the scale is free
+            own /= factor
+        else:
+            keys_values = keys_values * factor
+    else:
+        mean, keys_values = mean_of_tokens(v), 4 * keys_values / v.shape[2]
+        own = None
+        if balance is not None:
+            dtype = keys_values.dtype
+            own, gain = (factor.to(dtype)[:, None, None] for factor in balance)
+            mean, keys_values = gain * mean, gain * keys_values
+    terms = dict(mean=mean, own=own, norm_output=norm_output)
+    if size is None:
+        return _mix(q, v, keys_values, residual=residual, **terms)
     out = keys_values.new_empty(
         v.transpose(1, 2).shape,  # tokens first
         dtype=keys_values.dtype if residual is None else v.dtype,
     ).transpose(1, 2)
     chunks = out.split(size, 2)
     residuals = [None] * len(chunks) if residual is None else residual.split(size, 2)
-    for q, v, added, chunk in zip(queries, values, residuals, chunks, strict=True):
-        _mix(q, v, keys_values, weight=weight, residual=added, out=chunk)
+    rows = zip(q.split(size, 2), v.split(size, 2), residuals, chunks, strict=True)
+    for q, v, added, chunk in rows:
+        _mix(q, v, keys_values, residual=added, out=chunk, **terms)
     return out
 
 
@@ -86,19 +115,35 @@ def _mix(
     v: Tensor,
     keys_values: Tensor,
     *,
-    weight: float,
+    mean: Tensor | None,
+    own: Tensor | float | None,
+    norm_output: bool,
     residual: Tensor | None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``l2_normalize(weight |q| v + q keys_values) + residual``."""
+    """``mean + own v + q^ keys_values``, normalised or not, plus ``residual``."""
     length = torch.linalg.vector_norm(q, dim=-1, keepdim=True)  # (B, h, N, 1)
-    length = torch.threshold(length, NORM_EPS, 1.0)  # a zero row keeps v
-    if not isinstance(weight, float):
-        # It follows from a size that a graph leaves open: ONNX has no such attributes.
-        length, weight = length * weight, 1.0
     y = q @ keys_values
+    if not norm_output:
+        length = torch.threshold(length, NORM_EPS, math.inf)  # divides to zero
+        # In place: the gradient of the division does not need its result.
+        y = y / length if mean is None else torch.addcdiv(mean, y, length)
+        if isinstance(own, float):
+            y = y.add_(v, alpha=own)
+        elif own is not None:
+            y = y.addcmul_(v, own)
+        if residual is not None:
+            return torch.add(y, residual, out=out)
+        return y if out is None else out.copy_(y)
+    length = torch.threshold(length, NORM_EPS, 1.0)  # a zero row keeps v
     # In place: the gradient of the product above does not need its result.
-    y = y.addcmul_(v, length, value=weight)
+    if isinstance(own, float):
+        y = y.addcmul_(v, length, value=own)
+    # Also where it follows from a size that a graph leaves open.
+    elif own is not None:
+        y = y.addcmul_(v, length * own)
+    if mean is not None:
+        y = y.addcmul_(mean, length)
     # A row with a direction is no shorter: it is |q| times one longer than NORM_EPS.
     return l2_normalize(y, residual=residual, eps=NORM_EPS**2, out=out)
 

@@ -109,40 +109,75 @@ def angular_attention(
     return 0.5 * v + (similarity - 0.5) @ v
 
 
+FORMS = ("released", "average")
+
+
 @in_full_precision
 def linear_angular_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, reference_tokens: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    form: str = "released",
+    center_keys: bool = False,
+    balance: tuple[Tensor, Tensor] | None = None,
+    reference_tokens: int | None = None,
 ) -> Tensor:
-    """The linear terms of angular attention, ``1/2 v + (1/pi) q^ (k^T^ v)``, in O(N).
+    """The linear terms of angular attention in O(N), in one of two forms.
 
-    The constant term acts on the token itself, as in the authors' released block (see
-    :func:`angular_attention` for the literal reading). Queries and keys are
-    ``(B, h, N, d)``, values ``(B, h, N, e)``.
+    ``'released'``, that of the authors' block: ``1/2 v_i + (1/pi) q^_i (k^T^ v)``. The
+    kernel's constant acts on the token itself, and the second term grows with ``N``.
+
+    ``'average'``, the paper's formula divided by the sum ``N / 2`` of its row, with a
+    gain of ``2 pi`` on what tells tokens apart:
+    ``mean_j v_j + (4 / N) q^_i (k^T^ v)``. Nothing in it grows with ``N``.
 
     Args:
-        reference_tokens: Scale the second term by ``reference_tokens / N``. That term
-            is a sum over the tokens while the first is not, so the balance learned at
-            one resolution shifts at another; naming the number of tokens of training
-            keeps it. Defaults to None (no scaling, as released).
+        q, k: Queries and keys ``(B, h, N, d)``.
+        v: Values ``(B, h, N, e)``.
+        form: One of :data:`FORMS`. Defaults to ``'released'``.
+        center_keys: Take the mean of all keys from each, which softmax attention would
+            not notice. Defaults to False.
+        balance: Factors ``(h,)`` of the token itself and of the average form, ``own v_i
+            + gain average_i``. Defaults to None (0 and 1).
+        reference_tokens: Scale the released form's second term by ``reference_tokens /
+            N``. That term is a sum over the tokens while the first is not, so the
+            balance learned at one resolution shifts at another; naming the number of
+            tokens of training keeps it. Defaults to None (no scaling).
 
     Returns:
         ``(B, h, N, e)``; float32 for half-precision inputs.
     """
-    keys_values = key_value_sum(k, v) * linear_factor(k, reference_tokens)
-    return 0.5 * v + l2_normalize(q) @ keys_values
+    keys_values = key_value_sum(k, v, center=mean_of_tokens(k) if center_keys else None)
+    if form == "released":
+        keys_values = keys_values * linear_factor(k, reference_tokens)
+        return 0.5 * v + l2_normalize(q) @ keys_values
+    average = mean_of_tokens(v) + l2_normalize(q) @ (4 * keys_values / v.shape[2])
+    if balance is None:
+        return average
+    own, gain = (factor.to(v.dtype)[:, None, None] for factor in balance)
+    return own * v + gain * average
+
+
+def mean_of_tokens(x: Tensor) -> Tensor:
+    """``(B, h, N, d)`` to ``(B, h, 1, d)``; float32 for half precision."""
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return x.mean(2, keepdim=True, dtype=torch.float32 if half else None)
 
 
 @in_full_precision
-def key_value_sum(k: Tensor, v: Tensor) -> Tensor:
+def key_value_sum(k: Tensor, v: Tensor, *, center: Tensor | None = None) -> Tensor:
     """``k^T^ v``, the sum over tokens of every head, ``(B, h, d, e)``."""
+    if center is not None:
+        k = k - center
     return l2_normalize(k).transpose(-2, -1) @ v
 
 
 def linear_factor(k: Tensor, reference_tokens: int | None) -> float:
-    """The factor of ``q^ (k^T^ v)`` in :func:`linear_angular_attention`."""
+    """The factor of ``q^ (k^T^ v)`` in the released form."""
     if reference_tokens is None:
         return 1.0 / math.pi
-    return reference_tokens / (math.pi * k.shape[-2])
+    return reference_tokens / (math.pi * (k.shape[-2] or 1))
 
 
 @in_full_precision

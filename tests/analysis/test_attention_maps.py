@@ -26,8 +26,8 @@ def draw(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def attention_rows(q, k, query, threshold=OFF, weight=1.0, reference_tokens=None):
-    mixer = CastlingMixer(*q.shape[::2], reference_tokens=reference_tokens)
+def attention_rows(q, k, query, threshold=OFF, weight=1.0, mixer=None, **options):
+    mixer = mixer or CastlingMixer(*q.shape[::2], **options)
     call = MixerCall("mixer", mixer, q, k, k, (1, k.shape[1]))
     return call.rows(query, MaskThreshold.parse(threshold), weight)
 
@@ -60,24 +60,25 @@ def test_rows_equal_loops_over_pairs():
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.15, "1/N", 1.0])
-@pytest.mark.parametrize("reference_tokens", [None, 4])
-def test_combined_rows_times_values_are_what_the_mixer_mixes(
-    threshold, reference_tokens
-):
-    mixed = dict(local_conv=None, norm_output=False)
-    mixer = CastlingMixer(2, 6, reference_tokens=reference_tokens, **mixed)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(reference_tokens=4),
+        dict(form="average", center_keys=True),
+        dict(form="learned", center_keys=True),
+    ],
+)
+@torch.no_grad()
+def test_combined_rows_times_values_are_what_the_mixer_mixes(threshold, options):
+    mixer = CastlingMixer(2, 6, local_conv=None, norm_output=False, **options)
+    for factor in mixer.parameters():
+        factor.copy_(torch.tensor([0.3, -1.2]))
     mixer.set_mask(threshold, weight=0.8)
     q, k, v = draw(2, 7, 4), draw(2, 7, 4, seed=1), draw(2, 7, 6, seed=2)
     expected = mixer(q[None], k[None], v[None])[0]
     for query in range(7):
-        rows = attention_rows(
-            q,
-            k,
-            query,
-            threshold=threshold,
-            weight=0.8,
-            reference_tokens=reference_tokens,
-        )
+        rows = attention_rows(q, k, query, threshold=threshold, weight=0.8, mixer=mixer)
         assert_close((rows.combined.unsqueeze(1) @ v).squeeze(1), expected[:, query])
         assert_close(rows.softmax.sum(dim=1), torch.ones(2))
 

@@ -1,5 +1,6 @@
 """Angular attention against its definition."""
 
+import itertools
 import math
 
 import pytest
@@ -16,7 +17,7 @@ from mmcastling.attention import (
     l2_normalize,
     linear_angular_attention,
 )
-from mmcastling.attention.fast import normalized_linear_angular_attention
+from mmcastling.attention.fast import mixed_linear_angular_attention
 
 
 def qkv(batch=2, heads=3, tokens=7, dims=4, values=5, dtype=torch.float64, seed=0):
@@ -71,6 +72,75 @@ def test_released_constant_acts_on_the_token_itself():
 
 
 # -- the linear terms ------------------------------------------------------------------
+
+
+def learned(heads):
+    noise = torch.Generator().manual_seed(5)
+    return tuple(torch.randn(2, heads, generator=noise, dtype=torch.float64))
+
+
+FORMS = {
+    "released": lambda heads: {},
+    "reference": lambda heads: dict(reference_tokens=5),
+    "centered": lambda heads: dict(center_keys=True),
+    "average": lambda heads: dict(form="average"),
+    "average centered": lambda heads: dict(form="average", center_keys=True),
+    "learned": lambda heads: dict(
+        form="average", center_keys=True, balance=learned(heads)
+    ),
+}
+
+
+def pairwise(q, k, v, form="released", center_keys=False, balance=None, **options):
+    """Any form as a matrix of weights of every pair, in O(N^2)."""
+    tokens = v.shape[2]
+    if center_keys:
+        k = k - k.mean(2, keepdim=True)
+    cosine = l2_normalize(q) @ l2_normalize(k).mT
+    alone = torch.eye(tokens, dtype=v.dtype)
+    if form == "released":
+        scale = options.get("reference_tokens", tokens) / tokens
+        return (alone / 2 + scale * cosine / math.pi) @ v
+    weights = 1 / tokens + 4 / tokens * cosine
+    if balance is not None:
+        own, gain = (factor[:, None, None] for factor in balance)
+        weights = own * alone + gain * weights
+    return weights @ v
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=20, deadline=None)
+@given(**SHAPES)
+def test_every_form_equals_its_pairs(form, **shape):
+    q, k, v = qkv(**shape)
+    options = FORMS[form](shape["heads"])
+    expected = pairwise(q, k, v, **options)
+    assert_close(linear_angular_attention(q, k, v, **options), expected)
+    for norm_output in (False, True):
+        for added in (None, torch.ones_like(v)):
+            found = mixed_linear_angular_attention(
+                q, k, v, norm_output=norm_output, residual=added, **options
+            )
+            whole = l2_normalize(expected) if norm_output else expected
+            assert_close(found, whole if added is None else whole + added)
+
+
+def test_keys_of_a_common_offset_are_told_apart_once_centred():
+    q, k, v = qkv()
+    options = dict(form="average", center_keys=True)
+    plain = linear_angular_attention(q, k, v, **options)
+    assert_close(linear_angular_attention(q, k + 9, v, **options), plain)
+    assert not torch.allclose(linear_angular_attention(q, k + 9, v), plain)
+
+
+def test_the_average_form_does_not_grow_with_the_number_of_tokens():
+    q, k, v = qkv(tokens=6)
+    twice = [torch.cat([x, x], dim=2) for x in (q, k, v)]
+    options = dict(form="average", center_keys=True)
+    assert_close(
+        linear_angular_attention(*twice, **options)[:, :, :6],
+        linear_angular_attention(q, k, v, **options),
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -134,9 +204,9 @@ def test_autocast_does_not_reach_inside():
         assert_close(linear_angular_attention(q, k, v), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("reference_tokens", [None, 5])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_direction_is_that_of_linear_angular_attention(dtype, reference_tokens):
+def test_direction_is_that_of_linear_angular_attention(dtype, form):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(2, 3, 11, 8, generator=generator, dtype=torch.float64).to(dtype)
@@ -146,47 +216,53 @@ def test_direction_is_that_of_linear_angular_attention(dtype, reference_tokens):
     q[0, 1, 0] *= 1e-10
     q[0, 1, 1] *= 1e4
     v[1] = 0
-    options = dict(reference_tokens=reference_tokens)
+    options = FORMS[form](3)
     expected = l2_normalize(linear_angular_attention(q, k, v, **options))
-    found = normalized_linear_angular_attention(q, k, v, **options)
+    found = mixed_linear_angular_attention(q, k, v, norm_output=True, **options)
     assert torch.allclose(found, expected, atol=1e-5)
     assert not found[1].any() and found[0, 0, 0].any()
 
 
-def test_direction_has_the_same_gradients():
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("norm_output", [False, True])
+def test_fewer_passes_have_the_same_gradients(form, norm_output):
+    options = FORMS[form](2)
     inputs = [
         torch.randn(1, 2, 6, 4, dtype=torch.float64, requires_grad=True)
         for _ in range(3)
     ]
+    balance = options.get("balance", ())
+    learned = [factor.requires_grad_() for factor in balance]
     grad = torch.randn(1, 2, 6, 4, dtype=torch.float64)
-    expected = torch.autograd.grad(
-        l2_normalize(linear_angular_attention(*inputs)), inputs, grad
-    )
-    found = torch.autograd.grad(
-        normalized_linear_angular_attention(*inputs), inputs, grad
+    expected = linear_angular_attention(*inputs, **options)
+    if norm_output:
+        expected = l2_normalize(expected)
+    found = mixed_linear_angular_attention(*inputs, norm_output=norm_output, **options)
+    found, expected = (
+        torch.autograd.grad(y, [*inputs, *learned], grad) for y in (found, expected)
     )
     for a, b in zip(found, expected, strict=True):
         assert torch.allclose(a, b, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("reference_tokens", [None, 16])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("residual", [True, False])
-@settings(max_examples=20, deadline=None)
-@given(**SHAPES, rows=st.integers(1, 40))
+@settings(max_examples=15, deadline=None)
+@given(**SHAPES, rows=st.integers(1, 40), norm_output=st.booleans())
 def test_few_tokens_at_a_time_give_what_all_give(
-    dtype, reference_tokens, residual, rows, batch, heads, tokens, dims, values, seed
+    dtype, form, residual, rows, norm_output, batch, heads, tokens, dims, values, seed
 ):
     q, k, v = qkv(batch, heads, tokens, dims, values, dtype, seed)
     added = torch.ones_like(v) if residual else None
-    options = dict(reference_tokens=reference_tokens)
-    expected = normalized_linear_angular_attention(q, k, v, **options, residual=added)
+    options = dict(FORMS[form](heads), norm_output=norm_output)
+    expected = mixed_linear_angular_attention(q, k, v, **options, residual=added)
     inputs = [x for x in (q, k, v, added) if x is not None]
     kept = [x.clone() for x in inputs]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fast, "_CHUNK", 0)
         patch.setattr(fast, "_LEAST_ROWS", rows)
-        found = normalized_linear_angular_attention(q, k, v, **options, residual=added)
+        found = mixed_linear_angular_attention(q, k, v, **options, residual=added)
     assert found.shape == expected.shape
     # With a residual the result is rounded to the dtype of the values.
     exact = dtype is not torch.bfloat16 or not residual
@@ -199,9 +275,10 @@ def test_few_tokens_at_a_time_give_what_all_give(
 
 @pytest.mark.parametrize("shape", [(0, 2, 5, 4), (2, 3, 0, 4)])
 def test_no_images_and_no_tokens_give_none(shape):
-    for grad in (False, True):
+    for grad, form in itertools.product((False, True), FORMS.values()):
         q, k, v = (torch.randn(shape, requires_grad=grad) for _ in range(3))
-        assert normalized_linear_angular_attention(q, k, v).shape == shape
+        options = dict(norm_output=True, **form(shape[1]))
+        assert mixed_linear_angular_attention(q, k, v, **options).shape == shape
 
 
 def test_gradients_are_of_all_tokens_at_once(monkeypatch):
@@ -212,6 +289,8 @@ def test_gradients_are_of_all_tokens_at_once(monkeypatch):
         inputs[index].requires_grad_()
         q, k, v, residual = inputs
         expected = l2_normalize(linear_angular_attention(q, k, v), residual=residual)
-        found = normalized_linear_angular_attention(q, k, v, residual=residual)
+        found = mixed_linear_angular_attention(
+            q, k, v, norm_output=True, residual=residual
+        )
         grads = (torch.autograd.grad(y.sum(), inputs[index]) for y in (found, expected))
         assert_close(*grads)
