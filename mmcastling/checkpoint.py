@@ -6,11 +6,12 @@ import contextlib
 import json
 import os
 import pickle
-import secrets
+import re
 import zipfile
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +19,22 @@ from torch import nn
 
 from mmcastling.attention.old_names import with_current_names
 from mmcastling.errors import CheckpointError, DamagedCheckpointError
+from mmcastling.files import remove_leftovers, write_atomically
 
-_TEMPORARY = ".mmcastling-tmp"  # ends the name of a file while it is written
+_OF_PROGRAMS = re.compile(r"(^|/)(code/__torch__|archive_format$|serialized_)")
+MOST_EXPANDED = 16
+"""How many times the size of its file a checkpoint's tensors may have together. Several
+names of one tensor count each; views that repeat a number reach any size."""
+MOST_NESTED = 100
+"""How deep dicts and lists of a checkpoint may lie in each other."""
+MOST_VALUES = 10_000_000
+"""How many values may be in a checkpoint, those that are there several times counted
+each time."""
+
+# Of torch.compile, of FullyShardedDataParallel and of its activation checkpoints.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 _multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray
 SAFE_GLOBALS: list[Any] = [
     slice,
@@ -49,7 +64,8 @@ def load_checkpoint(
 
     Raises:
         DamagedCheckpointError: If the file is truncated or is not a checkpoint.
-        CheckpointError: If the file is missing or holds code.
+        CheckpointError: If the file is missing, holds code, or claims to hold far more
+            than its size.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -57,6 +73,7 @@ def load_checkpoint(
     if not os.access(path, os.R_OK):
         raise CheckpointError(f"checkpoint {path} may not be read: check its mode")
     try:
+        _check_archive(path)
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -74,6 +91,8 @@ def load_checkpoint(
             "a file of weights does not need. If you trust its origin, load it with "
             "its own library and save {'state_dict': model.state_dict()}"
         ) from error
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever the parsers say of damaged bytes
         raise DamagedCheckpointError(_damaged(path)) from error
     if not isinstance(checkpoint, dict):
@@ -81,7 +100,58 @@ def load_checkpoint(
             f"checkpoint {path} holds a {type(checkpoint).__name__}, expected a dict "
             "with 'state_dict'"
         )
+    _check_content(checkpoint, path)
     return checkpoint
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a program, and an archive whose members are larger than itself."""
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        if any(_OF_PROGRAMS.search(name) for name in archive.namelist()):
+            raise CheckpointError(
+                f"checkpoint {path} is refused: it is a program of TorchScript or "
+                "torch.export, which runs what its author wrote, and no weights. Give "
+                "the checkpoint that it was made from"
+            )
+        unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > path.stat().st_size:
+            raise CheckpointError(_too_large(path, f"unpacks to {unpacked:,} bytes"))
+
+
+def _check_content(checkpoint: dict[str, Any], path: Path) -> None:
+    """Refuse what claims little and expands to much, before anything walks over it."""
+    most = MOST_EXPANDED * path.stat().st_size + 2**20
+    total = count = 0
+    levels: list[Iterator[Any]] = [iter([checkpoint])]
+    while levels:
+        value = next(levels[-1], levels)
+        if value is levels:
+            levels.pop()
+            continue
+        count += 1
+        if isinstance(value, torch.Tensor):
+            total += value.numel() * value.element_size()
+        elif isinstance(value, Mapping):
+            levels.append(iter([*value, *value.values()]))
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            levels.append(iter(value))
+        if len(levels) > MOST_NESTED + 1:
+            what = f"nests its values more than {MOST_NESTED} deep"
+        elif total > most:
+            what = f"claims tensors of more than {most:,} bytes, which repeat numbers"
+        elif count > MOST_VALUES:
+            what = f"claims more than {MOST_VALUES:,} values"
+        else:
+            continue
+        raise CheckpointError(_too_large(path, what))
+
+
+def _too_large(path: Path, what: str) -> str:
+    return (
+        f"checkpoint {path} is refused: it has {path.stat().st_size:,} bytes and "
+        f"{what}, as no training writes. If you trust its origin, load it with its own "
+        "library and save {'state_dict': model.state_dict()} with contiguous tensors"
+    )
 
 
 def _is_broken_archive(path: Path) -> bool:
@@ -102,10 +172,13 @@ def _damaged(path: Path) -> str:
 
 
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The state dict inside a checkpoint, without a wrapper's ``module.`` prefix.
+    """The state dict inside a checkpoint, without what wrappers add to names.
+
+    That is ``module.`` at the front, of distributed models, and at any place what
+    compiled, sharded and checkpointed modules add (``_orig_mod.``).
 
     Raises:
-        CheckpointError: If there are no tensors in it.
+        CheckpointError: If there are no tensors in it, or two come to have one name.
     """
     weights = checkpoint.get("state_dict", checkpoint)
     tensors = isinstance(weights, dict) and any(
@@ -116,7 +189,37 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
             f"the checkpoint has no weights: expected a 'state_dict' of tensors, found "
             f"the keys {sorted(map(str, checkpoint))[:8]}"
         )
-    return {key.removeprefix("module."): value for key, value in weights.items()}
+    named = {without_wrappers(key): value for key, value in weights.items()}
+    if len(named) < len(weights):
+        raise CheckpointError(
+            "the checkpoint has weights of a model and of its wrapper under one name: "
+            "save one of them, {'state_dict': model.state_dict()}"
+        )
+    return with_metadata(named, weights)
+
+
+def without_wrappers(name: str) -> str:
+    """The name of a parameter without what wrappers of modules add."""
+    return _WRAPPERS.sub("", name).removeprefix("module.")
+
+
+def with_metadata(
+    weights: dict[str, torch.Tensor], source: dict[str, Any], prefix: str = ""
+) -> dict[str, torch.Tensor]:
+    """Weights with the metadata of the state dict that they are of, if it has any.
+
+    There torch keeps versions of modules, and a castling attention the state of its
+    mask. Its names lose what wrappers added, and then ``prefix``, as the weights' have.
+    """
+    metadata = getattr(source, "_metadata", None)
+    if metadata is None:
+        return weights
+    weights = OrderedDict(weights)
+    weights._metadata = OrderedDict(
+        (without_wrappers(f"{name}.").removeprefix(prefix).removesuffix("."), value)
+        for name, value in metadata.items()
+    )
+    return weights
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], source: str) -> None:
@@ -152,38 +255,8 @@ def check_weights_fit(
 
 def save_atomically(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Save a checkpoint as :func:`write_atomically` writes bytes."""
+    remove_leftovers(Path(path).parent, Path(path).name)
     write_atomically(path, lambda file: torch.save(checkpoint, file))
-
-
-def write_atomically(
-    path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any]
-) -> None:
-    """Write a file so that at any moment it is the previous one or the new one, whole.
-
-    ``write`` is called with an open temporary file beside it. Raises CheckpointError if
-    that fails, for example on a full disk: nothing is left behind then, and a previous
-    file stays as it was.
-    """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise CheckpointError(
-            f"cannot write {path}: the folder {path.parent} does not exist, create it "
-            "first"
-        )
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
-    try:
-        with temporary.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"cannot write {path}: {error}; what was saved before is untouched"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)  # nothing is there once it was renamed
 
 
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
@@ -194,24 +267,3 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
 def write_json_atomically(path: str | os.PathLike[str], value: Any) -> None:
     """Write a value as JSON, indented, as :func:`write_atomically` writes bytes."""
     write_text_atomically(path, json.dumps(value, indent=2) + "\n")
-
-
-def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
-    """Remove what :func:`write_atomically` left in a folder when it was killed.
-
-    No other process may be saving there. Returns the removed files.
-    """
-    leftovers = sorted(Path(folder).glob(f".*{_TEMPORARY}"))
-    for path in leftovers:
-        path.unlink(missing_ok=True)
-    return leftovers
-
-
-def _sync_folder(folder: Path) -> None:
-    # Without it a renaming may be lost with the power, though the file is on the disk.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # not every file system can
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,13 +8,16 @@ of it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mmcastling.attention import CastlingMixer, MaskThreshold
-from mmcastling.errors import OptionError
+from mmcastling.attention.deploying import deploying
+from mmcastling.errors import OptionError, UnavailableError
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -23,9 +26,15 @@ MASK_META_KEY = "mask_decay"
 
 
 def castling_modules(model: nn.Module) -> Iterator[tuple[str, CastlingMixer]]:
-    """Yield ``(name, module)`` of every castling attention that has its branch."""
+    """Yield ``(name, module)`` of every castling attention that has its branch.
+
+    That is a :class:`~mmcastling.attention.CastlingMixer`, or whatever else offers
+    ``set_mask``; a ``deploy`` that is true says that its branch is gone. Only what has
+    ``branch`` and ``mask_is_on`` as a mixer has is asked for its density and state.
+    """
     for name, module in model.named_modules():
-        if isinstance(module, CastlingMixer) and not module.deploy:
+        offered = callable(getattr(module, "set_mask", None))
+        if offered and getattr(module, "deploy", False) is not True:
             yield name, module
 
 
@@ -65,7 +74,10 @@ def set_mask(
 
 
 def restore_mask(model: nn.Module, checkpoint: dict[str, Any]) -> bool:
-    """Set the masks of a model to the state in which a loaded checkpoint was saved.
+    """Set the masks of a model to the state that a checkpoint's ``meta`` records.
+
+    Weights that carry the state of each mask themselves bring it back when they are
+    loaded; checkpoints of before 0.2.0 have this record alone. So it comes first.
 
     Returns:
         Whether there are masks in the model, and a state in the checkpoint.
@@ -77,24 +89,97 @@ def restore_mask(model: nn.Module, checkpoint: dict[str, Any]) -> bool:
     return True
 
 
-def switch_to_deploy(model: Model, inplace: bool = False) -> Model:
+def switch_to_deploy(
+    model: Model,
+    inplace: bool = False,
+    example: Any = None,
+    tolerance: float = 1e-5,
+) -> Model:
     """Remove the auxiliary branch of every castling attention.
 
     Calls ``switch_to_deploy()`` of each module that offers it, outermost first, so that
     a backbone can fold across its own blocks. Idempotent. On a model whose masks have
-    fully decayed the output does not change.
+    fully decayed the output does not change; a branch that is on, and what cannot be
+    folded (because it is wrapped, hooked or pruned), is named in the log.
 
     Args:
         model: Any module: a block, a backbone, a classifier, detector or segmentor.
         inplace: Change the model itself rather than a copy. Defaults to False.
+        example: Input for one forward pass in evaluation before and after, whose
+            outputs must be equal: a tensor, a tuple of arguments, or a dict of them by
+            name. The model itself is not changed if they are not. Defaults to None
+            (nothing is compared).
+        tolerance: Largest difference that counts as equal, relative to the largest
+            output or 1. Defaults to 1e-5, the rounding of float32.
 
     Returns:
         The deployed model.
+
+    Raises:
+        UnavailableError: If the outputs for ``example`` differ or are not finite.
     """
-    if not inplace:
-        model = copy.deepcopy(model)
-    for module in list(model.modules()):
-        switch = getattr(module, "switch_to_deploy", None)
-        if callable(switch):
-            switch()
+    if not inplace or example is not None:
+        deployed = _deploy(_copy(model))
+        if example is not None:
+            _check_same(model, deployed, example, tolerance)
+        if not inplace:
+            return deployed
+    return _deploy(model)
+
+
+def _copy(model: Model) -> Model:
+    # torch copies no tensor that has been computed, as pruning and the older weight
+    # norms keep them: before each forward pass they are computed anew.
+    computed = [
+        value
+        for module in model.modules()
+        for value in (*vars(module).values(), *module._buffers.values())
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    return copy.deepcopy(model, {id(x): x.detach().clone() for x in computed})
+
+
+def _deploy(model: Model) -> Model:
+    with deploying(model):
+        for module in list(model.modules()):
+            switch = getattr(module, "switch_to_deploy", None)
+            if callable(switch):
+                switch()
     return model
+
+
+def _check_same(
+    model: nn.Module, deployed: nn.Module, example: Any, tolerance: float
+) -> None:
+    before, after = _outputs(model, example), _outputs(deployed, example)
+    if not before:
+        raise OptionError(f"{type(model).__name__} returns no tensors for the example")
+    pairs = zip(before, after, strict=True)
+    difference = _largest(a.double() - b.double() for a, b in pairs)
+    allowed = tolerance * max(1.0, _largest(before))
+    if not difference <= allowed:  # not a number, perhaps
+        raise UnavailableError(
+            f"deploying {type(model).__name__} changes its output by {difference:.3g}, "
+            f"where {allowed:.3g} is allowed: train until the masks are off, and see "
+            "the log for what could not be folded"
+        )
+
+
+def _largest(tensors: Iterable[Tensor]) -> float:
+    # Python's max() would pass over a NaN.
+    return torch.stack([x.double().abs().max().cpu() for x in tensors]).max().item()
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        if isinstance(example, dict):
+            outputs = model(**example)
+        else:
+            outputs = model(*example if isinstance(example, tuple) else (example,))
+    finally:
+        for module, training in modes:
+            module.training = training
+    return [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.numel()]

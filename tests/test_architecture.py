@@ -18,7 +18,7 @@ ROOT = PACKAGE.parent
 # own floor or above.
 FLOORS = [
     {"errors", "version"},
-    {"attention", "data", "runtime"},
+    {"attention", "data", "files", "runtime"},
     {"castle", "checkpoint", "verbs"},
     {"analysis", "compat", "deploy"},
     {"export", "models", "train"},
@@ -32,7 +32,7 @@ PART_OF = {"registry": "compat"}
 # mmcastling` reads of it, know the toolboxes.
 FIRST_HALF = {
     *("analysis", "attention", "castle", "checkpoint", "deploy", "errors", "export"),
-    *("runtime", "verbs", "version"),
+    *("files", "runtime", "verbs", "version"),
 }
 OPENMMLAB = {"mmengine", "mmcv", "mmdet", "mmpretrain", "mmseg"}
 NEIGHBOURS = ("timm", "transformers")

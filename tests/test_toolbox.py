@@ -373,11 +373,71 @@ def test_timm_takes_other_channels_and_batches_train(timm):
     assert model.no_weight_decay() == {"backbone.pos_embed", "backbone.cls_token"}
 
 
+# Of a size of each family: layers that decay, outputs, and channels of the last.
+IN_TIMM = {
+    "castling_vit_nano": (4, 4, 128),
+    "castling_levit_128s": (11, 3, 384),
+    "castling_mvit_tiny": (10, 4, 768),
+}
+
+
+@pytest.mark.parametrize("name", IN_TIMM)
+def test_timms_optimizers_decay_the_learning_rate_by_layer(timm, name):
+    model = timm.create_model(name, num_classes=5, img_size=64)
+    layers, decay = IN_TIMM[name][0], 0.75
+    from timm.optim import create_optimizer_v2
+
+    optimizer = create_optimizer_v2(model, lr=1.0, layer_decay=decay)
+    scales = {
+        id(p): group["lr_scale"]
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    assert len(set(scales.values())) == layers + 2
+    for name, parameter in model.named_parameters():
+        layer, count = model.backbone.get_layer_depth(name, "backbone.")
+        assert scales[id(parameter)] == pytest.approx(decay ** (count - 1 - layer))
+    assert min(scales.values()) == pytest.approx(decay ** (layers + 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", IN_TIMM)
+def test_timms_own_expectations_of_a_model(timm, name):
+    _, count, width = IN_TIMM[name]
+    model = timm.create_model(name, num_classes=5, img_size=64).eval()
+    x = torch.randn(1, 3, 64, 64)
+    cfg, names = model.default_cfg, model.state_dict()
+    assert {f"{cfg[key]}.weight" for key in ("classifier", "first_conv")} <= set(names)
+    features, maps = model.forward_intermediates(x)
+    assert_close(features, model.forward_features(x))
+    assert_close(model.forward_head(features, pre_logits=True), features)
+    assert len(maps) == len(model.feature_info) == count
+    for info, found in zip(model.feature_info, maps, strict=True):
+        side = 64 // info["reduction"]
+        assert found.shape == (1, info["num_chs"], side, side)
+        assert model.get_submodule(info["module"])
+    assert maps[-1].shape[1] == width
+    options = dict(indices=[0, -1], intermediates_only=True, output_fmt="NLC")
+    pairs = model.forward_intermediates(x, return_prefix_tokens=True, **options)
+    for (tokens, prefix), found in zip(pairs, (maps[0], maps[-1]), strict=True):
+        assert_close(tokens.transpose(1, 2), found.flatten(2))
+        assert prefix.shape[1] == ("vit_nano" in name)
+    model.reset_classifier(3)
+    assert model(x).shape == (1, 3) and model.get_classifier() is model.head
+    getter = timm.create_model(name, img_size=64, features_only=True, out_indices=(0,))
+    getter.model.backbone.load_state_dict(model.backbone.state_dict(), strict=False)
+    (found,) = getter.eval()(x)
+    assert_close(found, maps[0])
+    assert getter.feature_info.channels() == [found.shape[1]]
+    inside = sum(p.numel() for p in getter.parameters())
+    assert inside < sum(p.numel() for p in model.parameters()) / 2
+    assert getter.model.forward_features(x).shape[0] == 1
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("castling_vit_nano", dict(pretrained=True), "has no pretrained weights"),
-        ("castling_vit_nano", dict(features_only=True), "offers no features_only"),
         ("castling_levit_128s", dict(in_chans=1), "takes images of 3 channels"),
     ],
 )

@@ -6,6 +6,7 @@ python tools/demo.py pictures/ detector.onnx --out-dir painted
 
 import argparse
 
+from mmcastling.data import DatasetError
 from mmcastling.run import ConfigError, run_cli
 from mmcastling.run.demo import build_predictor, find_sources, run_demo
 
@@ -50,6 +51,8 @@ def main() -> None:
     print(f"predicting by {predictor.name}", flush=True)
     report = run_demo(args.source, predictor, args.out_dir, args.score_thr)
     print(f"{report}\nwrote {args.out_dir}: {len(report.written)} files")
+    if report.damaged:
+        raise DatasetError("; ".join(report.damaged))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from mmcastling.analysis.complexity import (
     count_macs,
     count_model_macs,
 )
+from mmcastling.analysis.data_sample import input_channels
 from mmcastling.analysis.timing import PARTS, PartTimer, paired_medians, paired_seconds
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "PartTimer",
     "count_macs",
     "count_model_macs",
+    "input_channels",
     "paired_medians",
     "paired_seconds",
 ]

@@ -122,7 +122,7 @@ def record_attention(model: nn.Module, image: Tensor, layer: int = -1) -> MixerC
 
     Args:
         model: A backbone, or any model with one, in evaluation mode.
-        image: One preprocessed image ``(1, 3, H, W)``.
+        image: One preprocessed image ``(1, C, H, W)``.
         layer: Which of the backbone's linear-angular attentions, deployed or not, by
             depth, negative from the end. Defaults to -1.
 

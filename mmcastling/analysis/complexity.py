@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
 
-from mmcastling.analysis.data_sample import DataSample, Instances
+from mmcastling.analysis.data_sample import DataSample, Instances, input_channels
 from mmcastling.errors import OptionError
 
 SELF = "(self)"
@@ -63,7 +63,7 @@ def count_macs(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> Complexity
 def count_model_macs(model: nn.Module, shape: tuple[int, int]) -> ComplexityReport:
     """Count the MACs of any OpenMMLab model, or plain module, for one image.
 
-    It runs on ``(1, 3, H, W)``, in eval mode and without gradients. What counts is:
+    It runs on ``(1, C, H, W)``, in eval mode and without gradients. What counts is:
 
     - a plain module or backbone: its forward;
     - an mmpretrain classifier, an mmseg segmentor or a one-stage mmdet detector:
@@ -83,7 +83,7 @@ def count_model_macs(model: nn.Module, shape: tuple[int, int]) -> ComplexityRepo
         model = model.module
     reference = next(model.parameters(), torch.empty(0))
     # Ones, since zeros meet normalizations at their singular point.
-    image = reference.new_ones((1, 3, *shape))
+    image = reference.new_ones((1, input_channels(model), *shape))
     if not hasattr(model, "data_preprocessor"):  # which all models of MMEngine have
         return count_macs(model, image)
     # Sparse R-CNN's mode='tensor' assigns targets: none, here.

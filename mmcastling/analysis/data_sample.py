@@ -1,9 +1,11 @@
-"""Stand-ins for the data samples of the toolboxes, which need none of them."""
+"""What models of the toolboxes take: channels of images, stand-ins for data samples."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+
+from torch import nn
 
 
 class Instances(SimpleNamespace):
@@ -37,3 +39,16 @@ class DataSample(SimpleNamespace):
     def get(self, name: str, default: Any = None) -> Any:
         """What is known under a name."""
         return getattr(self, name, default)
+
+
+def input_channels(model: nn.Module) -> int:
+    """How many channels the images of a model have, by its first convolution.
+
+    The backbone's, where it has one; 3 for a network without convolutions.
+    """
+    for module in getattr(model, "backbone", model).modules():
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+        if type(module).__name__ == "Focus":  # YOLOX's, of four pixels at once
+            return input_channels(module.conv) // 4
+    return 3

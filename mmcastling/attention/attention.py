@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.attention.build import build_mixer
-from mmcastling.attention.fast import fold_layer_scale, fuse_linear
+from mmcastling.attention.deploying import fold_layer_scale, without_effect
+from mmcastling.attention.fast import fuse_linear
 from mmcastling.attention.local_conv import Grid, merge_heads, split_qkv
 from mmcastling.attention.old_names import rename_on_load
+from mmcastling.attention.opaque import OpaqueModule
 from mmcastling.errors import OptionError
 
 
@@ -25,7 +27,7 @@ class LayerScale(nn.Module):
         return x * self.weight
 
 
-class Attention(nn.Module):
+class Attention(OpaqueModule):
     """The projections of a vision transformer's attention around any mixer.
 
     With ``type='castling'`` it equals the authors' released block, in training form
@@ -68,7 +70,9 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         spec = dict(mixer_options, type=type)
-        self.mixer = build_mixer(spec, num_heads, embed_dims // num_heads)
+        self.mixer = build_mixer(
+            spec, num_heads, embed_dims // num_heads, deploy=deploy
+        )
         self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
         self.proj = nn.Linear(embed_dims, embed_dims, bias=proj_bias)
         self.gamma1 = (
@@ -95,10 +99,15 @@ class Attention(nn.Module):
         """Remove what only training needs, and fold the layer scale into ``proj``.
 
         Both projections become :class:`~mmcastling.attention.fast.FusedLinear`.
-        Idempotent; the output of inference stays the same up to rounding.
+        Idempotent; the output of inference stays the same up to rounding. A layer scale
+        is folded only where the layers are exactly those that were built here, see
+        :mod:`mmcastling.attention.deploying`.
         """
         self.mixer.switch_to_deploy()
-        self.gamma1 = fold_layer_scale(self.proj, self.gamma1)
-        self.proj_drop = nn.Identity()
+        if type(self).forward is Attention.forward:
+            self.proj, self.gamma1 = fold_layer_scale(
+                self.proj, self.gamma1, kinds=[LayerScale], between=[self.proj_drop]
+            )
+            self.proj_drop = without_effect(self.proj_drop, nn.Dropout)
         for layer in (self.qkv, self.proj):
             fuse_linear(layer)

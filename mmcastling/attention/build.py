@@ -67,5 +67,7 @@ def build_mixer(
     except TypeError as error:
         raise OptionError(f"attention of type {kind!r}: {error}") from error
     if deploy:
+        if isinstance(mixer, CastlingMixer):
+            mixer.set_mask(1.0)  # nothing is lost that would have to be said
         mixer.switch_to_deploy()
     return mixer

@@ -3,18 +3,27 @@ auxiliary branch of masked softmax attention (paper, sections 3.2 and 3.3)."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmcastling.attention.deploying import note
 from mmcastling.attention.fast import mixed_linear_angular_attention
 from mmcastling.attention.functional import FORMS, linear_angular_attention
 from mmcastling.attention.local_conv import Grid
 from mmcastling.attention.masked_softmax import mask_state, masked_softmax_with_state
 from mmcastling.attention.mixer import TokenMixer
+from mmcastling.attention.recording import is_transformed
 from mmcastling.attention.threshold import MaskThreshold
 from mmcastling.errors import OptionError, UnavailableError
+
+MASK_RECORD = "castling_mask"
+"""Where the metadata of a mixer's state dict holds the state of its branch."""
+
+logger = logging.getLogger("mmcastling")
+_warned: list[Any] = [None]
 
 
 class LinearAngularMixer(TokenMixer):
@@ -105,7 +114,7 @@ class LinearAngularMixer(TokenMixer):
             return y.to(v.dtype)
         y = linear_angular_attention(q, k, v, **self.terms)
         masked, density = masked_softmax_with_state(q, k, v, state=self.branch.state)
-        if self.training:
+        if self.training and not is_transformed():
             self.branch.density = density
         return self.normalize_and_add(masked + y, local, v.dtype)
 
@@ -131,6 +140,7 @@ class CastlingMixer(LinearAngularMixer):
     ) -> None:
         super().__init__(num_heads, head_dims, **options)
         self.branch = MaskedBranch(mask_threshold)
+        self.register_state_dict_post_hook(_record_mask)
 
     @property
     def deploy(self) -> bool:
@@ -138,7 +148,10 @@ class CastlingMixer(LinearAngularMixer):
         return self.branch is None
 
     def switch_to_deploy(self) -> None:
-        """Remove the auxiliary branch. Idempotent."""
+        """Remove the auxiliary branch; says so where it was on. Idempotent."""
+        if self.mask_is_on:
+            state = f"threshold {self.branch.threshold}, weight {self.branch.weight:g}"
+            note(self, f"the auxiliary branch was on ({state}): the output changes")
         self.branch = None
 
     def set_mask(
@@ -160,6 +173,20 @@ class CastlingMixer(LinearAngularMixer):
             )
         self.branch.set(threshold, weight, penalty)
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *args: Any,
+    ) -> None:
+        branch, record = self.branch, local_metadata.get(MASK_RECORD)
+        if branch is not None and record is not None:
+            branch.set(record["threshold"], record["weight"], branch.penalty)
+        elif self.mask_is_on and f"{prefix}local_conv.weight" in state_dict:
+            _warn_once(args[-1], prefix, branch)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
     def extra_repr(self) -> str:
         if self.branch is None:
             return "deploy=True"
@@ -167,11 +194,33 @@ class CastlingMixer(LinearAngularMixer):
         return f"mask_threshold={mask.threshold}, mask_weight={mask.weight:g}"
 
 
+def _record_mask(
+    mixer: CastlingMixer, state_dict: Any, prefix: str, local_metadata: dict[str, Any]
+) -> None:
+    """Let the state of the branch, off once it is removed, go with the weights."""
+    mask = mixer.branch or MaskedBranch(1.0)
+    record = dict(threshold=str(mask.threshold), weight=mask.weight)
+    local_metadata[MASK_RECORD] = record
+
+
+def _warn_once(load: Any, prefix: str, branch: MaskedBranch) -> None:
+    if _warned[0] is not load:  # a list of errors that all modules of a load share
+        _warned[0] = load
+        logger.warning(
+            "the weights do not say in which state the auxiliary branches of their "
+            "model were: %s keeps threshold %s, and so on. Set it with "
+            "mmcastling.set_mask, which for a trained model is set_mask(model, 1)",
+            prefix.removesuffix(".") or "the mixer",
+            branch.threshold,
+        )
+
+
 class MaskedBranch:
     """The state of the branch ``weight * ([P > threshold] * P) v`` (section 3.3).
 
     No module and without parameters or buffers, so that checkpoints, EMA and
-    distributed wrappers never see one vanish.
+    distributed wrappers never see one vanish. Its threshold and weight go with the
+    weights as metadata of a state dict, ``state_dict()._metadata``.
 
     Attributes:
         threshold: The threshold in force, a :class:`MaskThreshold`.

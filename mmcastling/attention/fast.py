@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +21,11 @@ from mmcastling.attention.functional import (
     linear_factor,
     mean_of_tokens,
 )
+from mmcastling.attention.recording import is_tracing_or_needs_grad, is_watched
 
 # Tokens are taken so many numbers at a time, about what a CPU core's cache holds.
 _CHUNK = 2**18
 _LEAST_ROWS = 256
-
-
-def is_tracing_or_needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether operations on tensors become a graph: compiled, traced, of gradients."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return True
-    return torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in tensors
-    )
 
 
 def mixed_linear_angular_attention(
@@ -146,6 +139,7 @@ def _mix(
     # In place: the gradient of the product above does not need its result.
     if isinstance(own, float):
         y = y.addcmul_(v, length, value=own)
+    # Also where it follows from a size that a graph leaves open.
     elif own is not None:
         y = y.addcmul_(v, length * own)
     if mean is not None:
@@ -154,67 +148,61 @@ def _mix(
     return l2_normalize(y, residual=residual, eps=NORM_EPS**2, out=out)
 
 
-@torch.no_grad()
-def fold_layer_scale(linear: nn.Linear, scale: nn.Module) -> nn.Module:
-    """Multiply a layer by the learned factors per channel behind it, in place.
-
-    Args:
-        linear: The layer.
-        scale: A module with a ``weight`` of factors, or ``nn.Identity``.
-
-    Returns:
-        What is left to follow the layer, ``nn.Identity()``.
-    """
-    factor = getattr(scale, "weight", None)
-    if factor is not None:
-        linear.weight.mul_(factor[:, None])
-        if linear.bias is not None:
-            linear.bias.mul_(factor)
-    return nn.Identity()
-
-
 class FusedLinear(nn.Linear):
-    """A linear layer of a deployed model, and the activation behind it.
+    """A linear layer of a deployed model, in one pass over memory.
 
-    On a CPU, oneDNN adds the bias and applies the activation to what is still in the
-    cache, where torch's own layer passes over memory once more for each. Wherever
-    oneDNN cannot be used (gradients, autocast, other devices, and graphs that are being
-    compiled, traced or exported) it is the layer and then the activation. Made by
-    :func:`fuse_linear` out of a layer that exists, whose parameters it keeps.
+    On a CPU, oneDNN adds the bias to what is still in the cache, where torch's own
+    layer passes over memory once more. Wherever oneDNN cannot be used (other devices,
+    autocast, and whatever records the layer's operations: gradients, graphs that are
+    compiled, traced or exported, counters) it is torch's. Made by :func:`fuse_linear`
+    out of a layer that exists, whose parameters it keeps.
     """
-
-    activation: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        if onednn_serves(x, self.weight, self.bias):
-            return torch.ops.mkldnn._linear_pointwise(
-                x, self.weight, self.bias, *onednn_name(self.activation)
-            )
-        return self.activation(super().forward(x))
+        return self.then(_NOTHING, x)
+
+    def then(self, activation: nn.Module, x: Tensor) -> Tensor:
+        """``activation(layer(x))`` in the same pass, where oneDNN serves."""
+        name = onednn_name(activation)
+        if name is None or not onednn_serves(x, self.weight, self.bias):
+            return activation(super().forward(x))
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *name)
 
 
-def fuse_linear(layer: nn.Module, activation: nn.Module | None = None) -> nn.Module:
+_NOTHING = nn.Identity()
+
+
+def fuse_linear(layer: nn.Module) -> None:
     """Make a linear layer a :class:`FusedLinear`, in place. Idempotent.
 
-    Args:
-        layer: The layer; its class changes, so that hooks and references to it hold.
-            What is not exactly an ``nn.Linear`` stays as it is.
-        activation: What follows it. Defaults to None.
-
-    Returns:
-        What is left to follow it: ``nn.Identity()``, or an activation that the layer
-        did not take over.
+    Its class changes, so that hooks and references to it hold. What is not exactly an
+    ``nn.Linear`` stays as it is.
     """
-    if type(layer) is nn.Linear:
-        layer.__class__ = FusedLinear
-        layer.activation = nn.Identity()
-    if activation is None:
-        return nn.Identity()
-    if not isinstance(layer, FusedLinear) or onednn_name(activation) is None:
-        return activation
-    if not isinstance(activation, nn.Identity):
-        layer.activation = activation
-    return nn.Identity()
+    change_class(layer, nn.Linear, FusedLinear)
+
+
+def change_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
+    """Make a module of exactly ``old`` one of ``new``, unless its forward is patched.
+
+    A patch usually calls the forward that it has replaced, of the old class.
+    """
+    if type(module) is old and "forward" not in vars(module):
+        module.__class__ = new
+
+
+def apply_then(
+    layer: nn.Module, activation: nn.Module, x: Tensor, *args: Any
+) -> Tensor:
+    """``activation(layer(x, *args))``, in one pass where the layer's class can.
+
+    It can if it has a method ``then``. Neither layer nor activation hides the other:
+    what is hooked, wrapped or recorded is called one by one.
+    """
+    then = getattr(type(layer), "then", None)
+    one_by_one = then is None or is_tracing_or_needs_grad(x)
+    if one_by_one or is_watched(layer) or is_watched(activation):
+        return activation(layer(x, *args))
+    return then(layer, activation, x, *args)
 
 
 def onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -223,8 +211,6 @@ def onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         not is_tracing_or_needs_grad(x, weight, bias)
         and x.device.type == "cpu"
         and x.numel() > 0
-        and type(x) is Tensor
-        and type(weight) is nn.Parameter
         and x.dtype == weight.dtype
         and _onednn_computes_in(x.dtype)
         and torch.backends.mkldnn.enabled
@@ -236,7 +222,8 @@ def onednn_name(activation: nn.Module) -> tuple[str, list[float], str] | None:
     """oneDNN's name, parameters and variant of an activation; None if unknown to it."""
     if type(activation) is nn.GELU:
         return "gelu", [], activation.approximate
-    names = {nn.Identity: "none", nn.ReLU: "relu", nn.Hardswish: "hardswish"}
+    # Not nn.ReLU, whose NaN oneDNN turns into 0.
+    names = {nn.Identity: "none", nn.Hardswish: "hardswish"}
     name = names.get(type(activation))
     return None if name is None else (name, [], "")
 

@@ -25,7 +25,10 @@ import torch
 from torch import Tensor, library
 
 from mmcastling.attention.autocast import in_full_precision
+from mmcastling.attention.functional import naive_masked_softmax_attention
+from mmcastling.attention.recording import is_transformed
 from mmcastling.attention.threshold import MaskThreshold
+from mmcastling.errors import UnavailableError
 
 # Probabilities per tile. On a CPU a tile's few matrices stay in the last-level cache;
 # on an accelerator it keeps the device busy.
@@ -73,6 +76,9 @@ def masked_softmax_attention(
         return_density: Also return the fraction of pairs that survive, as a tensor
             without a synchronisation. Defaults to False.
 
+    Forward-mode differentiation and ``torch.func`` are served by plain operations,
+    which keep ``N x M`` matrices and have no penalty.
+
     Returns:
         ``(B, h, N, e)``; float32 for half-precision inputs. With ``return_density`` a
         pair of that and a scalar tensor.
@@ -88,8 +94,25 @@ def masked_softmax_with_state(
     q: Tensor, k: Tensor, v: Tensor, *, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """:func:`masked_softmax_attention`, and its density, by :func:`mask_state`."""
+    if is_transformed():  # of which the operator knows nothing
+        return _plain_operations(q, k, v, state)
     out, _, density = _masked_softmax(q, k, v, state)
     return out, density
+
+
+def _plain_operations(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    probability, multiple, weight, penalty = state.tolist()
+    if penalty:
+        raise UnavailableError(
+            f"the penalty of the masks ({penalty:g}) acts in backward passes alone: "
+            "set it to 0 under forward-mode differentiation and torch.func"
+        )
+    threshold = MaskThreshold(probability, multiple)
+    return naive_masked_softmax_attention(
+        q, k, v, threshold=threshold, weight=weight, return_density=True
+    )
 
 
 # -- the operator ----------------------------------------------------------------------

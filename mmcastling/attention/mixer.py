@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmcastling.attention.functional import l2_normalize
 from mmcastling.attention.local_conv import Grid, build_local_conv
+from mmcastling.attention.opaque import OpaqueModule
 
 
-class TokenMixer(nn.Module):
+class TokenMixer(OpaqueModule):
     """The frame of every mixer: mix, normalise, add ``local_conv(v)``.
 
     Subclasses define :meth:`mix`. Queries, keys and values that are views of

@@ -91,7 +91,13 @@ class MaskThreshold:
         )
 
     def __str__(self) -> str:
+        """Text that :meth:`parse` reads as exactly this threshold."""
         if not self.multiple:
-            return f"{self.probability:g}"
-        uniform = f"{self.multiple:g}/N"
-        return f"{self.probability:g}+{uniform}" if self.probability else uniform
+            return _text(self.probability)
+        uniform = f"{_text(self.multiple)}/N"
+        return f"{_text(self.probability)}+{uniform}" if self.probability else uniform
+
+
+def _text(value: float) -> str:
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)

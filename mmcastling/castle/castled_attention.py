@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmcastling.attention import TokenMixer, build_mixer
 from mmcastling.attention.fast import fuse_linear
 from mmcastling.attention.local_conv import Grid, merge_heads, split_qkv
+from mmcastling.attention.opaque import OpaqueModule
 from mmcastling.errors import OptionError
 
 
@@ -25,7 +26,9 @@ class MixerBuilder:
         deploy: Whether to build deployed forms.
         grid: ``(H, W)`` of the attention's tokens, if it was given.
         extra_tokens: Tokens before those of the grid (class and register tokens).
+        holders: The modules that hold the attention, the nearest first.
         notes: What the report should say about this attention.
+        shared: What :meth:`drop_shared` was told.
     """
 
     attention: nn.Module
@@ -33,7 +36,9 @@ class MixerBuilder:
     deploy: bool
     grid: Grid | None = None
     extra_tokens: int = 0
+    holders: Sequence[nn.Module] = ()
     notes: list[str] = field(default_factory=list)
+    shared: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     def __call__(
         self, num_heads: int, head_dims: int, key_dims: int | None = None
@@ -55,6 +60,20 @@ class MixerBuilder:
         """Say something in the report."""
         self.notes.append(text)
 
+    def is_inside(self, kind: str) -> bool:
+        """Whether a module whose class is called so holds the attention."""
+        return any(type(holder).__name__ == kind for holder in self.holders)
+
+    def drop_shared(self, name: str) -> None:
+        """Say that a module which a holder shares among its attentions is not applied.
+
+        It becomes None, which a holder must allow, once every one of them is castled.
+        """
+        for holder in self.holders:
+            if isinstance(getattr(holder, name, None), nn.Module):
+                self.note("a relative position bias shared by blocks is not applied")
+                self.shared.append((holder, name))
+
     def note_dropout(self, probability: float | nn.Dropout) -> None:
         """Say that a dropout on attention probabilities is gone, if there was one."""
         probability = getattr(probability, "p", probability)
@@ -62,7 +81,7 @@ class MixerBuilder:
             self.note(f"attention dropout of {probability:g} is not applied")
 
 
-class CastledAttention(nn.Module):
+class CastledAttention(OpaqueModule):
     """Project tokens, mix them, project back, with the layers of another attention.
 
     Enough by itself for attentions that are called as ``attention(x)`` and whose

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from mmcastling.attention import TokenMixer
 from mmcastling.castle.adapter_registry import CannotCastle, find_adapter
 from mmcastling.castle.castled_attention import MixerBuilder
+from mmcastling.castle.hooks import check_own_weights, lost_hooks, take_hooks
+from mmcastling.castle.optimizers import optimizers_of
 from mmcastling.castle.report import Castled, CastleReport
 from mmcastling.errors import OptionError
 
@@ -47,11 +49,11 @@ def castle(
     """Swap the softmax attentions of a model for castling ones, in place.
 
     Knows the attentions of mmpretrain's, mmdet's and mmseg's vision transformers (plain
-    ones, BEiT, Swin, MViT, LeViT), of timm's and of torchvision's ViT; others are made
-    known by :func:`register_adapter`. All weights that keep a meaning are kept, as the
-    same parameters. What was done is logged by the logger ``mmcastling``, as a warning
-    where something of the original (a relative position bias, say) is lost. On an
-    error the model is left as it was.
+    ones, BEiT, EVA-02, SAM, Swin, MViT, LeViT, T2T-ViT, TNT), of timm's ViT, BEiT and
+    SAM, and of torchvision's ViT; others are made known by :func:`register_adapter`.
+    All weights that keep a meaning are kept, as the same parameters. What was done is
+    logged by the logger ``mmcastling``, as a warning where something of the original (a
+    relative position bias, say) is lost. On an error the model is left as it was.
 
     Args:
         model: Any module that holds attentions: a backbone, classifier, detector.
@@ -84,39 +86,60 @@ def castle(
     deploy = bool(options.pop("deploy", False))
     report = CastleReport(type=options["type"], left_alone=declined)
     swaps: dict[int, nn.Module] = {}
+    shared: list[tuple[type[nn.Module], nn.Module, str]] = []
     for item in found:
         if item.name not in chosen:
             report.left_alone[item.name] = "not selected"
             continue
         extra_tokens = _extra_tokens_of(item.ancestors)
-        build = MixerBuilder(item.module, options, deploy, grid, extra_tokens)
+        build = MixerBuilder(
+            item.module, options, deploy, grid, extra_tokens, item.ancestors
+        )
         try:
+            check_own_weights(item.module)
             new = item.adapt(item.module, build)
         except CannotCastle as reason:
             report.left_alone[item.name] = str(reason)
             continue
         new.training = item.module.training
         swaps[id(item.module)] = new
+        shared += [(type(item.module), *where) for where in build.shared]
+        for name in lost_hooks(item.module, new):
+            build.note(f"hooks on {name} are gone with it")
         report.castled.append(
             Castled(item.name, type(item.module).__name__, item.stage, (*build.notes,))
         )
     if not swaps:
         raise OptionError(_nothing_found(model, report.left_alone))
 
+    optimizers = optimizers_of(model)
     before = model.state_dict(keep_vars=True)
+    for item in found:
+        if id(item.module) in swaps:
+            take_hooks(item.module, swaps[id(item.module)])
     for holder in list(model.modules()):
         for name, child in holder._modules.items():
             if id(child) in swaps:
                 setattr(holder, name, swaps[id(child)])
+    for kind, holder, name in shared:
+        if not any(isinstance(module, kind) for module in holder.modules()):
+            setattr(holder, name, None)  # it would get no gradient
     after = model.state_dict(keep_vars=True)
     kept = {id(t) for t in before.values()} & {id(t) for t in after.values()}
     report.dropped = [name for name, t in before.items() if id(t) not in kept]
     report.new = [name for name, t in after.items() if id(t) not in kept]
     report.num_kept = len(kept)
-    for name in _like_attention(model, [item.name for item in report.castled]):
-        if not any(_holds(other, name) for other in report.left_alone):
+    gone = [item.name for item in report.castled]
+    for name in softmax_attentions(model):
+        if not any(_holds(other, name) for other in [*gone, *report.left_alone]):
             report.left_alone[name] = "no adapter"
 
+    if optimizers and any(isinstance(after[name], nn.Parameter) for name in report.new):
+        logger.warning(
+            "castle has added parameters that an optimizer built before does not "
+            "train (%s): build it after castling, or call its add_param_group",
+            ", ".join(sorted({type(optimizer).__name__ for optimizer in optimizers})),
+        )
     level = logging.WARNING if report.lossy else logging.INFO
     logger.log(level, "castled %s:\n%s", type(model).__name__, report)
     return (model, report) if return_report else model
@@ -175,8 +198,9 @@ def _extra_tokens_of(ancestors: Sequence[nn.Module]) -> int:
             count = getattr(module, name, None)
             if isinstance(count, int):
                 return count
-        if isinstance(getattr(module, "class_token", None), Tensor):
-            return 1  # torchvision's
+        for name in ("class_token", "cls_token"):  # torchvision's, mmseg's and TNT's
+            if isinstance(getattr(module, name, None), Tensor):
+                return int(getattr(module, "with_cls_token", True))
     return 0
 
 
@@ -222,20 +246,20 @@ def _holds(outer: str, inner: str) -> bool:
     return inner == outer or inner.startswith(f"{outer}.")
 
 
-def _like_attention(model: nn.Module, castled: Sequence[str] = ()) -> dict[str, str]:
-    """Classes, by name, of modules that resemble attentions and hold none castled."""
+def softmax_attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules, by name, whose class resembles an attention and that hold no mixer."""
     return {
-        name: type(module).__name__
+        name: module
         for name, module in model.named_modules()
         if _LIKE_ATTENTION.search(type(module).__name__)
-        and not any(_holds(c, name) or _holds(name, c) for c in castled)
+        and not any(isinstance(part, TokenMixer) for part in module.modules())
     }
 
 
 def _nothing_found(model: nn.Module, left_alone: dict[str, str]) -> str:
     met = ", ".join(
-        f"{name} ({left_alone.get(name, kind)})"
-        for name, kind in _like_attention(model).items()
+        f"{name} ({left_alone.get(name, type(module).__name__)})"
+        for name, module in softmax_attentions(model).items()
     )
     return (
         f"castle knows no attention in {type(model).__name__}. Modules that resemble "

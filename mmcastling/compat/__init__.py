@@ -13,7 +13,9 @@ module                      what it mends or adds             can go when
                             after ``import mmcastling``
 ``registrations``           registries, inferencers and       toolboxes read entry
                             ``get_model`` find what is ours;  points of packages
-                            debug messages stay off screen
+                            debug messages stay off screen;
+                            thop and ptflops count our layers;
+                            weights keep the state of masks
 ``registry``                what inherits from our configs    MMEngine builds a base
                             is built in our scope, where the  config's parts in its
                             toolbox's names are unknown       toolbox's scope
@@ -30,7 +32,11 @@ module                      what it mends or adds             can go when
                             and cannot be resumed             all three right
                             nor told groups of parameters
 ``cpu_group``               launchers demand a GPU            MMEngine starts gloo
+``own_size``                images of a batch see each        mmdet's detectors leave
+                            other's padding                   padding out
 ``coco_eval``               COCO's evaluation is slow         mmdet's own metric runs
                                                               on faster-coco-eval
+                            pycocotools cannot read a byte    pycocotools opens files
+                            order mark                        as utf-8-sig
 ==========================  ================================  =======================
 """

@@ -52,7 +52,8 @@ class AtomicCheckpointHook(CheckpointHook):
     temporary names and renamed when they are on the disk. Outdated ones
     (``max_keep_ckpts``, the former best) are removed after that, so for the time of
     saving there is one more. A full disk ends training with the checkpoint's name.
-    What a killed run left half-written is removed when the next one starts.
+    What a killed run left half-written is removed when the next one starts. What
+    another run keeps, of which this one is a copy or a continuation, is left alone.
 
     It takes the arguments of ``CheckpointHook`` and its place in a config of any
     toolbox. Storage that is not local (``backend_args``) keeps its own way of writing::
@@ -65,10 +66,19 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
+        # A run that was resumed from elsewhere would remove the best one there.
+        if getattr(self, "best_ckpt_path", None):
+            self.best_ckpt_path = self._in_own_folder(self.best_ckpt_path)
+        for key, path in getattr(self, "best_ckpt_path_dict", {}).items():
+            if path:
+                self.best_ckpt_path_dict[key] = self._in_own_folder(path)
         if is_main_process():
             for folder in {str(self.out_dir), str(runner.work_dir)}:
                 for path in remove_leftovers(folder):  # nothing, if it is not local
                     runner.logger.info(f"removed {path}, which a kill left unfinished")
+
+    def _in_own_folder(self, path: str) -> str:
+        return self.file_backend.join_path(self.out_dir, os.path.basename(path))
 
     def after_train(self, runner: Runner) -> None:
         with whole_local_files():

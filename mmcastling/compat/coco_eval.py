@@ -1,5 +1,7 @@
 """COCO evaluation by faster-coco-eval inside mmdet's metrics, where it is installed.
 
+And files of COCO's format as Windows writes them.
+
 mmdet's ``CocoMetric`` names pycocotools' ``COCOeval`` in its module. What replaces it
 there for the time of an evaluation gives the same numbers; everything else, the files
 that the metric writes and the names of its results, stays mmdet's.
@@ -8,6 +10,7 @@ that the metric writes and the names of its results, stays mmdet's.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import sys
@@ -26,6 +29,12 @@ _FASTER_HOST = "mmdet.evaluation.metrics.faster_coco_metric"
 
 DEFAULT_MAX_DETECTIONS = 100
 """Detections per image and class of pycocotools' headline AP, whatever ``maxDets``."""
+
+
+def read_byte_order_marks() -> None:
+    """Let pycocotools read JSON that begins with a byte order mark, as on Windows."""
+    coco = importlib.import_module("pycocotools.coco")
+    coco.open = functools.partial(open, encoding="utf-8-sig")
 
 
 @contextlib.contextmanager

@@ -21,8 +21,13 @@ AFTER_IMPORT = {
     "mmengine.infer.infer": "name_models_in_inferencers",
     "mmengine.logging": "drop_debug_messages",
     "mmengine.logging.history_buffer": "allow_history_in_checkpoints",
+    "mmdet.models.detectors.base": "keep_images_at_own_size",
+    "mmengine.runner.checkpoint": "keep_metadata_in_mmengine",
     "mmpretrain.apis.model": "name_classifiers",
+    "ptflops.pytorch_ops": "name_layers_in_ptflops",
+    "thop.profile": "name_layers_in_thop",
     "timm.models": "name_timm_models",
+    "timm.models._helpers": "keep_metadata_in_timm",
 }
 """Functions of :mod:`mmcastling.compat.registrations`, by the module they are given."""
 

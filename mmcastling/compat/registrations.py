@@ -17,9 +17,12 @@ import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
-from mmcastling.checkpoint import SAFE_GLOBALS
-from mmcastling.compat import mmcv_ext, model_index
+from mmcastling.attention import GridConv, TokenConv
+from mmcastling.attention.fast import FusedLinear
+from mmcastling.checkpoint import SAFE_GLOBALS, with_metadata
+from mmcastling.compat import mmcv_ext, model_index, own_size
 
 # Whose inferencers know the models of a metafile; mmpretrain's have a way of their own.
 METAFILES = {
@@ -119,6 +122,14 @@ def name_models_in_inferencers(module: ModuleType) -> None:
     inferencer._get_models_from_metafile = staticmethod(with_ours)
 
 
+def keep_images_at_own_size(module: ModuleType) -> None:
+    """Keep the padding of a batch out of what a detector finds in an image."""
+    detector = module.BaseDetector
+    if not hasattr(detector.forward, _OURS):
+        detector.forward = own_size.at_own_size(detector.forward)
+        setattr(detector.forward, _OURS, True)
+
+
 def drop_debug_messages(module: ModuleType) -> None:
     """Keep off the screen what the toolboxes print at debug level as they are imported.
 
@@ -146,6 +157,73 @@ def allow_history_in_checkpoints(module: ModuleType) -> None:
         return getattr(history, name)
 
     SAFE_GLOBALS.extend([history, (statistic, "builtins.getattr")])
+
+
+def name_layers_in_thop(module: ModuleType) -> None:
+    """Let thop, which asks for exact classes, count ours that compute as torch's do."""
+    rules = module.register_hooks
+    for kind in (FusedLinear, GridConv, TokenConv):
+        rules.setdefault(kind, rules[_base_of(kind)])
+
+
+def name_layers_in_ptflops(module: ModuleType) -> None:
+    """The same for ptflops, whose rule for convolutions does not fit ``GridConv``."""
+    rules = module.MODULES_MAPPING
+    for kind in (FusedLinear, TokenConv):
+        rules.setdefault(kind, rules[_base_of(kind)])
+
+
+def _base_of(kind: type) -> type:
+    return next(base for base in kind.__mro__ if base.__module__.startswith("torch."))
+
+
+def keep_metadata_in_mmengine(module: ModuleType) -> None:
+    """Let weights whose names lose a prefix keep what their state dict says of modules.
+
+    That is where the state of the masks is. MMEngine leaves these names with a prefix
+    that the weights' have lost, or drops them.
+    """
+    load, load_part = module.load_state_dict, module._load_checkpoint_with_prefix
+    if hasattr(load, _OURS):
+        return
+
+    @functools.wraps(load)
+    def load_state_dict(target: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        if not any(name.startswith("module.") for name in state_dict):
+            state_dict = with_metadata(state_dict, state_dict)
+        return load(target, state_dict, *args, **kwargs)
+
+    @functools.wraps(load_part)
+    def load_with_prefix(prefix: str, *args: Any, **kwargs: Any) -> Any:
+        read, whole = module._load_checkpoint, {}
+
+        def reading(*args: Any, **kwargs: Any) -> Any:
+            whole.update(checkpoint=read(*args, **kwargs))
+            return whole["checkpoint"]
+
+        with mock.patch.object(module, "_load_checkpoint", reading):
+            part = load_part(prefix, *args, **kwargs)
+        checkpoint = whole["checkpoint"]
+        source = checkpoint.get("state_dict", checkpoint)
+        return with_metadata(part, source, f"{prefix.removesuffix('.')}.")
+
+    setattr(load_state_dict, _OURS, True)
+    module.load_state_dict = load_state_dict
+    module._load_checkpoint_with_prefix = load_with_prefix
+
+
+def keep_metadata_in_timm(module: ModuleType) -> None:
+    """The same for what timm loads, ``create_model(checkpoint_path=)`` for example."""
+    clean = module.clean_state_dict
+    if hasattr(clean, _OURS):
+        return
+
+    @functools.wraps(clean)
+    def clean_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
+        return with_metadata(clean(state_dict), state_dict)
+
+    setattr(clean_state_dict, _OURS, True)
+    module.clean_state_dict = clean_state_dict
 
 
 def name_timm_models(module: ModuleType) -> None:

@@ -1,12 +1,13 @@
 """The part of the COCO check that runs once per annotation."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Container, Mapping
 from typing import Any
 
 from mmcastling.data.problems import has_keys, is_number, kind_of, some_of
 
 BOX_TOLERANCE = 2.0  # px a box may leave its image, for annotations that were rounded
-_KEYS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+_KEYS = ("id", "image_id", "category_id", "bbox", "area")
 
 
 def check_annotations(
@@ -14,16 +15,26 @@ def check_annotations(
     sizes: Mapping[Any, tuple | None],
     names: Mapping[Any, str],
     problems: list[str],
-) -> None:
-    """Check every annotation, with ``(width, height)`` and names by id."""
+    *,
+    classes: Container[str] | None = None,
+    masks: bool | None = None,
+    evaluated: bool = True,
+) -> tuple[int, Counter[str]]:
+    """Check every annotation, with ``(width, height)`` and names by id.
+
+    ``classes``, ``masks`` and ``evaluated`` are as in
+    :func:`~mmcastling.data.check_coco`. Returns how many annotations mmdet trains on,
+    and what it leaves out, counted by the reason.
+    """
     seen: set = set()
+    kept, left_out = 0, Counter[str]()
+    keys = (*_KEYS, "iscrowd") if evaluated else _KEYS
     for index, entry in enumerate(annotations):
         where = f"annotations[{index}]"
-        if not has_keys(entry, _KEYS, where, problems):
+        if not has_keys(entry, keys, where, problems):
             continue
-        identity, image_id, category_id, box, area, crowd = [
-            entry[key] for key in _KEYS
-        ]
+        identity, image_id, category_id, box, area = [entry[key] for key in _KEYS]
+        crowd = entry.get("iscrowd")
         found = []
         try:
             if identity in seen:
@@ -50,7 +61,7 @@ def check_annotations(
                 f"{category_id!r}; expected integers. Export the file again."
             )
             continue
-        if crowd not in (0, 1):
+        if crowd not in ((0, 1) if evaluated else (0, 1, None)):
             found.append(
                 f"has iscrowd {crowd!r}; expected 0 or 1. Write 1 for a region that "
                 "the evaluation should pass over, else 0."
@@ -62,8 +73,35 @@ def check_annotations(
             )
         size = sizes.get(image_id)
         found.append(_box_problem(box, size))
-        found.append(_mask_problem(entry.get("segmentation") or [], size))
+        reason = None
+        if not any(found):
+            name = names[category_id]
+            is_named = classes is None or name in classes
+            reason = _left_out(entry) if is_named else f"category {name!r}"
+            kept += reason is None
+            left_out[reason or ""] += 1
+        mask = entry.get("segmentation")
+        # What is left out has no mask read in training; the evaluation reads them all.
+        if masks and not mask and (reason is None or evaluated):
+            found.append(
+                f"has segmentation {mask!r}; expected polygons or an RLE, as the "
+                "pipeline or the metric asks for masks. Add the mask, or train without "
+                "masks."
+            )
+        elif masks is not False:
+            found.append(_mask_problem(mask or [], size))
         problems += [f"{where} (id {identity}) {text}" for text in found if text]
+    del left_out[""]
+    return kept, left_out
+
+
+def _left_out(entry: Mapping[str, Any]) -> str | None:
+    """Why mmdet does not train on an annotation that is well-formed, if it does not."""
+    if entry.get("ignore"):
+        return "'ignore' is set"
+    if min(entry["bbox"][2:]) < 1:
+        return "a side of the box is below 1 px"
+    return None if entry["area"] else "area is 0"
 
 
 def _box_problem(box: Any, size: tuple | None) -> str | None:

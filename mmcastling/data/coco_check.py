@@ -8,11 +8,14 @@ what was expected and what to do. Most of the time goes into the JSON parser.
 import gc
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from mmcastling.data.coco_annotations import check_annotations
+from mmcastling.data.image_sizes import stored_and_loaded_size
 from mmcastling.data.problems import (
     CocoFormatError,
     has_keys,
@@ -22,6 +25,9 @@ from mmcastling.data.problems import (
     some_of,
 )
 from mmcastling.errors import OptionError
+
+HEADERS = 5000
+"""Images whose headers are read, evenly spaced: half a second of a local disk."""
 
 _HOW_TO_GET_COCO = (
     "Get COCO from https://cocodataset.org or with mmdet's "
@@ -34,15 +40,28 @@ def check_coco(
     *,
     image_dir: str | os.PathLike | None = None,
     classes: Sequence[str] | None = None,
-) -> None:
-    """Check an instance annotation file in COCO's format.
+    masks: bool | None = None,
+    evaluated: bool = True,
+    upright: bool = True,
+) -> list[str]:
+    """Check that mmdet trains what an annotation file in COCO's format says.
 
     Args:
         ann_file: The JSON file.
         image_dir: Folder that ``file_name`` is relative to; every image must be there
-            (contents are not read). Defaults to None, which does not look.
-        classes: Class names of the config; the file's categories must be the same set.
-            Defaults to None, which accepts any.
+            and, by the headers of up to 5,000, as large as the file says. Defaults to
+            None, which does not look.
+        classes: Class names of the config, which must be categories of the file, in
+            its order; further categories are left out. Defaults to None, all of them.
+        masks: Whether every annotation must have a mask, or masks are of no concern.
+            Defaults to None, which checks those that are there.
+        evaluated: Whether detections are compared with the file, which asks for more
+            than training does. Defaults to True.
+        upright: Whether images are turned as EXIF says when they are loaded. Defaults
+            to True.
+
+    Returns:
+        Warnings: what mmdet leaves out, and which classes it cannot learn.
 
     Raises:
         CocoFormatError: The file or an entry is unusable; see the message.
@@ -58,27 +77,58 @@ def check_coco(
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        _check(Path(ann_file), image_dir, classes)
+        return _check(Path(ann_file), image_dir, classes, masks, evaluated, upright)
     finally:
         if was_enabled:
             gc.enable()
 
 
 def _check(
-    path: Path, image_dir: str | os.PathLike | None, classes: Sequence[str] | None
-) -> None:
+    path: Path,
+    image_dir: str | os.PathLike | None,
+    classes: Sequence[str] | None,
+    masks: bool | None,
+    evaluated: bool,
+    upright: bool,
+) -> list[str]:
     data = _load(path)
     if problem := _table_problem(data):
         raise CocoFormatError(f"{path} {problem}")
     problems: list[str] = []
-    names = _check_categories(data, problems)
+    warnings: list[str] = []
+    names = _check_categories(data, classes, problems)
     if classes is not None:
-        _compare_classes(list(names.values()), classes, problems)
+        # A class without a category is not learnt; the evaluation fails at it.
+        unlearnt = problems if evaluated else warnings
+        _compare_classes(list(names.values()), list(classes), problems, unlearnt)
     sizes = _check_images(data, problems)
     if image_dir is not None:
         _check_files(data["images"], Path(image_dir), problems)
-    check_annotations(data["annotations"], sizes, names, problems)
+        _check_sizes(data["images"], Path(image_dir), sizes, upright, problems)
+    kept, left_out = check_annotations(
+        *(data["annotations"], sizes, names, problems),
+        classes=classes,
+        masks=masks,
+        evaluated=evaluated,
+    )
+    if not (kept or evaluated or problems):
+        problems.append(
+            f"no annotation is left to train on, of {len(data['annotations'])}: "
+            f"{_counted(left_out) or 'the list is empty'}. Correct the file, or the "
+            "classes of the config."
+        )
     raise_if_any(problems, path, CocoFormatError)
+    if left_out:
+        warnings.append(
+            f"{left_out.total()} of {len(data['annotations'])} annotations are left "
+            f"out of training: {_counted(left_out)}"
+        )
+    return [f"{path}: {text}" for text in warnings]
+
+
+def _counted(reasons: Counter[str]) -> str:
+    shown = ", ".join(f"{count} as {why}" for why, count in reasons.most_common(5))
+    return shown + (", ..." if len(reasons) > 5 else "")
 
 
 # -- the file --------------------------------------------------------------------------
@@ -112,8 +162,8 @@ def _load(path: Path) -> Any:
             f"{path} is a compressed archive; expected plain JSON. Unpack it first."
         )
     try:
-        # Text, not bytes: json strips a byte order mark from bytes, pycocotools cannot.
-        return json.loads(raw.decode("utf-8"))
+        # Windows begins a file with a byte order mark; see compat.coco_eval.
+        return json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise CocoFormatError(
             f"{path} is not text at byte {error.start}; expected JSON in UTF-8. Check "
@@ -174,7 +224,7 @@ def _entries(
         where = f"{table}[{index}]"
         if not has_keys(entry, keys, where, problems):
             continue
-        if not isinstance(entry["id"], int | str):
+        if not _is_id(entry["id"]):
             problems.append(
                 f"{where} has id {entry['id']!r}; expected an integer. Renumber the "
                 "entries."
@@ -189,35 +239,61 @@ def _entries(
             yield where, entry
 
 
-def _check_categories(data: dict[str, list], problems: list[str]) -> dict[Any, str]:
+def _check_categories(
+    data: dict[str, list], classes: Sequence[str] | None, problems: list[str]
+) -> dict[Any, str]:
     """Return category names by id."""
     names: dict[Any, str] = {}
     for where, entry in _entries(data, "categories", ("id", "name"), problems):
-        if entry["name"] in names.values():
+        name = entry["name"]
+        if name in names.values() and (classes is None or name in classes):
             problems.append(
-                f"{where} repeats the name {entry['name']!r}; expected each class "
+                f"{where} repeats the name {name!r}; expected each class "
                 "once. Merge the two and renumber their annotations."
             )
-        names[entry["id"]] = entry["name"]
+        names[entry["id"]] = name
     return names
 
 
 def _compare_classes(
-    names: list[str], classes: Sequence[str], problems: list[str]
+    names: list[str], classes: list[str], problems: list[str], unlearnt: list[str]
 ) -> None:
-    if unknown := [name for name in names if name not in classes]:
+    """Compare the names of categories, in the file's order, with a config's classes.
+
+    mmdet numbers those categories that are classes in the order of the file.
+    """
+    used = list(dict.fromkeys(name for name in names if name in classes))
+    missing = [name for name in classes if name not in names]
+    if not used:
         problems.append(
-            f"{len(unknown)} of {len(names)} category names are not in the config's "
-            f"classes: {some_of(unknown)}; the classes are {some_of(classes)}. Set "
-            "metainfo=dict(classes=...) of the dataset to the names of this file, and "
-            "num_classes of the heads to their number."
+            f"none of the file's {len(names)} categories is among the config's "
+            f"classes: the categories are {some_of(names)}; the classes are "
+            f"{some_of(classes)}. Set metainfo=dict(classes=...) of the dataset to the "
+            "names of this file, and num_classes of the heads to their number."
         )
-    if uncovered := [name for name in classes if name not in names]:
+    elif used == classes[: len(used)]:
+        if missing:
+            unlearnt.append(
+                f"{len(missing)} of {len(classes)} classes have no category: "
+                f"{some_of(missing)}; the file's categories are {some_of(names)}. "
+                "Correct the spelling, or remove the classes from the config."
+            )
+    else:
         problems.append(
-            f"{len(uncovered)} of {len(classes)} classes have no category: "
-            f"{some_of(uncovered)}; the file's categories are {some_of(names)}. "
-            "Correct the spelling, or remove the classes from the config."
+            f"the classes {some_of(classes)} are not in the order of the file's "
+            f"categories, {some_of(used)}, by which mmdet numbers them: each would "
+            f"have another's name. Set metainfo=dict(classes=({_listed(used)})) of all "
+            "datasets."
         )
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(map(repr, names[:10]))
+    return shown + (", ..." if names[10:] else "," if len(names) == 1 else "")
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str) or is_number(value)
 
 
 def _check_images(
@@ -225,7 +301,7 @@ def _check_images(
 ) -> dict[Any, tuple | None]:
     """Return ``(width, height)`` by image id; None for a size that is unusable."""
     ids = (entry.get("id") for entry in data["images"] if isinstance(entry, dict))
-    sizes: dict = dict.fromkeys(key for key in ids if isinstance(key, int | str))
+    sizes: dict = dict.fromkeys(key for key in ids if _is_id(key))
     keys = ("id", "file_name", "width", "height")
     for where, entry in _entries(data, "images", keys, problems):
         width, height = entry["width"], entry["height"]
@@ -264,3 +340,38 @@ def _check_files(images: list, folder: Path, problems: list[str]) -> None:
             f"{some_of(missing, 3)}; the folder has {len(listed)} entries. Check "
             f"data_prefix in the config, or complete the download. {_HOW_TO_GET_COCO}"
         )
+
+
+def _check_sizes(
+    images: list, folder: Path, sizes: dict, upright: bool, problems: list[str]
+) -> None:
+    """Compare sizes with the images' own: boxes of others lie elsewhere."""
+    step = -(-len(images) // HEADERS) or 1
+
+    def examine(entry: Any) -> str | None:
+        if not isinstance(entry, dict) or not isinstance(entry.get("id"), int | str):
+            return None
+        size = sizes.get(entry["id"])
+        if size is None or not isinstance(entry.get("file_name"), str):
+            return None
+        path = folder / entry["file_name"]
+        try:
+            stored, loaded = stored_and_loaded_size(path, upright)
+        except (OSError, SyntaxError):  # missing, or of a kind that Pillow cannot read
+            return None
+        if size == loaded:
+            return None
+        said = f"{path} is annotated as {size[0]}x{size[1]} (width x height)"
+        if size == stored:
+            return (
+                f"{said}, but EXIF turns it to {loaded[0]}x{loaded[1]} when it is "
+                "loaded, and boxes do not turn. Set color_type="
+                "'color_ignore_orientation' of LoadImageFromFile, or store it upright."
+            )
+        return (
+            f"{said} and is {loaded[0]}x{loaded[1]}: boxes and masks lie elsewhere. "
+            "Scale the annotations with the images, or find the right images."
+        )
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        problems.extend(filter(None, pool.map(examine, images[::step])))

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mmcastling.data.image_sizes import stored_and_loaded_size
 from mmcastling.data.problems import SegmentationFormatError, raise_if_any, some_of
 
-_ORIENTATION = 0x0112  # EXIF; from 5 on, width and height change places
 _ID_MODES = ("L", "P", "1", "I", "I;16", "I;16B")  # one integer a pixel
 _UNREADABLE = (OSError, SyntaxError)  # what Pillow raises for a damaged file
 
@@ -32,6 +32,7 @@ def check_segmentation(
     image_suffix: str = ".jpg",
     label_suffix: str = ".png",
     names: Iterable[str] | None = None,
+    upright: bool = True,
 ) -> None:
     """Check the images and label maps of one split.
 
@@ -43,6 +44,8 @@ def check_segmentation(
         image_suffix: How names of images end. Defaults to ``'.jpg'``.
         label_suffix: How names of label maps end in its place. Defaults to ``'.png'``.
         names: Names without suffix. Defaults to None, all images below the folder.
+        upright: Whether images are turned as EXIF says when they are loaded. Defaults
+            to True.
 
     Raises:
         SegmentationFormatError: The split is missing or unusable; see the message.
@@ -67,7 +70,8 @@ def check_segmentation(
     def examine(name: str) -> str | None:
         image = image_dir / f"{name}{image_suffix}"
         label = label_dir / f"{name}{label_suffix}"
-        return _problem(image, label, allowed, meaning or f"one of {sorted(allowed)}")
+        expected = meaning or f"one of {sorted(allowed)}"
+        return _problem(image, label, allowed, expected, upright)
 
     # Decoding releases the interpreter's lock.
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
@@ -76,7 +80,7 @@ def check_segmentation(
 
 
 def _problem(
-    image: Path, label: Path, allowed: Collection[int], expected: str
+    image: Path, label: Path, allowed: Collection[int], expected: str, upright: bool
 ) -> str | None:
     """Say what is wrong with an image and its label map; None if nothing is."""
     if not image.is_file():
@@ -87,7 +91,7 @@ def _problem(
             "map or remove the image; seg_map_suffix says how its name ends."
         )
     try:
-        size = _shown_size(image)
+        _, size = stored_and_loaded_size(image, upright)
     except _UNREADABLE as error:
         return f"{image} is not a readable image ({error}). Export it again."
     try:
@@ -117,13 +121,6 @@ def _problem(
         return None
     more = f" and {len(wrong) - 3} further values" if wrong[3:] else ""
     return f"{label} holds {', '.join(wrong[:3])}{more}; expected {expected}."
-
-
-def _shown_size(path: Path) -> tuple[int, int]:
-    """Width and height after the rotation that a camera has noted, as mmcv loads it."""
-    with Image.open(path) as image:
-        is_turned = image.getexif().get(_ORIENTATION, 1) >= 5
-        return image.size[::-1] if is_turned else image.size
 
 
 def _names(folder: Path, suffix: str) -> list[str]:

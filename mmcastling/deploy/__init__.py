@@ -9,6 +9,7 @@ from mmcastling.deploy.deployed_checkpoint import (
 from mmcastling.deploy.precision import (
     PRECISIONS,
     check_precision,
+    computes_in,
     set_precision,
 )
 from mmcastling.deploy.verify import (
@@ -22,6 +23,7 @@ __all__ = [
     "DEPLOY_META_KEY",
     "PRECISIONS",
     "check_precision",
+    "computes_in",
     "deploy_checkpoint",
     "difference_of",
     "features",

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmcastling.checkpoint import weights_of
+from mmcastling.checkpoint import weights_of, with_metadata
 from mmcastling.errors import CheckpointError
 from mmcastling.version import __version__
 
@@ -46,7 +46,7 @@ def select_weights(checkpoint: dict[str, Any], ema: bool | None) -> dict[str, Te
     if ema is False and raw is not None:
         prefix = "module."
         raw = {k.removeprefix(prefix): v for k, v in raw.items() if prefix in k[:7]}
-        weights = {**weights, **raw}
+        weights = with_metadata({**weights, **raw}, weights)
     return weights
 
 
@@ -67,8 +67,9 @@ def deploy_checkpoint(
         if key in training_meta
     }
     meta = {**kept, **facts, DEPLOY_META_KEY: True, "mmcastling_version": __version__}
-    weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-    return {"meta": _plain(meta), "state_dict": weights}
+    state = model.state_dict()
+    weights = {name: value.detach().cpu().clone() for name, value in state.items()}
+    return {"meta": _plain(meta), "state_dict": with_metadata(weights, state)}
 
 
 def _plain(value: Any) -> Any:

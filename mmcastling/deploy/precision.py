@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import dis
+import functools
+import inspect
+import logging
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from mmcastling.deploy.int8 import QuantizedLinear, has_int8, quantize_linear_layers
+from mmcastling.castle.swap import softmax_attentions
+from mmcastling.deploy.int8 import (
+    QuantizedLinear,
+    has_int8,
+    is_plain_linear,
+    quantize_in_place,
+)
 from mmcastling.errors import OptionError, UnavailableError
 from mmcastling.verbs import castling_modules
+
+logger = logging.getLogger("mmcastling")
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 """The names of precisions: floating point of 32 and 16 bits, and 8-bit integers."""
@@ -34,9 +49,9 @@ def check_precision(precision: str, device: torch.device | str = "cpu") -> None:
             f"precision {precision!r} is not known: choose one of {list(PRECISIONS)}"
         )
     device = torch.device(device)
-    if precision in _DTYPES and not _computes_in(_DTYPES[precision], device):
+    if precision in _DTYPES and not computes_in(_DTYPES[precision], device):
         others = [p for p in _DTYPES if p != precision]
-        others = [p for p in others if _computes_in(_DTYPES[p], device)]
+        others = [p for p in others if computes_in(_DTYPES[p], device)]
         raise UnavailableError(
             f"precision {precision}: this {device.type} has no instructions for "
             f"{_DTYPES[precision]} and would be slower with it than in float32: "
@@ -54,13 +69,19 @@ def set_precision(model: nn.Module, precision: str) -> None:
 
     Weights of linear layers and convolutions are rounded once, and inputs as they
     arrive. The backbone passes what they return on as it is; layers outside it (neck,
-    heads) return float32, so that boxes are decoded and suppressed in it. Norms keep
+    heads) return float32, so that boxes are decoded and suppressed in it, and so do
+    all layers if some attention was not castled, which may add a bias. Norms keep
     float32 weights and statistics, attention normalizes and sums over tokens in
     float32, and the sum of residuals stays float32.
 
     ``'int8'`` quantizes the linear layers of the backbone only, see
     :class:`~mmcastling.deploy.int8.QuantizedLinear`; convolutions and what lies outside
     the backbone stay float32.
+
+    Layers whose weights another module reads past them, as softmax attention in torch
+    and in BEiT does, stay float32 as well, and so do layers that are not plainly linear
+    in ``'int8'``; a warning names them. The model can be copied and pickled; its state
+    dict fits another one in the same precision, and one in float32 fits it.
 
     Args:
         model: A deployed detector, segmentor, classifier, or backbone, in evaluation.
@@ -87,14 +108,33 @@ def set_precision(model: nn.Module, precision: str) -> None:
             "already; load it in float32 again"
         )
     backbone = getattr(model, "backbone", model)
-    if precision == "int8":
-        quantize_linear_layers(backbone)
-        return
-    dtype = _DTYPES[precision]
     inside = set(backbone.modules())
-    for module in model.modules():
-        if isinstance(module, _LAYERS):
-            _lower(module, dtype, cast_back=module not in inside)
+    kinds, of = (nn.Linear, backbone) if precision == "int8" else (_LAYERS, model)
+    layers = {m: name for name, m in of.named_modules() if isinstance(m, kinds)}
+    holders = _read_past(of)
+    stay = {m for m in layers if any(m in read for read in holders.values())}
+    if precision == "int8":
+        stay |= {m for m in layers if not is_plain_linear(m)}
+    if stay:
+        logger.warning(
+            "precision %s: %d of %d layers stay float32, since their weights are not "
+            "used as in a plain layer: %s",
+            *(precision, len(stay), len(layers)),
+            ", ".join(name for m, name in layers.items() if m in stay),
+        )
+    if precision == "int8":
+        quantize_in_place(m for m in layers if m not in stay)
+        return
+    for holder in holders:
+        holder.register_forward_pre_hook(_float32_input, with_kwargs=True)
+    if softmax_attentions(backbone):  # which may add float32 biases
+        inside = set()
+    for layer in layers:
+        if layer not in stay:
+            layer.to(_DTYPES[precision])
+            layer.register_forward_pre_hook(_own_dtype_input, with_kwargs=True)
+            if layer not in inside:
+                layer.register_forward_hook(_float32_output)
     backbone.register_forward_hook(_float32_output)
 
 
@@ -107,26 +147,67 @@ def _precisions(model: nn.Module) -> set[str]:
     return found
 
 
-def _lower(layer: nn.Module, dtype: torch.dtype, cast_back: bool) -> None:
-    def cast(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in inputs)
+# Hooks are functions of this module, so that a model that has them can be pickled.
 
-    layer.to(dtype)
-    layer.register_forward_pre_hook(cast)
-    if cast_back:
-        layer.register_forward_hook(_float32_output)
+
+def _own_dtype_input(layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return _cast((args, kwargs), layer.weight.dtype)
+
+
+def _float32_input(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return _cast((args, kwargs), torch.float32)
 
 
 def _float32_output(_: nn.Module, inputs: Any, output: Any) -> Any:
-    if isinstance(output, (list, tuple)):
-        return type(output)(_float32_output(_, inputs, item) for item in output)
-    if isinstance(output, Tensor) and output.is_floating_point():
-        return output.float()
-    return output
+    return _cast(output, torch.float32)
 
 
-def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a device has instructions for it, and does not emulate them."""
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Cast floating-point tensors in tuples, named or not, lists and dicts."""
+    return tree_map_only(
+        Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, value
+    )
+
+
+def _read_past(model: nn.Module) -> dict[nn.Module, set[nn.Module]]:
+    """Modules whose ``forward`` reads weights of layers that they hold, and those."""
+    found: dict[nn.Module, set[nn.Module]] = {}
+    for module in model.modules():
+        for path in _weights_read_by(type(module)):
+            with contextlib.suppress(AttributeError):  # of another setting
+                layer = operator.attrgetter(path)(module)
+                if isinstance(layer, _LAYERS):
+                    found.setdefault(module, set()).add(layer)
+    return found
+
+
+@functools.cache
+def _weights_read_by(cls: type[nn.Module]) -> list[str]:
+    """``qkv``, if ``forward`` or what it calls has ``self.qkv.weight``."""
+    paths: list[str] = []
+    seen, todo = set(), [cls.forward]
+    while todo:
+        code = getattr(inspect.unwrap(todo.pop()), "__code__", None)
+        if code is None or code in seen:
+            continue
+        seen.add(code)
+        inner = [code, *(c for c in code.co_consts if inspect.iscode(c))]
+        for step in (step for c in inner for step in dis.get_instructions(c)):
+            if step.opname in ("LOAD_FAST", "LOAD_DEREF"):
+                path = [] if step.argval == "self" else None
+            elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and path is not None:
+                if step.argval == "weight" and path:
+                    paths.append(".".join(path))
+                path = [*path, step.argval]
+                if len(path) == 1 and inspect.isroutine(getattr(cls, path[0], None)):
+                    todo.append(getattr(cls, path[0]))
+            else:
+                path = None
+    return paths
+
+
+def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device has instructions for a dtype, and does not emulate them."""
     if device.type == "cuda":
         return dtype is torch.float16 or torch.cuda.is_bf16_supported(False)
     if device.type == "cpu":

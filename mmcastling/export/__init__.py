@@ -8,6 +8,7 @@ models of the toolboxes: :func:`export_graph` and :func:`describe` what to write
 
 from mmcastling.export.agreement import Agreement, compare, compare_detections
 from mmcastling.export.formats import (
+    DEFAULT_FORMAT,
     DEFAULT_OPSET,
     FORMAT_PRECISIONS,
     FORMATS,
@@ -26,6 +27,7 @@ from mmcastling.export.graphs import (
 )
 
 __all__ = [
+    "DEFAULT_FORMAT",
     "DEFAULT_OPSET",
     "FORMATS",
     "FORMAT_PRECISIONS",

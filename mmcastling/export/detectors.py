@@ -25,7 +25,7 @@ _roi_align = torch.ops.torchvision.roi_align
 class DetectorGraph(nn.Module):
     """A detector of one image, in pixels of the network's input.
 
-    ``forward`` takes the image ``(1, 3, H, W)`` and, int64 ``(2,)``, height and width
+    ``forward`` takes the image ``(1, C, H, W)`` and, int64 ``(2,)``, height and width
     of the image inside its padding. It returns boxes ``(N, 4)``, scores ``(N,)``,
     labels int64 ``(N,)``, and masks of probabilities ``(N, h, w)`` where the detector
     has them.

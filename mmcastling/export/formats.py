@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as fx_config
 
 from mmcastling.deploy.precision import check_precision
 from mmcastling.errors import OptionError, UnavailableError, UserError
@@ -35,6 +36,7 @@ OPSETS = range(18, 24)
 """ONNX opsets that the exporter writes and the runtimes read."""
 
 DEFAULT_OPSET = 18
+DEFAULT_FORMAT = "onnx"
 
 FORMAT_PRECISIONS = {
     "onnx": ("fp32", "int8"),
@@ -144,7 +146,10 @@ def write(
         UnsupportedModelError: If torch or the format cannot express the module.
         OSError: If the file cannot be written, for example on a full disk.
     """
-    with _quiet(), torch.no_grad():
+    # Else what holds of the example's sizes, that none is 1 and two are not equal, may
+    # be asserted of all: a graph traced at two images would refuse one.
+    any_size = fx_config.patch(backed_size_oblivious=True)
+    with _quiet(), torch.no_grad(), any_size:
         try:
             graph: Any = torch.export.export(
                 module,

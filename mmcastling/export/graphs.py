@@ -13,15 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
+from mmcastling.analysis import input_channels
 from mmcastling.analysis.data_sample import DataSample
 from mmcastling.deploy.verify import tensors_in
 from mmcastling.export.detectors import detector_graph
-from mmcastling.export.formats import DEFAULT_OPSET, UnsupportedModelError, write
+from mmcastling.export.formats import (
+    DEFAULT_FORMAT,
+    DEFAULT_OPSET,
+    UnsupportedModelError,
+    write,
+)
 from mmcastling.runtime import ExportMetadata
 
 
 class BackboneGraph(nn.Module):
-    """The feature maps of a backbone from ``(B, 3, H, W)``."""
+    """The feature maps of a backbone from ``(B, C, H, W)``."""
 
     kind = "backbone"
 
@@ -32,7 +38,7 @@ class BackboneGraph(nn.Module):
     @property
     def outputs(self) -> tuple[str, ...]:
         with torch.no_grad():
-            features = self(torch.zeros(1, 3, 64, 96))
+            features = self(torch.zeros(1, input_channels(self), 64, 96))
         return tuple(f"feature_{index}" for index, _ in enumerate(features))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -40,7 +46,7 @@ class BackboneGraph(nn.Module):
 
 
 class ClassifierGraph(nn.Module):
-    """The scores of a classifier ``(B, classes)`` from ``(B, 3, H, W)``."""
+    """The scores of a classifier ``(B, classes)`` from ``(B, C, H, W)``."""
 
     kind = "classifier"
     outputs = ("scores",)
@@ -67,7 +73,7 @@ class ClassifierGraph(nn.Module):
 
 
 class SegmentorGraph(nn.Module):
-    """The logits of a segmentor ``(B, classes, H, W)`` from ``(B, 3, H, W)``."""
+    """The logits of a segmentor ``(B, classes, H, W)`` from ``(B, C, H, W)``."""
 
     kind = "segmentor"
     outputs = ("logits",)
@@ -177,7 +183,11 @@ def _replace_pools(module: nn.Module) -> None:
 
 
 def describe(
-    model: nn.Module, graph: nn.Module, part: str = "model", **facts: Any
+    model: nn.Module,
+    graph: nn.Module,
+    part: str = "model",
+    format: str = DEFAULT_FORMAT,
+    **facts: Any,
 ) -> ExportMetadata:
     """The metadata of a model's exported file.
 
@@ -185,6 +195,7 @@ def describe(
         model: The deployed model.
         graph: What :func:`mmcastling.export.export_graph` makes of it.
         part: As there.
+        format: One of :data:`mmcastling.export.FORMATS`. Defaults to ``'onnx'``.
         **facts: What the model does not know: ``classes``, ``palette``, ``pipeline``,
             ``versions``.
 
@@ -197,11 +208,15 @@ def describe(
     elif graph.kind == "segmentor":
         facts["segmentation"] = _segmentor_facts(model)
     patch = getattr(model.backbone, "patch_size", 32)
+    smallest = patch if isinstance(patch, int) else max(patch)
+    if format == "exported-program":
+        smallest += 1  # torch asserts that a grid of tokens has two rows and columns
     return ExportMetadata(
         kind=graph.kind,
         name=type(model.backbone if part == "backbone" else model).__name__,
         outputs=tuple(graph.outputs),
-        min_size=patch if isinstance(patch, int) else max(patch),
+        channels=input_channels(model),
+        min_size=smallest,
         dynamic_batch=graph.kind != "detector",
         **facts,
     )
@@ -217,9 +232,12 @@ def _input_of(preprocessor: Any) -> dict[str, Any]:
             found[name] = tuple(getattr(preprocessor, name).flatten().tolist())
     names = ("_channel_conversion", "channel_conversion", "to_rgb")
     found["to_rgb"] = any(getattr(preprocessor, name, False) for name in names)
-    padding = getattr(preprocessor, "test_cfg", None) or {}  # mmseg's
-    divisor = getattr(preprocessor, "pad_size_divisor", 1)
-    found["pad_divisor"] = padding.get("size_divisor", divisor) or 1
+    padding = dict(size_divisor=getattr(preprocessor, "pad_size_divisor", 1))
+    if hasattr(preprocessor, "test_cfg"):  # mmseg's, whose other padding is training's
+        padding = preprocessor.test_cfg or {}
+    found["pad_divisor"] = padding.get("size_divisor") or 1
+    if padding.get("size") is not None:
+        found["pad_size"] = tuple(padding["size"])
     value = getattr(preprocessor, "pad_value", getattr(preprocessor, "pad_val", 0))
     found["pad_value"] = float(value if isinstance(value, (int, float)) else 0)
     return found
@@ -281,7 +299,7 @@ def write_graph(
     width = height + max(unit, 64 // unit * unit)
     batch = 2 if metadata.dynamic_batch else 1
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, 3, height, width, generator=generator)
+    images = torch.randn(batch, metadata.channels, height, width, generator=generator)
     free: dict[int, Any] = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     if unit > 1:
         free = {2: unit * Dim("rows"), 3: unit * Dim("columns")}
@@ -313,7 +331,7 @@ def reference_outputs(
     Args:
         model: The deployed model in evaluation mode.
         kind: ``kind`` of what :func:`export_graph` makes of it.
-        images: One preprocessed image ``(1, 3, H, W)``.
+        images: One preprocessed image ``(1, C, H, W)``.
         size: ``(H, W)`` of the image without padding.
 
     Returns:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from mmcastling.attention.local_conv import Grid
 from mmcastling.errors import OptionError
 from mmcastling.models.common import (
     CastlingBackbone,
+    TokensAt,
     check_arch,
     check_ffn_conv,
     check_frozen_stages,
@@ -128,7 +129,12 @@ class CastlingLeViT(CastlingBackbone, BaseBackbone):
         check_ffn_conv(ffn_conv)
         self.embed_dims = list(self.arch_settings["embed_dims"])
         self.num_stages = len(self.embed_dims)
-        self.out_indices = check_out_indices(out_indices, self.num_stages, "stage")
+        nothing = not isinstance(out_indices, int) and not out_indices
+        self.out_indices = (
+            []  # of the stages, which the stem does not need
+            if nothing and out_stem
+            else check_out_indices(out_indices, self.num_stages, "stage")
+        )
         check_frozen_stages(frozen_stages, self.num_stages)
         self.out_stem = out_stem
         self.frozen_stages = frozen_stages
@@ -147,6 +153,7 @@ class CastlingLeViT(CastlingBackbone, BaseBackbone):
         if out_stem:
             self.norm_stem = build_norm_layer(norm_cfg, self.embed_dims[0] // 2)[1]
         self._freeze_stages()
+        self._freeze_unused()
         if deploy:
             self.switch_to_deploy()
 
@@ -242,23 +249,53 @@ class CastlingLeViT(CastlingBackbone, BaseBackbone):
         Raises:
             ValueError: If they are smaller than the stem's stride.
         """
+        stem, x = self._embed(x)
+        outs = self.outputs_of(self._tokens_at(x, self.out_indices))
+        return (self.norm_stem(stem), *outs) if self.out_stem else outs
+
+    def tokens_at(self, x: Tensor, indices: Iterable[int]) -> TokensAt:
+        """Tokens behind each stage asked for, and their grid; none is run behind."""
+        return self._tokens_at(self._embed(x)[1], indices)
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps of images in the middle of the stem and behind it."""
         check_image(x, STEM_STRIDE, "the stem's stride")
-        outs = []
+        stem = x
         for i, layer in enumerate(self.patch_embed.patch_embed):
             x = layer(x)
-            if self.out_stem and i == STEM_OUT:
-                outs.append(self.norm_stem(x))
+            stem = x if i == STEM_OUT else stem
+        return stem, x
+
+    def _tokens_at(self, x: Tensor, indices: Iterable[int]) -> TokensAt:
         grid = (x.shape[2], x.shape[3])
         x = x.flatten(2).transpose(1, 2).contiguous()  # (B, H*W, C)
-        for i, stage in enumerate(self.stages):
+        taken = {}
+        for i, stage in enumerate(self.stages[: max(indices, default=-1) + 1]):
             for block in stage:
                 x = self._run(block, x, grid)
                 grid = strided_grid(grid, block.stride)
-            if i in self.out_indices:
-                out = x.transpose(1, 2).unflatten(2, grid).contiguous()
-                norm = getattr(self, f"norm{i}", None)
-                outs.append(out if norm is None else norm(out))
+            if i in indices:
+                taken[i] = (x, grid)
+        return taken
+
+    def outputs_of(self, taken: TokensAt) -> tuple[Tensor, ...]:
+        """The maps of :meth:`forward` of the tokens at ``out_indices``."""
+        outs = []
+        for i in self.out_indices:
+            x, grid = taken[i]
+            out = x.transpose(1, 2).unflatten(2, grid).contiguous()
+            norm = getattr(self, f"norm{i}", None)
+            outs.append(out if norm is None else norm(out))
         return tuple(outs)
+
+    def truncate(self, last: int) -> None:
+        """Drop the stages behind one, whose output becomes the only one."""
+        self.stages, self.num_stages = self.stages[: last + 1], last + 1
+        self.out_indices = [last]
+
+    def _unused(self) -> list[nn.Module]:
+        # A stem's output alone needs no stage.
+        return list(self.stages[max(self.out_indices, default=-1) + 1 :])
 
     @property
     def num_layers(self) -> int:

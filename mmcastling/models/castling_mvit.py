@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,12 @@ from mmpretrain.models.backbones import MViT
 from mmpretrain.models.backbones.mvit import MultiScaleBlock
 from mmpretrain.models.utils import resize_pos_embed
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmcastling.errors import OptionError
 from mmcastling.models.common import (
     CastlingBackbone,
+    TokensAt,
     check_arch,
     check_ffn_conv,
     check_frozen_stages,
@@ -120,6 +121,7 @@ class CastlingMViT(CastlingBackbone, MViT):
         self.deploy = deploy
         self._castle_blocks(attention, ffn_conv, drop_path_rate, kwargs)
         self._freeze_stages()
+        self._freeze_unused()
         if deploy:
             self.switch_to_deploy()
 
@@ -169,6 +171,10 @@ class CastlingMViT(CastlingBackbone, MViT):
         Raises:
             ValueError: If they are smaller than a patch.
         """
+        return self.outputs_of(self.tokens_at(x, self.out_indices))
+
+    def tokens_at(self, x: Tensor, indices: Iterable[int]) -> TokensAt:
+        """Tokens behind each scale asked for, and their grid; none is run behind."""
         check_image(x, self.patch_embed.projection.stride[0], "a patch")
         x, grid = self.patch_embed(x)
         x = x.contiguous()  # (B, H*W, C), each token's channels together in memory
@@ -180,14 +186,34 @@ class CastlingMViT(CastlingBackbone, MViT):
                 mode=self.interpolate_mode,
                 num_extra_tokens=self.num_extra_tokens,
             )
-        outs = []
-        for i, block in enumerate(self.blocks):
+        taken = {}
+        for i, block in enumerate(self.blocks[: self._last_block(max(indices)) + 1]):
             x, grid = self._run(block, x, grid)
             scale = self.stage_indices.get(i)
-            if scale in self.out_indices:
-                out = getattr(self, f"norm{scale}")(x)
-                outs.append(out.transpose(1, 2).unflatten(2, grid).contiguous())
+            if scale in indices:
+                taken[scale] = (x, grid)
+        return taken
+
+    def outputs_of(self, taken: TokensAt) -> tuple[Tensor, ...]:
+        """The maps of :meth:`forward` of the tokens at ``out_indices``."""
+        outs = []
+        for scale in self.out_indices:
+            x, grid = taken[scale]
+            x = getattr(self, f"norm{scale}", nn.Identity())(x)
+            outs.append(x.transpose(1, 2).unflatten(2, grid).contiguous())
         return tuple(outs)
+
+    def truncate(self, last: int) -> None:
+        """Drop the blocks behind a scale, whose output becomes the only one."""
+        self.num_layers = self._last_block(last) + 1
+        self.blocks = self.blocks[: self.num_layers]
+        self.num_scales, self.out_indices = last + 1, [last]
+
+    def _last_block(self, scale: int) -> int:
+        return next(i for i, s in self.stage_indices.items() if s == scale)
+
+    def _unused(self) -> list[nn.Module]:
+        return list(self.blocks[self._last_block(max(self.out_indices)) + 1 :])
 
     def _freeze_stages(self) -> None:
         if self.frozen_stages < 0:
@@ -195,6 +221,5 @@ class CastlingMViT(CastlingBackbone, MViT):
         freeze([self.patch_embed])
         if self.use_abs_pos_embed:
             self.pos_embed.requires_grad = False
-        last = {scale: index for index, scale in self.stage_indices.items()}
         if self.frozen_stages > 0:
-            freeze(self.blocks[: last[self.frozen_stages - 1] + 1])
+            freeze(self.blocks[: self._last_block(self.frozen_stages - 1) + 1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from mmcastling.attention.local_conv import Grid
 from mmcastling.errors import OptionError
 from mmcastling.models.common import (
     CastlingBackbone,
+    TokensAt,
     check_arch,
     check_ffn_conv,
     check_image,
@@ -28,7 +29,7 @@ from mmcastling.models.common import (
     image_size,
 )
 from mmcastling.models.conv_ffn import ConvFFN
-from mmcastling.models.position_embedding import fit_position_embedding
+from mmcastling.models.position_embedding import fit_position_embedding, note_grid
 from mmcastling.models.stem import ConvStem
 from mmcastling.registry import MODELS
 
@@ -50,6 +51,7 @@ class CastlingEncoderLayer(TransformerEncoderLayer):
         deploy: bool = False,
         **kwargs: Any,
     ) -> None:
+        _check_options(ffn_conv, **kwargs)
         super().__init__(**kwargs)
         embed_dims = self.embed_dims
         drop_rate = kwargs.get("drop_rate", 0.0)
@@ -207,9 +209,11 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
             if index != num_layers - 1:  # the last layer's norm is ln1
                 norm = build_norm_layer(norm_cfg, self.embed_dims)
                 self.add_module(f"out_norm{index}", norm)
+        self._register_state_dict_hook(note_grid)
         if deploy:
             self.switch_to_deploy()
         self._freeze_stages()
+        self._freeze_unused()
 
     def _castle_layers(self, kwargs: dict[str, Any], **shared: Any) -> None:
         names = ("layer_scale_init_value", "drop_rate", "qkv_bias")
@@ -231,17 +235,23 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
         super().init_weights()
 
     def _prepare_pos_embed(
-        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         # In place of mmpretrain's, which expects this model's own class tokens.
         name = f"{prefix}pos_embed"
-        if name in state_dict and state_dict[name].shape != self.pos_embed.shape:
+        if name in state_dict:
             state_dict[name], note = fit_position_embedding(
                 state_dict[name],
                 sum(f"{prefix}{token}" in state_dict for token in TOKENS),
                 tuple(self.patch_resolution),
                 self.num_extra_tokens,
                 self.interpolate_mode,
+                local_metadata,
             )
             if note:
                 MMLogger.get_current_instance().info(f"{name}: {note}")
@@ -255,6 +265,10 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
         Raises:
             ValueError: If they are smaller than a patch.
         """
+        return self.outputs_of(self.tokens_at(x, self.out_indices))
+
+    def tokens_at(self, x: Tensor, indices: Iterable[int]) -> TokensAt:
+        """Tokens behind each layer asked for, and their grid; none is run behind."""
         check_image(x, self.patch_size, "a patch")
         if _is_traced() and not isinstance(self.patch_embed, ConvStem):
             # mmpretrain asks whether to pad, and the answer would hold for all sizes.
@@ -269,12 +283,29 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
         x = x + self._positions(grid)
         x = self.pre_norm(self.drop_after_pos(x))
 
-        outs = []
-        for i, layer in enumerate(self.layers):
+        taken = {}
+        for i, layer in enumerate(self.layers[: max(indices) + 1]):
             x = self._run(layer, x, grid)
-            if i in self.out_indices:
-                outs.append(self._format_output(self._norm_output(i, x), grid))
-        return tuple(outs)
+            if i in indices:
+                taken[i] = (x, grid)
+        return taken
+
+    def outputs_of(self, taken: TokensAt) -> tuple[Any, ...]:
+        """What :meth:`forward` returns of the tokens at ``out_indices``."""
+        return tuple(
+            self._format_output(self._norm_output(i, tokens), grid)
+            for i, (tokens, grid) in ((i, taken[i]) for i in self.out_indices)
+        )
+
+    def truncate(self, last: int) -> None:
+        """Drop the layers behind one, whose output becomes the only one."""
+        self.layers, self.num_layers = self.layers[: last + 1], last + 1
+        self.out_indices = [last]
+
+    def _unused(self) -> list[nn.Module]:
+        last = max(self.out_indices)
+        norm = [self.ln1] if self.final_norm and last < self.num_layers - 1 else []
+        return [*self.layers[last + 1 :], *norm]
 
     def _positions(self, grid: Grid) -> Tensor:
         """The position embedding for a grid, ``(1, N, C)``."""
@@ -304,6 +335,9 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
     def _format_output(self, x: Tensor, grid: Grid) -> Tensor | tuple[Tensor, Tensor]:
         if self.out_type == "cls_token" and self.dist_token is not None:
             return x[:, 0], x[:, 1]
+        if self.out_type == "featmap":  # mmpretrain's fails for no images at all
+            patches = x[:, self.num_extra_tokens :].unflatten(1, grid)
+            return patches.permute(0, 3, 1, 2)  # (B, C, H, W)
         return super()._format_output(x, grid)
 
     def _freeze_stages(self) -> None:
@@ -311,6 +345,27 @@ class CastlingViT(CastlingBackbone, VisionTransformer):
             super()._freeze_stages()
             if self.dist_token is not None:
                 self.dist_token.requires_grad = False
+
+
+def _check_options(
+    ffn_conv: int,
+    attn_drop_rate: float = 0.0,
+    ffn_type: str = "origin",
+    num_fcs: int = 2,
+    **options: Any,
+) -> None:
+    """Refuse options of mmpretrain's layer that ours could not let act."""
+    if attn_drop_rate:
+        raise OptionError(
+            f"attn_drop_rate={attn_drop_rate!r}: the attention keeps no probabilities "
+            "that could be dropped; use drop_rate or drop_path_rate"
+        )
+    if ffn_conv and (ffn_type != "origin" or num_fcs != 2):
+        raise OptionError(
+            f"ffn_conv={ffn_conv!r} is a convolution between the two layers of a plain "
+            f"MLP, and there are ffn_type={ffn_type!r} and num_fcs={num_fcs!r}: leave "
+            "one of them out"
+        )
 
 
 def _is_traced() -> bool:

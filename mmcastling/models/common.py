@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,10 +13,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from mmcastling.attention.deploying import deploying
 from mmcastling.attention.local_conv import Grid
 from mmcastling.errors import OptionError
 from mmcastling.models.folding import fold_for_inference
 from mmcastling.models.pretrained import check_pretrained, pretrained_cfgs
+
+logger = logging.getLogger("mmcastling")
+
+TokensAt = dict[int, tuple[Tensor, Grid]]
+"""Tokens ``(B, N, C)``, of which the last fill a grid, by the index of an output."""
 
 Backbone = TypeVar("Backbone", bound="CastlingBackbone")
 
@@ -47,16 +54,32 @@ class CastlingBackbone:
             # mmpretrain draws position embeddings anew after it has loaded a list's.
             initialize(self, cfgs)
 
+    def _unused(self) -> list[nn.Module]:
+        """What lies behind the last output, and is not run."""
+        raise NotImplementedError
+
+    def _freeze_unused(self) -> None:
+        """Take it out of training: it has no gradient, which distributed training
+        would wait for."""
+        if unused := self._unused():
+            freeze(unused)
+            logger.info(
+                "%s: out_indices %s need no layer behind them; %d modules are neither "
+                "run nor trained",
+                *(type(self).__name__, list(self.out_indices), len(unused)),
+            )
+
     def switch_to_deploy(self) -> None:
         """Remove the auxiliary branch of every attention, and fold layers together.
 
         See :func:`~mmcastling.models.folding.fold_for_inference`. Idempotent.
         """
-        for module in self.modules():
-            switch = getattr(module, "switch_to_deploy", None)
-            if module is not self and callable(switch):
-                switch()
-        fold_for_inference(self)
+        with deploying(self):
+            for module in list(self.modules()):
+                switch = getattr(module, "switch_to_deploy", None)
+                if module is not self and callable(switch):
+                    switch()
+            fold_for_inference(self)
         self.deploy = True
 
     def train(self: Backbone, mode: bool = True) -> Backbone:
@@ -167,6 +190,8 @@ def check_out_indices(
 ) -> list[int]:
     """Resolve negative indices of ``count`` things; sort, drop what is named twice."""
     indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
+    if not indices:
+        raise OptionError(f"out_indices {out_indices!r} name no {what} to return")
     for index in indices:
         if not -count <= index < count:
             raise OptionError(

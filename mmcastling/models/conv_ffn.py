@@ -16,20 +16,15 @@ from mmpretrain.models.backbones.mvit import MLP as MViTMLP
 from torch import Tensor, nn
 
 from mmcastling.attention import GridConv
-from mmcastling.attention.fast import onednn_name, onednn_serves
-from mmcastling.attention.local_conv import Grid
+from mmcastling.attention.fast import apply_then, onednn_name, onednn_serves
+from mmcastling.attention.local_conv import Grid, on_grid
 
 
 class HiddenConv(GridConv):
-    """Depthwise convolution of hidden tokens, which starts as the identity.
-
-    Deployment gives it the activation behind it, which oneDNN then applies in the same
-    pass, as in a :class:`~mmcastling.attention.fast.FusedLinear`.
-    """
+    """Depthwise convolution of hidden tokens, which starts as the identity."""
 
     def __init__(self, channels: int, kernel_size: int = 5) -> None:
         super().__init__(1, channels, kernel_size)
-        self.activation: nn.Module = nn.Identity()
         nn.init.zeros_(self.weight)  # nn.init.dirac_ takes seconds for this
         with torch.no_grad():
             self.weight[:, :, kernel_size // 2, kernel_size // 2] = 1.0
@@ -43,19 +38,32 @@ class HiddenConv(GridConv):
         mixed = super().forward(hidden.unsqueeze(1), grid).squeeze(1)
         extra = hidden.shape[1] - grid[0] * grid[1]
         if extra:  # the convolution gives zero outside the grid
-            before = self.activation(hidden[:, :extra].clone())  # it may be in place
             rest = hidden.shape[1] - extra
-            mixed = mixed + nn.functional.pad(before, (0, 0, 0, rest))
+            mixed = mixed + nn.functional.pad(hidden[:, :extra], (0, 0, 0, rest))
         return mixed
 
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        name = onednn_name(self.activation)
-        if name is not None and onednn_serves(x, weight, bias):
+
+class FusedHiddenConv(HiddenConv):
+    """The convolution of a deployed model, as a
+    :class:`~mmcastling.attention.fast.FusedLinear` is its linear layer."""
+
+    def then(self, activation: nn.Module, hidden: Tensor, grid: Grid) -> Tensor:
+        """``activation(layer(hidden, grid))`` in the same pass, where oneDNN serves."""
+        name, extra = onednn_name(activation), hidden.shape[1] - grid[0] * grid[1]
+        serves = name is not None and onednn_serves(hidden, self.weight, self.bias)
+        if not serves or extra < 0:
+            return activation(self(hidden, grid))
+
+        def convolve(x: Tensor) -> Tensor:
             shape = self.padding, self.stride, self.dilation, self.groups
             return torch.ops.mkldnn._convolution_pointwise(
-                x, weight, bias, *shape, *name
+                x, self.weight, self.bias, *shape, *name
             )
-        return self.activation(super()._conv_forward(x, weight, bias))
+
+        mixed, _ = on_grid(convolve, hidden[:, extra:], grid)
+        if extra:
+            mixed = torch.cat([activation(hidden[:, :extra]), mixed], dim=1)
+        return mixed
 
 
 class ConvFFN(FFN):
@@ -75,8 +83,8 @@ class ConvFFN(FFN):
     ) -> Tensor:
         """Apply to tokens ``(B, N, C)`` on ``grid``, and add ``identity``."""
         (fc1, activation, drop1), fc2, drop2 = self.layers
-        hidden = self.dwconv(fc1(x), grid)  # (B, N, hidden)
-        out = self.gamma2(drop2(fc2(drop1(activation(hidden)))))
+        hidden = apply_then(self.dwconv, activation, fc1(x), grid)  # (B, N, hidden)
+        out = self.gamma2(drop2(fc2(drop1(hidden))))
         return self.dropout_layer(out) + (x if identity is None else identity)
 
 
@@ -90,10 +98,9 @@ class ConvMViTMLP(MViTMLP):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """Apply to tokens ``(B, H * W, in_channels)``."""
-        hidden = self.fc1(x)
         if hasattr(self, "dwconv"):
-            hidden = self.dwconv(hidden, grid)
-        return self.fc2(self.act(hidden))
+            return self.fc2(apply_then(self.dwconv, self.act, self.fc1(x), grid))
+        return self.fc2(apply_then(self.fc1, self.act, x))
 
 
 class ConvLeViTMLP(LeViTMLP):
@@ -110,7 +117,8 @@ class ConvLeViTMLP(LeViTMLP):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """Apply to tokens ``(B, H * W, C)``."""
-        hidden = self.linear1(x)
         if hasattr(self, "dwconv"):
-            hidden = self.dwconv(hidden, grid)
-        return self.linear2(self.activation(hidden))
+            hidden = apply_then(self.dwconv, self.activation, self.linear1(x), grid)
+        else:
+            hidden = apply_then(self.linear1, self.activation, x)
+        return self.linear2(hidden)

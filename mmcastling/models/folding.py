@@ -2,61 +2,102 @@
 
 from __future__ import annotations
 
-from mmcv.cnn.bricks import DropPath
+import copy
+
+from mmcv.cnn.bricks import Dropout, DropPath
+from mmcv.cnn.bricks.scale import LayerScale as MMCVLayerScale
 from mmcv.cnn.bricks.transformer import FFN
 from mmcv.cnn.bricks.wrappers import Linear as MMCVLinear
+from mmengine.model import Sequential
 from mmpretrain.models.backbones.levit import ConvolutionBatchNorm, LinearBatchNorm
-from torch import nn
+from mmpretrain.models.heads.levit_head import BatchNormLinear
+from mmpretrain.models.utils import LayerScale
+from torch import Tensor, nn
 
-from mmcastling.attention.fast import fold_layer_scale, fuse_linear
-from mmcastling.models.conv_ffn import ConvLeViTMLP, ConvMViTMLP
+from mmcastling.attention.deploying import (
+    fold_layer_scale,
+    note,
+    why_not_plain,
+    without_effect,
+)
+from mmcastling.attention.fast import apply_then, change_class, fuse_linear
+from mmcastling.models.conv_ffn import ConvFFN, FusedHiddenConv, HiddenConv
 
-_WITHOUT_EFFECT = (nn.Dropout, DropPath)
-_WITH_BATCH_NORM = (ConvolutionBatchNorm, LinearBatchNorm)
+_WITHOUT_EFFECT = (nn.Dropout, Dropout, DropPath)
+_WITH_BATCH_NORM = (ConvolutionBatchNorm, LinearBatchNorm, BatchNormLinear)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+# mmcv's wraps nn.Linear for versions long past.
+_FUSED = {MMCVLinear: nn.Linear, HiddenConv: FusedHiddenConv}
+
+
+class FusedSequential(Sequential):
+    """A layer, its activation and what follows; see :func:`apply_then`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer, activation, *rest = self
+        x = apply_then(layer, activation, x)
+        for module in rest:
+            x = module(x)
+        return x
 
 
 def fold_for_inference(module: nn.Module) -> None:
     """Fold what stands behind a layer into it, in place.
 
     Batch norms (with the statistics that training has gathered) go into the linear
-    layer or convolution in front of them, LayerScale factors into the last layer of
-    their MLP; dropout and stochastic depth become ``nn.Identity``. Linear layers become
-    :class:`~mmcastling.attention.fast.FusedLinear`, those of an MLP together with the
-    activation that follows. Inference stays the same up to rounding, names of
-    parameters change. Idempotent.
+    layer or convolution beside them, LayerScale factors into the last layer of their
+    MLP; dropout and stochastic depth become ``nn.Identity``. Linear layers become
+    :class:`~mmcastling.attention.fast.FusedLinear`, and MLPs compute them together with
+    the activation that follows. Inference stays the same up to rounding, names of
+    parameters change. What is not exactly as it was built (wrapped, hooked, pruned)
+    stays as it is, with a note in the log. Idempotent.
     """
     for name, child in module.named_children():
+        for old, new in _FUSED.items():
+            change_class(child, old, new)
         if isinstance(child, _WITHOUT_EFFECT):
-            setattr(module, name, nn.Identity())
+            setattr(module, name, without_effect(child, *_WITHOUT_EFFECT))
         elif isinstance(child, _WITH_BATCH_NORM):
-            setattr(module, name, child.fuse())
+            setattr(module, name, _without_norm(child))
         else:
             fold_for_inference(child)
-    if isinstance(module, FFN) and not isinstance(module.gamma2, nn.Identity):
-        *_, last = (layer for layer in module.layers if isinstance(layer, nn.Linear))
-        module.gamma2 = fold_layer_scale(last, module.gamma2)
+    if isinstance(module, FFN):
+        _fold_mlp(module)
     for child in module.children():
-        if type(child) is MMCVLinear:  # a wrapper for versions of torch long past
-            child.__class__ = nn.Linear
         fuse_linear(child)
-    _fuse_activation(module)
 
 
-def _fuse_activation(module: nn.Module) -> None:
-    """Let what stands before the activation of an MLP apply it, in place."""
-    if isinstance(module, ConvMViTMLP):
-        module.act = _fuse(module, module.fc1, module.act)
-    elif isinstance(module, ConvLeViTMLP):
-        module.activation = _fuse(module, module.linear1, module.activation)
-    elif isinstance(module, FFN):
-        for part in module.layers:
-            if isinstance(part, nn.Sequential):  # a layer, its activation, dropout
-                part[1] = _fuse(module, part[0], part[1])
+def _without_norm(pair: nn.Module) -> nn.Module:
+    """The layer of a pair of layer and batch norm, or the pair where that is more."""
+    reasons = [why_not_plain(pair, *_WITH_BATCH_NORM)]
+    for part in pair.children():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            reasons.append(why_not_plain(part, *_BATCH_NORMS))
+            if part.running_mean is None or part.weight is None:
+                reasons.append("the batch norm has no statistics or factors of its own")
+        else:
+            reasons.append(why_not_plain(part, nn.Linear, nn.Conv2d))
+    for reason in filter(None, reasons):
+        note(pair, f"not folded into one layer: {reason}")
+        return pair
+    layer = copy.deepcopy(pair).fuse()  # which changes the layer in place
+    return layer.requires_grad_(any(p.requires_grad for p in pair.parameters()))
 
 
-def _fuse(mlp: nn.Module, layer: nn.Linear, activation: nn.Module) -> nn.Module:
-    if not hasattr(mlp, "dwconv"):
-        return fuse_linear(layer, activation)
-    if not isinstance(activation, nn.Identity):
-        mlp.dwconv.activation = activation
-    return nn.Identity()
+def _fold_mlp(mlp: FFN) -> None:
+    layers = mlp.layers
+    # What stands between a layer and its factors, and is called as it was built.
+    usual = type(mlp).forward in (FFN.forward, ConvFFN.forward)
+    if not usual or why_not_plain(layers, Sequential) or len(layers) < 2:
+        if not isinstance(mlp.gamma2, nn.Identity):
+            note(mlp, "its layer scale is not folded: the MLP is not as it was built")
+        return
+    layers[-2], mlp.gamma2 = fold_layer_scale(
+        layers[-2],
+        mlp.gamma2,
+        kinds=[LayerScale, MMCVLayerScale],
+        between=[layers[-1]],
+    )
+    for part in layers:
+        if len(getattr(part, "_modules", ())) > 1:
+            change_class(part, Sequential, FusedSequential)

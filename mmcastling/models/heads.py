@@ -7,6 +7,7 @@ from typing import Any
 from mmpretrain.models.heads import ClsHead, DeiTClsHead, LeViTClsHead
 from torch import Tensor
 
+from mmcastling.models.folding import fold_for_inference
 from mmcastling.registry import MODELS
 
 
@@ -40,6 +41,11 @@ class LeViTHead(LeViTClsHead):
         super().__init__(num_classes, distillation, in_channels, **kwargs)
         if deploy:
             self.switch_to_deploy()
+
+    def switch_to_deploy(self) -> None:
+        """Fold the batch norms into the layers behind them. Idempotent."""
+        fold_for_inference(self)
+        self.deploy = True
 
     def forward(self, feats: tuple[Tensor, ...]) -> Tensor:
         """Scores ``(B, num_classes)``: the mean of the outputs where there are two."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmcastling.attention import build_mixer
 from mmcastling.attention.local_conv import Grid, merge_heads, split_heads, split_qkv
+from mmcastling.models.position_embedding import known_grid, note_grid
 
 
 def strided_grid(grid: Grid, stride: int) -> Grid:
@@ -120,6 +121,7 @@ class BiasedSoftmaxAttention(BaseModule):
         self.proj = nn.Sequential(nn.Hardswish(), LinearBatchNorm(values, out_dims))
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, grid[0] * grid[1]))
         self._register_load_state_dict_pre_hook(self._prepare_biases)
+        self._register_state_dict_hook(note_grid)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """Attend: ``(B, H * W, in_dims)`` to ``(B, H' * W', out_dims)``."""
@@ -149,16 +151,20 @@ class BiasedSoftmaxAttention(BaseModule):
         return bias.flatten(3).flatten(1, 2)  # from (h, H', W', H, W)
 
     def _prepare_biases(
-        self, state_dict: dict[str, Tensor], prefix: str, *args: Any
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *args: Any,
     ) -> None:
         # mmpretrain stores the indices, which here follow from the grid.
         state_dict.pop(f"{prefix}attention_bias_idxs", None)
         name = f"{prefix}attention_biases"
         table = state_dict.get(name)
-        if table is not None and table.shape != self.attention_biases.shape:
-            side = round(table.shape[1] ** 0.5)
-            if side**2 == table.shape[1]:  # only a square table tells its grid
-                state_dict[name] = resize_table(table, (side, side), self.grid)
+        if table is not None:
+            grid = known_grid(table.shape[1], self.grid, local_metadata)
+            if grid is not None:  # else loading it says that the shapes differ
+                state_dict[name] = resize_table(table, grid, self.grid)
 
 
 def resize_table(table: Tensor, grid: Grid, to: Grid) -> Tensor:

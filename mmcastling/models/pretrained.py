@@ -14,7 +14,9 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
 from mmcastling.attention.old_names import with_current_names
-from mmcastling.checkpoint import weights_of
+from mmcastling.checkpoint import load_checkpoint, weights_of
+from mmcastling.compat.safe_loading import safe_mmengine_loading
+from mmcastling.deploy import is_deployed
 from mmcastling.errors import CheckpointError
 
 REQUIRED_SHARE = 0.5
@@ -34,6 +36,14 @@ def pretrained_cfgs(init_cfg: Any) -> Iterator[dict[str, Any]]:
             yield cfg
 
 
+def read_checkpoint(source: str) -> dict[str, Any]:
+    """Load a checkpoint from wherever MMEngine can, without unpickling code."""
+    if "://" not in str(source):
+        return load_checkpoint(source)
+    with safe_mmengine_loading():
+        return CheckpointLoader.load_checkpoint(source, "cpu", "silent")
+
+
 def check_pretrained(
     backbone: nn.Module, checkpoint: str, prefix: str | None = None
 ) -> None:
@@ -44,9 +54,36 @@ def check_pretrained(
     """
     whose = f"init_cfg of {type(backbone).__name__}: {checkpoint}"
     loaded = CheckpointLoader.load_checkpoint(checkpoint, "cpu", "silent")
+    _check_share(backbone, loaded, whose, prefix)
+
+
+def check_start(model: nn.Module, checkpoint: dict[str, Any], source: str) -> None:
+    """Raise CheckpointError for weights that a model cannot start from (``load_from``).
+
+    Its backbone must be filled as :func:`check_pretrained` demands; the rest, of other
+    classes perhaps, may begin anew, which MMEngine's log lists.
+    """
+    has_backbone = isinstance(getattr(model, "backbone", None), nn.Module)
+    _check_share(
+        model.backbone if has_backbone else model,
+        checkpoint,
+        f"load_from {source}",
+        "backbone" if has_backbone else None,
+    )
+
+
+def _check_share(
+    backbone: nn.Module, checkpoint: dict[str, Any], whose: str, prefix: str | None
+) -> None:
+    if is_deployed(checkpoint) and not getattr(backbone, "deploy", False):
+        raise CheckpointError(
+            f"{whose} has been deployed: layers were folded into others, so training "
+            "cannot start from it. Start from the training checkpoint that it was "
+            "converted from"
+        )
     start = "" if prefix is None else prefix.removesuffix(".") + "."
     try:
-        weights = weights_of(loaded)
+        weights = weights_of(checkpoint)
         inside = {
             name.removeprefix(start): value
             for name, value in weights.items()

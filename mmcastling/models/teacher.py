@@ -12,14 +12,13 @@ import torch
 from mmengine.config import Config
 from mmengine.hub import get_config
 from mmengine.registry import DefaultScope
-from mmengine.runner.checkpoint import CheckpointLoader
 from mmpretrain.apis import ModelHub
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch import Tensor, nn
 
 from mmcastling.checkpoint import load_weights
-from mmcastling.compat.safe_loading import safe_mmengine_loading
 from mmcastling.errors import CheckpointError, OptionError, UnavailableError
+from mmcastling.models.pretrained import read_checkpoint
 from mmcastling.registry import model_spec
 from mmcastling.verbs import restore_mask
 
@@ -115,12 +114,11 @@ class Teacher:
             module = MMPRETRAIN_MODELS.build(spec)
         if checkpoint is not None:
             try:
-                with safe_mmengine_loading():
-                    loaded = CheckpointLoader.load_checkpoint(str(checkpoint), "cpu")
+                loaded = read_checkpoint(str(checkpoint))
+                restore_mask(module, loaded)
                 load_weights(module, loaded, str(checkpoint))
             except CheckpointError as error:
                 raise CheckpointError(f"teacher: {error}") from error
-            restore_mask(module, loaded)
         return module, timm_weights
 
     @torch.no_grad()

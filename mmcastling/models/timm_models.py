@@ -12,10 +12,13 @@ converted checkpoint), and ``timm.utils.reparameterize_model`` deploys them.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mmengine.registry import DefaultScope
 from mmpretrain.models.classifiers import ImageClassifier
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
 from mmcastling.errors import OptionError
@@ -25,6 +28,7 @@ from mmcastling.registry import MODELS
 
 # The depthwise convolution in the MLPs with which costs meet the published ones.
 FFN_CONV = 5
+_GETTER_OPTIONS = ("out_indices", "output_fmt", "norm")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -51,7 +55,13 @@ class CastlingClassifier(ImageClassifier):
         self._head_config = head
         self.num_features = self.head_hidden_size = head["in_channels"]
         self.reset_classifier(num_classes)
-        self.default_cfg = self.pretrained_cfg = default_cfg
+        linear = [n for n, m in self.named_modules() if isinstance(m, nn.Linear)]
+        convs = (n for n, m in self.named_modules() if isinstance(m, nn.Conv2d))
+        names = dict(
+            classifier=linear[-1] if num_classes else None, first_conv=next(convs)
+        )
+        self.default_cfg = self.pretrained_cfg = dict(default_cfg, **names)
+        self.feature_info = _feature_info(self.backbone)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Pooled features ``(B, C)`` of images ``(B, in_chans, H, W)``."""
@@ -68,6 +78,87 @@ class CastlingClassifier(ImageClassifier):
         if mode == "tensor":
             return self.forward_head(self.forward_features(inputs))
         return super().forward(inputs, data_samples, mode)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> Any:
+        """Outputs of layers (ViT), stages (LeViT) or scales (MViT), as timm's models.
+
+        Args:
+            x: Images ``(B, in_chans, H, W)``.
+            indices: The last so many, or which. Defaults to None (all).
+            return_prefix_tokens: Return pairs with the class token. Defaults to False.
+            norm: Apply the norm of the last layer, which ViT alone has for all.
+                Defaults to False.
+            stop_early: No effect: what is not needed is not run.
+            output_fmt: ``'NCHW'`` or ``'NLC'``. Defaults to ``'NCHW'``.
+            intermediates_only: Leave the features out. Defaults to False.
+            output_dict: Return a dict with timm's keys. Defaults to False.
+
+        Raises:
+            OptionError: If the family does not offer what is asked for.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise OptionError(f"output_fmt {output_fmt!r}: choose 'NCHW' or 'NLC'")
+        final_norm = getattr(self.backbone, "ln1", None)
+        if norm and final_norm is None:
+            raise OptionError("norm=True: this model has no norm for all its outputs")
+        wanted, _ = feature_take_indices(len(self.feature_info), indices)
+        final = [] if intermediates_only else self.backbone.out_indices
+        taken = self.backbone.tokens_at(x, {*wanted, *final})
+        prefixes, maps = [], []
+        for i in wanted:
+            tokens, grid = taken[i]
+            tokens = final_norm(tokens) if norm else tokens
+            extra = tokens.shape[1] - math.prod(grid)
+            prefixes.append(tokens[:, :extra])
+            tokens = tokens[:, extra:]
+            if output_fmt == "NCHW":
+                tokens = tokens.transpose(1, 2).unflatten(2, grid).contiguous()
+            maps.append(tokens)
+        result: dict[str, Any] = dict(image_intermediates=maps)
+        if not intermediates_only:
+            outs = self.backbone.outputs_of(taken)
+            outs = self.neck(outs) if self.with_neck else outs
+            result["image_features"] = outs[-1]
+        if output_dict:
+            if return_prefix_tokens:
+                result["image_intermediates_prefix"] = prefixes
+            return result
+        if return_prefix_tokens:
+            maps = list(zip(maps, prefixes, strict=True))
+        return maps if intermediates_only else (result["image_features"], maps)
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | Sequence[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Drop what intermediates at ``indices`` do not need; returns these."""
+        wanted, last = feature_take_indices(len(self.feature_info), indices)
+        self.backbone.truncate(last)
+        if prune_norm and hasattr(self.backbone, "ln1"):
+            self.backbone.ln1 = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0)
+        return wanted
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """The layer of a parameter by its name, for timm's learning-rate decay.
+
+        It is that of :class:`~mmcastling.train.LayerDecayOptimWrapperConstructor`; a
+        coarser one there is not.
+        """
+        return lambda name: self.backbone.get_layer_depth(name, "backbone.")[0]
 
     def get_classifier(self) -> nn.Module | None:
         """The head, None without classes."""
@@ -86,9 +177,8 @@ class CastlingClassifier(ImageClassifier):
         self.head = None
         if num_classes:
             with DefaultScope.overwrite_default_scope("mmpretrain"):
-                self.head = MODELS.build(
-                    dict(self._head_config, num_classes=num_classes)
-                )
+                head = MODELS.build(dict(self._head_config, num_classes=num_classes))
+            self.head = head.to(next(self.backbone.parameters())).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute layers in the backward pass."""
@@ -111,11 +201,12 @@ def create(
     in_chans: int = 3,
     img_size: int | tuple[int, int] = 224,
     **options: Any,
-) -> CastlingClassifier:
+) -> nn.Module:
     """Build a classifier by its name in timm, as ``timm.create_model`` asks for it.
 
     Takes the usual arguments of timm's models, of which those about pretrained weights
-    have no effect, and as ``options`` those of the backbone.
+    have no effect, and as ``options`` those of the backbone. With ``features_only``
+    the model returns maps, by default the last three, or those at ``out_indices``.
 
     Raises:
         OptionError: If the family does not offer what is asked for.
@@ -126,11 +217,9 @@ def create(
             f"{name} has no pretrained weights: give checkpoint_path=FILE, or castle "
             "one of timm's models with mmcastling.castle"
         )
+    getter: dict[str, Any] | None = None
     if options.pop("features_only", False):
-        raise OptionError(
-            f"{name} offers no features_only: build the backbone with out_indices, "
-            f"mmcastling.models.{backbone['type'].split('.')[1]}"
-        )
+        getter = {k: options.pop(k) for k in _GETTER_OPTIONS if k in options}
     if options.get("with_dist_token"):
         raise OptionError(
             f"{name} has one classifier: for with_dist_token give mmpretrain's "
@@ -152,7 +241,30 @@ def create(
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
     )
-    return CastlingClassifier(backbone, head, neck, num_classes, default_cfg)
+    model = CastlingClassifier(backbone, head, neck, num_classes, default_cfg)
+    if getter is None:
+        return model
+    return FeatureGetterNet(model, **{"out_indices": 3, **getter})
+
+
+def _feature_info(backbone: nn.Module) -> list[dict[str, Any]]:
+    """Name, channels and stride of what :meth:`forward_intermediates` can return."""
+    if isinstance(backbone, CastlingViT):
+        width, stride = backbone.embed_dims, backbone.patch_size
+        where = {f"layers.{i}": (width, stride) for i in range(backbone.num_layers)}
+    elif isinstance(backbone, CastlingLeViT):
+        widths = enumerate(backbone.embed_dims)
+        where = {f"stages.{i}": (width, 16 * 2**i) for i, width in widths}
+    else:
+        stride = backbone.patch_embed.projection.stride[0]
+        where = {
+            f"blocks.{i}": (backbone.blocks[i].out_dims, stride * 2**scale)
+            for i, scale in sorted(backbone.stage_indices.items())
+        }
+    return [
+        dict(module=f"backbone.{name}", num_chs=width, reduction=reduction)
+        for name, (width, reduction) in where.items()
+    ]
 
 
 def _parts(name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:

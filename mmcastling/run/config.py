@@ -7,22 +7,22 @@ is touched or a model is built.
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.fileio import list_from_file
 from mmengine.registry import DATASETS, init_default_scope
 
+from mmcastling.compat.coco_eval import read_byte_order_marks
 from mmcastling.data import DatasetError, check_coco
+from mmcastling.data.image_sizes import is_upright
 from mmcastling.deploy import PRECISIONS
 from mmcastling.errors import ConfigError
-from mmcastling.registry import type_name
-from mmcastling.run.label_maps import check_label_maps
+from mmcastling.run.label_maps import check_label_maps, loading_of
 
 DATA_VARIABLE = "MMCASTLING_DATA"
 """Environment variable that names the folder standing for ``data/`` in all configs."""
@@ -62,7 +62,11 @@ def load_config(
     try:
         cfg = Config.fromfile(path)
     except Exception as error:
-        raise ConfigError(f"config {path} cannot be read: {error}") from error
+        # MMEngine hides which module was not found, and perhaps where ours has moved.
+        cause: BaseException | None = error
+        while not isinstance(cause, ModuleNotFoundError | None):
+            cause = cause.__cause__ or cause.__context__
+        raise ConfigError(f"config {path} cannot be read: {cause or error}") from error
     options = dict(options or {})
     new_root = options.pop("data_root", None)
     old_root = cfg.get("data_root")
@@ -147,11 +151,22 @@ def dataset_meta(
     """``classes`` and ``palette``, tuples or None: what a config's dataset is of.
 
     The ``meta`` of a loaded checkpoint wins over the config, and the config over the
-    dataset's class.
+    dataset's class. Classes may be a file with a name a line, as for MMEngine; any
+    other value that is no sequence of names is a :class:`ConfigError`.
     """
+    given = dict(dataset.get("metainfo") or {})
+    if dataset.get("classes") is not None:  # of mmpretrain
+        given["classes"] = dataset["classes"]
+    if unread := {"CLASSES", "PALETTE"} & set(given):
+        raise ConfigError(
+            f"metainfo of the dataset has {sorted(unread)}, which no toolbox reads: "
+            "write it in small letters"
+        )
+    if given.get("classes") is not None:
+        given["classes"] = _class_names(given["classes"])
     sources = (
         getattr(dataset_class(dataset), "METAINFO", None),
-        dataset.get("metainfo"),
+        given,
         ((checkpoint or {}).get("meta") or {}).get("dataset_meta"),
     )
     classes = palette = None
@@ -165,16 +180,22 @@ def dataset_meta(
     return dict(classes=classes, palette=palette)
 
 
-def pipeline_without_loading(cfg: Config) -> list[ConfigDict]:
-    """The steps of the test pipeline, which a config must have, behind loading."""
-    dataset = next(datasets_of(cfg, "test"), None)
-    if dataset is None or not dataset.get("pipeline"):
-        raise ConfigError(
-            f"config {cfg.filename} has no test_dataloader with a pipeline, which says "
-            "how an image reaches the network: start from a config that has"
-        )
-    steps = copy.deepcopy(dataset.pipeline)
-    return [step for step in steps if not type_name(step["type"]).startswith("Load")]
+def _class_names(value: Any) -> tuple[str, ...]:
+    if isinstance(value, (list, tuple)) and all(isinstance(n, str) for n in value):
+        return tuple(value)
+    if isinstance(value, str):
+        try:
+            return tuple(list_from_file(value))
+        except (TypeError, OSError, UnicodeDecodeError):
+            raise ConfigError(
+                f"the dataset's classes are the text {value!r}, which names no file; "
+                f"expected a tuple of names, such as ({value!r},) with a comma, or the "
+                "path of a file with a name a line"
+            ) from None
+    raise ConfigError(
+        f"the dataset's classes are {value!r}; expected a tuple of names, "
+        "metainfo=dict(classes=('cat', 'dog'))"
+    )
 
 
 def has_data(cfg: Config, split: str) -> bool:
@@ -183,31 +204,64 @@ def has_data(cfg: Config, split: str) -> bool:
     return bool(roots) and all(Path(root).is_dir() for root in roots)
 
 
-def check_data(cfg: Config, *splits: str) -> None:
+def check_data(cfg: Config, *splits: str) -> list[str]:
     """Check that the data of these splits is there and well-formed.
 
     COCO annotations and the label maps of segmentation are read. What is missing or
-    malformed is a :class:`DatasetError`; heads with another number of classes than the
-    data are a :class:`ConfigError`.
+    malformed is a :class:`DatasetError`; classes that cannot be, and a segmentation
+    head with another number of them, are a :class:`ConfigError`. Returns warnings.
     """
-    seen: set[str] = set()
-    for dataset in (dataset for split in splits for dataset in datasets_of(cfg, split)):
+    read_byte_order_marks()
+    seen: set[tuple] = set()
+    warnings: list[str] = []
+    for split, dataset in (
+        (s, dataset) for s in splits for dataset in datasets_of(cfg, s)
+    ):
         root = dataset.get("data_root") or ""
         if root and not Path(root).is_dir():
             raise DatasetError(_missing_root(root))
         prefix = dataset.get("data_prefix") or {}
         ann_file = os.path.join(root, dataset.get("ann_file") or "")
+        classes = dataset_meta(dataset)["classes"]
         if "seg_map_path" in prefix:
             if (kind := dataset_class(dataset)) is not None:  # else building says so
-                classes = dataset_meta(dataset)["classes"]
                 check_label_maps(cfg.model, dataset, kind, classes)
-        elif ann_file.endswith(".json") and ann_file not in seen:
-            seen.add(ann_file)
-            check_coco(
-                ann_file,
+        elif ann_file.endswith(".json"):
+            if "img" not in prefix and _is_coco(dataset):
+                raise ConfigError(
+                    "the dataset has no folder of images, which mmdet asks for: set "
+                    "data_prefix=dict(img='train/'), or img='' for its data_root"
+                )
+            what = dict(
                 image_dir=os.path.join(root, prefix.get("img", "")),
-                classes=dataset_meta(dataset)["classes"],
+                classes=classes,
+                masks=_asks_for_masks(cfg, split),
+                evaluated=split != "train",
+                upright=is_upright(loading_of(dataset)),
             )
+            if (key := (ann_file, *what.values())) not in seen:
+                seen.add(key)
+                warnings += check_coco(ann_file, **what)
+    return list(dict.fromkeys(warnings))
+
+
+def _is_coco(dataset: dict[str, Any]) -> bool:
+    kinds = getattr(dataset_class(dataset), "__mro__", ())
+    return "CocoDataset" in [kind.__name__ for kind in kinds]
+
+
+def _asks_for_masks(cfg: Config, split: str) -> bool:
+    """Whether a step of a split's pipelines, or its metric, needs masks."""
+    stack = [cfg.get(f"{split}_dataloader"), cfg.get(f"{split}_evaluator")]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, dict):
+            if node.get("with_mask") or "segm" in (node.get("metric") or []):
+                return True
+            stack.extend(node.values())
+        elif isinstance(node, (list, tuple)):
+            stack.extend(node)
+    return False
 
 
 def _missing_root(root: str) -> str:
@@ -219,41 +273,6 @@ def _missing_root(root: str) -> str:
         f"to yours with --cfg-options data_root=FOLDER, or with {DATA_VARIABLE}=FOLDER "
         f"where FOLDER/{name} is it"
     )
-
-
-def check_work_dir(work_dir: str | os.PathLike[str]) -> None:
-    """Create the work directory, and raise unless files can be written in it."""
-    try:
-        Path(work_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=work_dir) as file:
-            file.write(b"1")
-    except OSError as error:
-        raise ConfigError(
-            f"the work directory {work_dir} cannot be written: {error}; choose another "
-            "with --work-dir"
-        ) from error
-
-
-def check_writable(
-    path: str | os.PathLike[str], *suffixes: str, option: str = "--out"
-) -> Path:
-    """The path of a file that may be written, or an error before any work is done.
-
-    Suffixes are those that it may have, any where none is given; messages name it by
-    the option.
-    """
-    path = Path(path)
-    if suffixes and path.suffix not in suffixes:
-        problem = f"end the name in {' or '.join(suffixes)}"
-    elif path.is_dir():
-        problem = "it is a folder, name a file"
-    elif not path.absolute().parent.is_dir():
-        problem = f"the folder {path.parent} does not exist, create it first"
-    elif not os.access(path.absolute().parent, os.W_OK):
-        problem = f"the folder {path.parent} is read-only, choose another"
-    else:
-        return path
-    raise ConfigError(f"cannot write {option} {path}: {problem}")
 
 
 # -- options that the commands in tools/ share -----------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,12 @@ from mmcastling.deploy import (
     set_precision,
 )
 from mmcastling.errors import CheckpointError, ConfigError
-from mmcastling.run.config import check_writable
+from mmcastling.files import check_writable, replace_together, temporary_folder
 from mmcastling.run.load import PruningReport, first_test_images, load_pruned_model
 from mmcastling.run.runner import drop_training_hooks
+
+_MARK = "# Written by mmcastling's tools/convert.py, which may replace it.\n"
+"""The first line of a config that a conversion wrote."""
 
 
 def convert(
@@ -56,7 +58,8 @@ def convert(
 
     Raises:
         UserError: If source, output, precision or (with ``verify``) data cannot be
-            used, or the masks have not decayed and ``force`` is not given.
+            used, the output would replace what no conversion wrote, or the masks have
+            not decayed and ``force`` is not given.
     """
     check_precision(precision)
     source, out = Path(source), Path(out)
@@ -74,6 +77,7 @@ def convert(
             f"output {out} would put its config in place of the training config "
             f"{cfg.filename}: choose another name"
         )
+    _check_replaceable(out, config_path)
     deployed, pruning = load_pruned_model(
         cfg, checkpoint, source, ema=ema, verify=verify, images=num_images
     )
@@ -103,15 +107,31 @@ def convert(
     return pruning
 
 
+def _check_replaceable(weights: Path, config: Path) -> None:
+    """Raise unless what is there was written by a conversion."""
+    strange = []
+    if config.exists() and not config.read_text(errors="replace").startswith(_MARK):
+        strange.append(config)
+    if weights.exists():
+        try:
+            is_ours = is_deployed(load_checkpoint(weights))
+        except CheckpointError:
+            is_ours = False
+        strange += [] if is_ours else [weights]
+    if strange:
+        raise ConfigError(
+            f"{' and '.join(map(str, strange))} would be replaced, and no conversion "
+            "wrote it: choose another name for OUT.pth, or move it away"
+        )
+
+
 def _write_both(cfg: Config, config_path: Path, checkpoint: dict, out: Path) -> None:
     try:
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".convert-") as folder:
-            config, weights = Path(folder, config_path.name), Path(folder, out.name)
-            cfg.dump(config)
-            save_atomically(checkpoint, weights)
-            load_checkpoint(weights)  # proves that it loads with weights_only=True
-            config.replace(config_path)
-            weights.replace(out)
+        with temporary_folder(out) as folder:
+            (folder / config_path.name).write_text(_MARK + cfg.pretty_text)
+            save_atomically(checkpoint, folder / out.name)
+            load_checkpoint(folder / out.name)  # proves that it loads
+            replace_together(folder, [out, config_path])
     except (OSError, CheckpointError) as error:
         raise CheckpointError(f"cannot write {out}: {error}") from error
 

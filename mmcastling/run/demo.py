@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.dataset import Compose, pseudo_collate
+from mmengine.dataset import pseudo_collate
 from mmengine.device import get_device
 from mmengine.structures import BaseDataElement
 from rich.console import Console
@@ -27,21 +27,23 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from mmcastling.checkpoint import load_checkpoint, write_atomically
+from mmcastling.analysis import input_channels
+from mmcastling.checkpoint import load_checkpoint
 from mmcastling.compat.model_index import find_config
 from mmcastling.deploy import check_precision, is_deployed, set_precision
-from mmcastling.errors import ConfigError
+from mmcastling.errors import ConfigError, UserError
+from mmcastling.files import temporary_folder, write_atomically
 from mmcastling.run.config import (
-    check_work_dir,
     dataset_meta,
     datasets_of,
     load_config,
-    pipeline_without_loading,
 )
 from mmcastling.run.load import load_pruned_model
+from mmcastling.run.pipelines import FilePipeline
 from mmcastling.run.testing import add_prediction
+from mmcastling.run.work_dir import check_work_dir
 from mmcastling.runtime import SUFFIXES, ExportedInferencer, is_exported
-from mmcastling.runtime.preprocess import read_image
+from mmcastling.runtime.images import read_image, with_channels
 from mmcastling.show.painting import Painter
 
 # -- what predicts --------------------------------------------------------------------
@@ -58,14 +60,17 @@ class Predictor:
         scope: The toolbox that draws what it predicts.
         dataset_meta: ``classes`` and ``palette``, where they are known.
         name: What predicts, in words.
-        predict: From a picture ``(H, W, 3)`` in BGR to the toolbox's data sample, in
-            the picture's pixels.
+        read: From the path of a picture to ``(H, W, C)`` in BGR, or ``(H, W)``, as its
+            config reads it.
+        predict: From such a picture to the toolbox's data sample, in the picture's
+            pixels.
     """
 
     scope: str
     dataset_meta: dict[str, Any]
     name: str
     model: Any
+    read: Callable[[str | os.PathLike[str]], np.ndarray]
     predict: Callable[[np.ndarray], BaseDataElement]
 
     def __call__(self, image: np.ndarray) -> tuple[BaseDataElement, float]:
@@ -137,22 +142,22 @@ def _torch_predictor(
             f"{', '.join(TOOLBOXES.values())}"
         )
     checkpoint = load_checkpoint(path)
-    pipeline = Compose(pipeline_without_loading(cfg))
+    pipeline = FilePipeline(cfg)
     model, _ = load_pruned_model(cfg, checkpoint, path, verify=False)
     model.to(device)
     set_precision(model, precision)
+    channels = input_channels(model)
 
     @torch.inference_mode()
     def predict(image: np.ndarray) -> BaseDataElement:
-        shape = image.shape[:2]
-        data = dict(img=image, img_shape=shape, ori_shape=shape, img_id=0, img_path="")
-        (sample,) = model.test_step(pseudo_collate([pipeline(data)]))
+        image = with_channels(image, channels)  # of a video
+        (sample,) = model.test_step(pseudo_collate([pipeline(image)]))
         return sample.cpu()  # waits for a GPU
 
     meta = dataset_meta(next(datasets_of(cfg, "test")), checkpoint)
     pruned = "" if is_deployed(checkpoint) else ", pruned"
     name = f"torch in {precision} on {device}{pruned}"
-    return Predictor(scope, meta, name, model, predict)
+    return Predictor(scope, meta, name, model, pipeline.read, predict)
 
 
 def _exported_predictor(path: str, runtime: str | None) -> Predictor:
@@ -171,7 +176,8 @@ def _exported_predictor(path: str, runtime: str | None) -> Predictor:
 
     meta = dict(classes=metadata.classes or None, palette=metadata.palette or None)
     name = f"{inferencer.model.runtime} in {metadata.precision}"
-    return Predictor(TOOLBOXES[metadata.kind], meta, name, inferencer, predict)
+    read = functools.partial(read_image, metadata=metadata)
+    return Predictor(TOOLBOXES[metadata.kind], meta, name, inferencer, read, predict)
 
 
 def _device(name: str | None) -> torch.device:
@@ -197,13 +203,17 @@ VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 class DemoReport:
     """The painted files, and the seconds that each picture or frame took.
 
-    They run from the picture in memory to the prediction.
+    They run from the picture in memory to the prediction. What could not be read is
+    ``damaged``, in words.
     """
 
     seconds: list[float]
     written: list[Path]
+    damaged: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
+        if not self.seconds:
+            return "0 images"
         first, *rest = self.seconds
         text = f", the first took {first:.4f}" if rest else ""
         return (
@@ -217,7 +227,7 @@ def find_sources(source: str | os.PathLike[str]) -> list[Path]:
     """The pictures that are meant, or the one video.
 
     A folder stands for its own pictures in the order of their names. Anything else is a
-    :class:`ConfigError`, as is a picture that is none by its first bytes.
+    :class:`ConfigError`, as is one picture that is none by its first bytes.
     """
     source = Path(source)
     if source.is_dir():
@@ -236,13 +246,12 @@ def find_sources(source: str | os.PathLike[str]) -> list[Path]:
             f"{source} is neither a picture ({', '.join(PICTURES)}), nor a video "
             f"({', '.join(VIDEOS)}), nor a folder of pictures"
         )
-    for path in found:
-        if not _is_video(path) and not cv2.haveImageReader(str(path)):
-            raise ConfigError(
-                f"picture {path} ({path.stat().st_size} bytes) cannot be read: it is "
-                "damaged, or no picture of the kind that its name says; take it out, "
-                "or copy it again"
-            )
+    is_single = found == [source] and not _is_video(source)
+    if is_single and not cv2.haveImageReader(str(source)):
+        raise ConfigError(
+            f"picture {source} ({source.stat().st_size} bytes) cannot be read: it is "
+            "damaged, or no picture of the kind that its name says; copy it again"
+        )
     return found
 
 
@@ -256,7 +265,8 @@ def run_demo(
     """Predict, paint and write, with a line for each picture and a bar of progress.
 
     Pictures are written into the folder as PNG under their own names, a video as MP4.
-    Detections with lower scores are not drawn.
+    Detections with lower scores are not drawn. A picture that cannot be read is passed
+    over, and named in the report.
     """
     sources = find_sources(source)
     targets = _targets(sources, Path(out_dir))
@@ -281,10 +291,17 @@ def run_demo(
             _paint_video(sources[0], targets[0], paint, progress)
             return DemoReport(seconds, targets)
         pairs = list(zip(sources, targets, strict=True))
+        written, damaged = [], []
         for path, target in progress.track(pairs, description="predicting"):
-            png = cv2.imencode(".png", paint(read_image(path), path))[1].tobytes()
+            try:
+                image = predictor.read(path)
+            except UserError as error:
+                damaged.append(str(error))
+                continue
+            png = cv2.imencode(".png", paint(image, path))[1].tobytes()
             write_atomically(target, lambda file, png=png: file.write(png))
-    return DemoReport(seconds, targets)
+            written.append(target)
+    return DemoReport(seconds, written, damaged)
 
 
 def _is_video(path: Path) -> bool:
@@ -321,8 +338,8 @@ def _paint_video(
             "it is damaged, or of a codec that it lacks; convert it to MP4 (H.264)"
         )
     count, rate = video.frame_cnt or None, video.fps or 25.0
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".demo-") as folder:
-        unfinished, writer = Path(folder) / target.name, cv2.VideoWriter()
+    with temporary_folder(target) as folder:
+        unfinished, writer = folder / target.name, cv2.VideoWriter()
         for frame in progress.track(video, total=count, description="predicting"):
             painted = paint(frame)
             height, width = painted.shape[:2]

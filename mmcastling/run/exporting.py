@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import math
 import os
-import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS
 from torch import nn
 
@@ -23,6 +23,7 @@ from mmcastling.checkpoint import load_checkpoint
 from mmcastling.deploy import set_precision
 from mmcastling.errors import CheckpointError, ConfigError, UserError
 from mmcastling.export import (
+    DEFAULT_FORMAT,
     DEFAULT_OPSET,
     FORMATS,
     Agreement,
@@ -37,24 +38,27 @@ from mmcastling.export import (
     reference_outputs,
     write_graph,
 )
-from mmcastling.registry import type_name
+from mmcastling.files import check_writable, replace_together, temporary_folder
 from mmcastling.run.config import (
     check_data,
-    check_writable,
     dataset_meta,
     datasets_of,
     has_data,
 )
-from mmcastling.run.load import load_pruned_model
-from mmcastling.runtime import SUFFIXES, ExportedInferencer, ExportMetadata
-from mmcastling.runtime.model import runtime_library
-from mmcastling.runtime.preprocess import (
-    INTERPOLATIONS,
-    STEPS,
-    Prepared,
-    prepare,
-    read_image,
+from mmcastling.run.load import load_pruned_model, preprocess
+from mmcastling.run.pipelines import FilePipeline, runtime_steps
+from mmcastling.run.runner import say_warnings
+from mmcastling.runtime import (
+    SUFFIXES,
+    Classification,
+    Detections,
+    ExportedInferencer,
+    ExportMetadata,
+    Prediction,
 )
+from mmcastling.runtime.images import read_image
+from mmcastling.runtime.model import runtime_library
+from mmcastling.runtime.preprocess import Prepared, prepare
 from mmcastling.version import __version__
 
 ROUNDS = 3  # passes whose median is the latency that is printed
@@ -66,7 +70,7 @@ def export(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
-    format: str = "onnx",
+    format: str = DEFAULT_FORMAT,
     part: str = "model",
     opset: int = DEFAULT_OPSET,
     image: str | os.PathLike[str] | None = None,
@@ -104,8 +108,9 @@ def export(
     runtime = SUFFIXES[FORMATS[format]][0]
     runtime_library(runtime)  # before minutes of work
     out = _destination(source, out, format)
-    picture = read_image(_image(cfg, image))
-    facts: dict[str, Any] = dict(pipeline=tuple(_steps(cfg)))
+    picture = _image(cfg, image)
+    read_image(picture)  # which says so, where it cannot be read
+    facts: dict[str, Any] = dict(pipeline=tuple(runtime_steps(cfg)))
 
     checkpoint = load_checkpoint(source)
     model, pruning = load_pruned_model(cfg, checkpoint, source, ema=ema)
@@ -120,15 +125,19 @@ def export(
     facts |= dict(versions=versions)
     if part != "backbone":
         facts |= _classes(cfg, checkpoint)
-    meta = describe(model, graph, part, **facts)
-    inputs = list(_inputs(picture, meta))
+    meta = describe(model, graph, part, format, **facts)
+    from_file = _from_file(cfg, model, meta, picture)
+    inputs = list(_inputs(read_image(picture, meta), meta))
     expected = [_in_torch(model, meta, x) for x in inputs]
     try:
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
-            path = Path(folder) / out.name
+        with temporary_folder(out) as folder:
+            path = folder / out.name
             write_graph(graph, path, meta, format, opset)
             inferencer = ExportedInferencer(path, threads=torch.get_num_threads())
             agreements = _compare(inferencer, inputs, expected)
+            if from_file is not None:
+                found = inferencer.predict(picture)
+                agreements[f"from {picture.name}"] = _agreement(from_file, found)
             if not all(agreement.holds for agreement in agreements.values()):
                 apart = "; ".join(f"{at}: {how}" for at, how in agreements.items())
                 raise ConfigError(
@@ -137,20 +146,20 @@ def export(
                     "the backbone alone with --part backbone"
                 )
             for at, agreement in agreements.items():
-                print(f"{runtime} against torch at {at}: {agreement}")
+                print(f"{runtime} against torch {at}: {agreement}")
             if precision != "fp32":
                 meta = dataclasses.replace(meta, precision=precision)
                 path = _lower(cfg, model, part, format, meta, path, inputs)
                 inferencer = ExportedInferencer(path, threads=torch.get_num_threads())
                 agreements = _compare(inferencer, inputs, expected, rounded=True)
                 for at, agreement in agreements.items():
-                    print(f"{precision} against torch in fp32 at {at}: {agreement}")
+                    print(f"{precision} against torch in fp32 {at}: {agreement}")
             for x in inputs:
                 _print_latency(model, inferencer, x)
             del inferencer  # it maps the file
             # All that was written, the file that names the others last.
-            for made in sorted(path.parent.iterdir(), key=lambda x: x.name == out.name):
-                made.replace(out.parent / made.name)
+            made = sorted(path.parent.iterdir(), key=lambda x: x.name == out.name)
+            replace_together(path.parent, [out.parent / x.name for x in made])
     except OSError as error:
         raise CheckpointError(f"cannot write {out}: {error}") from error
     print(f"wrote {out}: {meta.kind} {meta.name}")
@@ -176,7 +185,7 @@ def _image(cfg: Config, image: str | os.PathLike[str] | None) -> Path:
     if image is not None:
         return Path(image)
     if has_data(cfg, "test"):
-        check_data(cfg, "test")
+        say_warnings(check_data(cfg, "test"))
         dataset = DATASETS.build(cfg.test_dataloader.dataset)
         if len(dataset):
             return Path(dataset.get_data_info(0)["img_path"])
@@ -212,7 +221,7 @@ def _training_inputs(cfg: Config, meta: ExportMetadata) -> list[Prepared]:
     step = max(1, len(dataset) // EXAMPLES)
     records = map(dataset.get_data_info, range(0, len(dataset), step)[:EXAMPLES])
     paths = [Path(record.get("img_path", "")) for record in records]
-    return [prepare(read_image(p), _padded(meta)) for p in paths if p.is_file()]
+    return [prepare(read_image(p, meta), _padded(meta)) for p in paths if p.is_file()]
 
 
 def _padded(meta: ExportMetadata) -> ExportMetadata:
@@ -228,43 +237,62 @@ def _classes(cfg: Config, checkpoint: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-_DATA_ONLY = ("Load", "Pack", "Collect", "FilterAnnotations")
-_KEPT = ("scale", "keep_ratio", "interpolation", "backend", "edge", "crop_size")
-_KEPT += ("size", "size_divisor", "pad_to_square", "pad_val")
-
-
-def _steps(cfg: Config) -> Iterator[dict[str, Any]]:
-    """The steps of the test pipeline that change the image, as plain values."""
-    for step in next(datasets_of(cfg, "test"), {}).get("pipeline") or []:
-        name = type_name(step["type"])
-        if name.startswith(_DATA_ONLY):
-            continue
-        scale = step.get("scale")
-        odd = name == "Resize" and not isinstance(scale, (int, list, tuple))
-        method = step.get("interpolation", "bilinear")
-        if name not in STEPS or odd or method not in INTERPOLATIONS:
-            raise UnsupportedModelError(
-                f"the test pipeline has the step {dict(step)}, which the runtime "
-                f"does not do: use {', '.join(STEPS)} (Resize with scale=(W, H)), "
-                "or set another pipeline with --cfg-options"
-            )
-        kept = {key: _plain(step[key]) for key in _KEPT if key in step}
-        if name == "Resize" and isinstance(scale, int):
-            kept["scale"] = (scale, scale)
-        yield dict(type=name, **kept)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
-
-
 # -- what is compared ------------------------------------------------------------------
 
 
 def _in_torch(model: nn.Module, meta: ExportMetadata, x: Prepared) -> dict[str, Any]:
     return reference_outputs(model, meta.kind, torch.from_numpy(x.batch), x.size)
+
+
+def _from_file(
+    cfg: Config, model: nn.Module, meta: ExportMetadata, picture: Path
+) -> Any:
+    """What the config's own pipeline and its model predict for a file: a data sample.
+
+    None for a backbone, or where the config has no test pipeline.
+
+    Raises:
+        UnsupportedModelError: If the exported file would see another input.
+    """
+    if not next(datasets_of(cfg, "test"), {}).get("pipeline"):
+        print("the config has no test pipeline: the file takes images as they are")
+        return None
+    pipeline = FilePipeline(cfg)
+    item = pipeline(pipeline.read(picture))
+    own = preprocess(model, copy.deepcopy(item)).cpu().numpy()
+    batch = prepare(read_image(picture, meta), meta).batch
+    apart = compare(dict(input=own), dict(input=batch))
+    if not apart.holds:
+        raise UnsupportedModelError(
+            f"the config's own pipeline and data_preprocessor make an input "
+            f"{own.shape} of {picture}, the runtime makes {batch.shape} ({apart}): set "
+            "steps and options that it does, with --cfg-options, or export the part "
+            "behind them by mmcastling.export.write"
+        )
+    fits = not any(side % meta.size_divisor for side in own.shape[2:])
+    if meta.kind == "backbone" or not fits or min(own.shape[2:]) < meta.min_size:
+        return None
+    with torch.inference_mode():
+        (sample,) = model.test_step(pseudo_collate([item]))
+    return sample
+
+
+def _agreement(sample: Any, found: Prediction) -> Agreement:
+    """How far an exported file's prediction is from torch's, in the image's pixels."""
+    if isinstance(found, Detections):
+        names = dict(boxes="bboxes", scores="scores", labels="labels", masks="masks")
+        expected = {
+            ours: sample.pred_instances[name].cpu().numpy()
+            for ours, name in names.items()
+            if name in sample.pred_instances
+        }
+        return compare_detections(expected, vars(found), sample.ori_shape)
+    if isinstance(found, Classification):
+        expected, got = sample.pred_score, found.scores
+    else:
+        expected, got = sample.seg_logits.data, found.logits
+        got = 1 / (1 + np.exp(-got)) if len(got) == 1 else got  # mmseg's, of one class
+    return compare(dict(x=expected.cpu().numpy()), dict(x=got))
 
 
 def _compare(
@@ -273,11 +301,11 @@ def _compare(
     expected: list[dict[str, np.ndarray]],
     rounded: bool = False,
 ) -> dict[str, Agreement]:
-    """How far a file is from torch, by the size of the input."""
+    """How far a file is from torch, by where: ``'at HxW'``."""
     agreements, meta = {}, inferencer.metadata
     for x, outputs in zip(inputs, expected, strict=True):
         got = inferencer.model(x.batch, x.size)
-        agreements["{}x{}".format(*x.size)] = (
+        agreements["at {}x{}".format(*x.size)] = (
             compare_detections(outputs, got, x.size, meta.mask_threshold, rounded)
             if meta.kind == "detector"
             else compare(outputs, got)

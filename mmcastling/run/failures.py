@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,6 +20,9 @@ from mmcastling.errors import UserError
 TRACEBACK_VARIABLE = "MMCASTLING_TRACEBACK"
 
 _REGISTRY = str(Path(mmengine.registry.__file__).resolve().parent)
+# How many processes a launcher has started. Among several, one that waits for another
+# has to end at once.
+_SIZES = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 # What gloo says, in a plain RuntimeError, of a process that has ended.
 _LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -73,8 +77,12 @@ def run_cli(main: Callable[[], None]) -> None:
     """Run a command: a user's error ends it with one paragraph and exit status 1.
 
     What several processes meet alike is said by one of them. Set
-    ``MMCASTLING_TRACEBACK=1`` to see where each error came from.
+    ``MMCASTLING_TRACEBACK=1`` to see where each error came from. A process that runs
+    alone removes what it left unfinished when it is told to end (``kill``).
     """
+    former = signal.getsignal(signal.SIGTERM)
+    if all(os.environ.get(name, "1") == "1" for name in _SIZES):
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         main()
         # A process that ends while another still reads from it, or with its threads
@@ -108,3 +116,5 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.stdout.flush()
         print(f"error: {where}{text}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, former)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mmcastling.data import SegmentationFormatError, check_segmentation
+from mmcastling.data.image_sizes import is_upright
 from mmcastling.errors import ConfigError
+from mmcastling.registry import type_name
 
 IGNORED = 255
 """mmseg's label of pixels that neither loss nor metric counts, unless a config says
@@ -54,7 +56,14 @@ def check_label_maps(
         image_suffix=_option(kind, dataset, "img_suffix", ".jpg"),
         label_suffix=_option(kind, dataset, "seg_map_suffix", ".png"),
         names=_listed(root, dataset.get("ann_file") or ""),
+        upright=is_upright(loading_of(dataset)),
     )
+
+
+def loading_of(dataset: dict[str, Any]) -> dict[str, Any]:
+    """The step of a dataset's pipeline that reads images; empty where it has none."""
+    steps = dataset.get("pipeline") or []
+    return next((s for s in steps if type_name(s["type"]) == "LoadImageFromFile"), {})
 
 
 def _check_heads(model: dict[str, Any], count: int) -> set[int]:

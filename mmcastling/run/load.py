@@ -20,13 +20,13 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmcastling.analysis import count_macs
+from mmcastling.analysis import count_macs, input_channels
 from mmcastling.checkpoint import load_weights
 from mmcastling.deploy import difference_of, features, is_deployed, select_weights
 from mmcastling.errors import CheckpointError
 from mmcastling.registry import model_spec
 from mmcastling.run.config import check_data, has_data, require
-from mmcastling.run.runner import core_model
+from mmcastling.run.runner import core_model, say_warnings
 from mmcastling.verbs import castling_modules, restore_mask, set_mask, switch_to_deploy
 
 TOLERANCE = 1e-5
@@ -121,9 +121,9 @@ def load_model(
         model = build_model(cfg)
     if is_deployed(checkpoint):
         switch_to_deploy(model, inplace=True)
+    restore_mask(model, checkpoint)
     weights = {"state_dict": select_weights(checkpoint, ema)}
     load_weights(model, weights, str(source))
-    restore_mask(model, checkpoint)
     return model.eval()
 
 
@@ -152,14 +152,14 @@ def load_pruned_model(
     modules = [module for _, module in castling_modules(model)]
     if not modules:
         return switch_to_deploy(model, inplace=True), None
-    was_on = any(module.mask_is_on for module in modules)
+    was_on = any(getattr(module, "mask_is_on", True) for module in modules)
     inputs: list[Tensor] = []
     if runner is not None:
         dataset = runner.test_dataloader.dataset
         inputs = list(first_test_images(cfg, model, images, dataset))
     elif verify or (verify is None and has_data(cfg, "test")):
         require(cfg, "test_dataloader")
-        check_data(cfg, "test")
+        say_warnings(check_data(cfg, "test"))
         inputs = list(first_test_images(cfg, model, images))
     if not inputs:
         switch_to_deploy(model, inplace=True)
@@ -216,4 +216,5 @@ def backbone_macs(
     # keep their device, unlike the meta device's, for which torch has no autocast.
     device = next(copied.parameters()).device
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return count_macs(copied, torch.empty(1, 3, *shape, device=device)).macs
+        images = torch.empty(1, input_channels(copied), *shape, device=device)
+        return count_macs(copied, images).macs

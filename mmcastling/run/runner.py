@@ -11,15 +11,18 @@ import copy
 import itertools
 import os
 import time
+from collections.abc import Iterable
 
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_distributed, is_main_process
+from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
 from mmcastling.compat.atomic_checkpoint_hook import whole_local_files
 from mmcastling.compat.coco_eval import fast_coco_eval
@@ -50,7 +53,53 @@ def build_runner(cfg: Config) -> Runner:
     cfg.experiment_name = f"{name}_{time.strftime('%Y%m%d_%H%M%S')}_{next(_count)}"
     if cfg.get("visualizer"):  # mmdet's configs name theirs alike in every run
         cfg.visualizer.name = cfg.experiment_name
-    return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    runner.register_hook(_HeadCheckHook())
+    return runner
+
+
+_HEADS = ("bbox_head", "mask_head", "decode_head", "auxiliary_head", "head")
+
+
+class _HeadCheckHook(Hook):
+    """Compares heads with the classes of the data, when both have been built.
+
+    A label that the head lacks is an index error of the loss, and a label that the data
+    lacks one of mmdet's metrics.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        self._check(runner, runner.train_dataloader)
+        if runner.val_loop is not None:
+            self._check(runner, runner.val_dataloader)
+
+    def before_test(self, runner: Runner) -> None:
+        self._check(runner, runner.test_dataloader)
+
+    def _check(self, runner: Runner, loader: DataLoader) -> None:
+        classes = getattr(loader.dataset, "metainfo", {}).get("classes")
+        model = core_model(runner.model)
+        # A detector that is asked in words has as many outputs as words fit.
+        if not classes or hasattr(model, "language_model"):
+            return
+        for name, module in model.named_modules():
+            parts = [part for part in name.split(".") if not part.isdecimal()]
+            count = getattr(module, "num_classes", None)
+            if (
+                not isinstance(count, int)
+                or count == len(classes)
+                or parts[-1:] not in [[head] for head in _HEADS]
+                or "rpn_head" in parts  # has objects and none
+                or getattr(module, "class_agnostic", False)
+            ):
+                continue
+            text = (
+                f"model.{name}.num_classes is {count}, but the data has {len(classes)} "
+                "classes: set them alike (the data's are metainfo.classes)"
+            )
+            if parts[-1] != "head" or count < len(classes):
+                raise ConfigError(text)
+            runner.logger.warning(text)
 
 
 def core_model(model: nn.Module) -> nn.Module:
@@ -97,6 +146,12 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def say_warnings(warnings: Iterable[str]) -> None:
+    """Print warnings, once where several processes run."""
+    for text in warnings:
+        say(f"warning: {text}")
+
+
 # -- several processes -----------------------------------------------------------------
 
 LAUNCHERS = {
@@ -111,6 +166,13 @@ LAUNCHERS = {
     ),
 }
 """Launchers, and the environment variables by which each tells a process its place."""
+
+
+def is_first_process(cfg: Config) -> bool:
+    """Whether this is the first of a config's processes, before they have met."""
+    names = LAUNCHERS.get(cfg.get("launcher") or "none", ())
+    return not names or os.environ.get(names[0], "0") == "0"
+
 
 HOW_TO_START = {
     "pytorch": "start it with tools/dist_train.sh, tools/dist_test.sh or torchrun",

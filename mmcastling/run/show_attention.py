@@ -28,9 +28,10 @@ from mmcastling.attention import MaskThreshold
 from mmcastling.checkpoint import load_checkpoint
 from mmcastling.errors import ConfigError
 from mmcastling.registry import type_name
-from mmcastling.run.config import pipeline_without_loading
 from mmcastling.run.load import load_model, preprocess
+from mmcastling.run.pipelines import FilePipeline
 from mmcastling.show.figures import save_figure
+from mmcastling.show.painting import as_rgb
 
 Point = tuple[float, float]
 """``(x, y)`` in pixels from the upper left corner."""
@@ -83,7 +84,7 @@ def view_attention(
     Args:
         cfg: A config from :func:`mmcastling.run.load_config`.
         source: A training or deployed checkpoint of that config.
-        image: BGR, ``(H, W, 3)``.
+        image: As :meth:`mmcastling.run.pipelines.FilePipeline.read` gives it.
         point: Where to look from.
         layer: Which attention of the backbone, by depth, negative from the end.
         head: Which head, or None for their mean.
@@ -103,7 +104,7 @@ def view_attention(
         )
     mask, weight = OFF if threshold is None else MaskThreshold.parse(threshold), 1.0
     checkpoint = load_checkpoint(source)
-    steps = pipeline_without_loading(cfg)
+    steps = FilePipeline(cfg).steps
     packing = [step for step in steps if type_name(step["type"]).startswith("Pack")]
     change = Compose([step for step in steps if step not in packing])
 
@@ -128,7 +129,7 @@ def view_attention(
     of_head = rows.reduce_heads(head)
     masked = rows.masked if head is None else of_head.masked
     return AttentionView(
-        image=packed["inputs"].permute(1, 2, 0).flip(2).byte().numpy(),
+        image=as_rgb(packed["inputs"].permute(1, 2, 0).numpy()),
         covered=covered,
         point=point,
         call=call,
@@ -261,7 +262,7 @@ def _lay_over(
 
 
 def click_point(image: np.ndarray) -> Point:
-    """Show an image ``(H, W, 3)`` in BGR in a window and wait for a click."""
+    """Show an image in a window and wait for a click."""
     from matplotlib import pyplot  # picks a toolkit for windows when it is imported
 
     interactive = backend_registry.list_builtin(BackendFilter.INTERACTIVE)
@@ -275,7 +276,7 @@ def click_point(image: np.ndarray) -> Point:
             f"matplotlib found none (backend {backend}): give --point X Y"
         )
     axes = figure.add_subplot()
-    axes.imshow(image[..., ::-1])
+    axes.imshow(as_rgb(image))
     axes.set_title("click a point")
     clicked = pyplot.ginput(1, timeout=0)
     pyplot.close(figure)

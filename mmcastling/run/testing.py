@@ -19,11 +19,10 @@ from mmcastling.analysis import PartTimer
 from mmcastling.checkpoint import load_checkpoint
 from mmcastling.deploy import check_precision, is_deployed, set_precision
 from mmcastling.errors import ConfigError, OptionError
+from mmcastling.files import check_writable
 from mmcastling.registry import MODELS, model_spec, type_name
 from mmcastling.run.config import (
     check_data,
-    check_work_dir,
-    check_writable,
     datasets_of,
     require,
 )
@@ -33,8 +32,10 @@ from mmcastling.run.runner import (
     core_model,
     run_test,
     say,
+    say_warnings,
     testing_config,
 )
+from mmcastling.run.work_dir import check_work_dir
 from mmcastling.runtime import (
     SUFFIXES,
     Classification,
@@ -123,7 +124,7 @@ def evaluate(
     require(cfg, "test_dataloader", "test_cfg", "test_evaluator")
     precision = precision or cfg.get("precision", "fp32")
     check_precision(precision, get_device())
-    check_data(cfg, "test")
+    say_warnings(check_data(cfg, "test"))
     checkpoint = load_checkpoint(path)
     check_work_dir(cfg.work_dir)
     cfg = testing_config(cfg)
@@ -241,7 +242,7 @@ def evaluate_exported(
             f"{path} holds a backbone, which predicts nothing: export the whole model "
             "with --part model"
         )
-    check_data(cfg, "test")
+    say_warnings(check_data(cfg, "test"))
     check_work_dir(cfg.work_dir)
     cfg = testing_config(cfg)
     preprocessor = model_spec(cfg).get("data_preprocessor")

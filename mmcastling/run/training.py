@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from mmcastling.checkpoint import check_weights_fit, load_checkpoint
 from mmcastling.compat.safe_loading import safe_mmengine_loading
 from mmcastling.deploy import is_deployed
 from mmcastling.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from mmcastling.models.pretrained import check_start, read_checkpoint
 from mmcastling.registry import type_name
-from mmcastling.run.config import check_data, check_work_dir, require
+from mmcastling.run.config import check_data, require
 from mmcastling.run.load import build_model
-from mmcastling.run.runner import build_runner, is_sharded
+from mmcastling.run.runner import build_runner, is_first_process, is_sharded
+from mmcastling.run.work_dir import check_work_dir, claimed_work_dir
 from mmcastling.train.amp import DTYPES
 
 CPU_ENVIRONMENT = {
@@ -68,14 +71,19 @@ def train(
     if auto_scale_lr:
         enable_auto_scale_lr(cfg)
     require(cfg, "train_dataloader", "train_cfg", "optim_wrapper")
-    check_data(cfg, "train", "val")
-    warnings = settle_start(cfg)
+    warnings = check_data(cfg, "train", "val") + settle_start(cfg)
     check_work_dir(cfg.work_dir)
-    runner = build_runner(cfg)
-    for warning in warnings:
-        runner.logger.warning(warning)
-    with safe_mmengine_loading():
-        return runner.train()
+    with claimed_work_dir(cfg.work_dir) if is_first_process(cfg) else nullcontext():
+        runner = build_runner(cfg)
+        if not any(p.requires_grad for p in runner.model.parameters()):
+            raise ConfigError(
+                "no parameter of the model is trained: all are frozen, by "
+                "frozen_stages or requires_grad. Leave some of it unfrozen"
+            )
+        for warning in warnings:
+            runner.logger.warning(warning)
+        with safe_mmengine_loading():
+            return runner.train()
 
 
 # -- options ---------------------------------------------------------------------------
@@ -148,13 +156,15 @@ def settle_start(cfg: Config) -> list[str]:
     Settles ``resume`` and ``load_from`` of the config: a resume without a path gets the
     newest checkpoint in the work directory that is whole, or becomes a start anew where
     there is none. A resumed run without a seed of its own gets that of the checkpoint.
+    What is resumed fits the model whole; what is only started from fills its backbone
+    as far as ``init_cfg`` must (:func:`mmcastling.models.pretrained.check_start`).
     Nothing is written. What comes back are warnings, for when there is a log.
     """
     resume, source = cfg.get("resume"), cfg.get("load_from")
-    if "://" in str(source) or not (source or resume):  # MMEngine downloads it
+    if not (source or resume):
         return []
     if source:
-        start = Start(str(source), load_checkpoint(source))
+        start = Start(str(source), read_checkpoint(source))
     else:
         start = newest_usable(cfg.work_dir)
     if start is None:
@@ -165,6 +175,8 @@ def settle_start(cfg: Config) -> list[str]:
         check_resumable(start.checkpoint, start.source)
         check_weights_fit(build_model(cfg), start.checkpoint, start.source)
         _adopt_seed(cfg, start.checkpoint)
+    else:
+        check_start(build_model(cfg), start.checkpoint, start.source)
     return start.warnings
 
 
@@ -232,9 +244,9 @@ def _named_last(work_dir: Path) -> Path | None:
     name = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
     if not name:  # perhaps cut short by a kill
         return None
-    # A work directory that was moved is named by where it was.
+    # One that was moved or copied is named by where it was: a copy has its own.
     here = work_dir / Path(name).name
-    return here if here.is_file() and not Path(name).is_file() else Path(name)
+    return here if here.is_file() else Path(name)
 
 
 def _age(path: Path) -> tuple[int, list[int]]:

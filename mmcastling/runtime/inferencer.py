@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from mmcastling.runtime.images import read_image
 from mmcastling.runtime.metadata import ExportedModelError
 from mmcastling.runtime.model import ExportedModel
 from mmcastling.runtime.postprocess import paste_masks, resize_bilinear, slide
-from mmcastling.runtime.preprocess import Prepared, prepare, read_image
+from mmcastling.runtime.preprocess import Prepared, prepare
 
-Source = str | os.PathLike[str] | np.ndarray
+Source = Any
+"""What :func:`mmcastling.runtime.images.read_image` takes."""
 
 _IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
 
@@ -129,8 +131,8 @@ class ExportedInferencer:
         """Predict as the toolboxes' inferencers do.
 
         Args:
-            inputs: An image ``(H, W, 3)`` in BGR, the path of one, a folder of images,
-                or a list of images and paths.
+            inputs: An image as :meth:`predict` takes it, a folder of images, or a list
+                of images.
 
         Returns:
             ``{'predictions': [...]}``, a dict of plain values for each image.
@@ -141,12 +143,14 @@ class ExportedInferencer:
         """Predict one image.
 
         Args:
-            image: ``(H, W, 3)`` in BGR, or the path of an image file.
+            image: The path of an image file, its bytes, a Pillow image, or an array
+                ``(H, W, 3)`` in BGR, ``(H, W)`` or ``(H, W, 4)`` in BGRA, 0 to 255.
 
         Raises:
             ExportedModelError: If the image cannot be read or the file cannot take it.
         """
-        return self.predict_prepared(prepare(read_image(image), self.metadata))
+        pixels = read_image(image, self.metadata)
+        return self.predict_prepared(prepare(pixels, self.metadata))
 
     def predict_prepared(self, prepared: Prepared) -> Prediction:
         """Predict what has been preprocessed, by this or another pipeline."""
@@ -183,10 +187,10 @@ class ExportedInferencer:
 
 
 def _listed(inputs: Source | Sequence[Source]) -> list[Source]:
-    if isinstance(inputs, np.ndarray):
-        return [inputs]
-    if not isinstance(inputs, (str, os.PathLike)):
+    if isinstance(inputs, (list, tuple)):
         return list(inputs)
+    if not isinstance(inputs, (str, os.PathLike)):
+        return [inputs]
     folder = Path(inputs)
     if not folder.is_dir():
         return [inputs]

@@ -39,8 +39,11 @@ class ExportMetadata:
         std: Then divided by.
         to_rgb: Whether a BGR image becomes RGB first.
         pipeline: How an image becomes the network's, in order: steps as those of the
-            config (``Resize``, ``ResizeEdge``, ``CenterCrop``, ``Pad``).
-        pad_divisor: Height and width are padded to multiples of this ...
+            config (``LoadImageFromFile``, ``Resize``, ``ResizeEdge``, ``CenterCrop``,
+            ``Pad``).
+        channels: Of the images that the graph takes.
+        pad_size: Height and width are padded to these at least, and ...
+        pad_divisor: ... to multiples of this ...
         pad_value: ... with this, after normalization.
         size_divisor: The graph takes heights and widths that are multiples of this.
         min_size: And no smaller ones.
@@ -61,6 +64,8 @@ class ExportMetadata:
     std: tuple[float, ...] | None = None
     to_rgb: bool = False
     pipeline: tuple[dict[str, Any], ...] = ()
+    channels: int = 3
+    pad_size: tuple[int, int] | None = None
     pad_divisor: int = 1
     pad_value: float = 0.0
     size_divisor: int = 1

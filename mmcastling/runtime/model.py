@@ -6,9 +6,12 @@ A session has the ``metadata`` text of its file (None without), the names of its
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +80,15 @@ class OpenVinoSession:
             config["INFERENCE_NUM_THREADS"] = threads
         compiled = core.compile_model(model, "CPU", config)
         self.inputs = tuple(port.get_any_name() for port in compiled.inputs)
-        self._request = compiled.create_infer_request()
-        self._count = len(compiled.outputs)
+        self._compiled = compiled
+        self._own = threading.local()  # a request holds one thread's inputs and outputs
 
     def run(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-        self._request.infer(feeds)
-        outputs = map(self._request.get_output_tensor, range(self._count))
+        if not hasattr(self._own, "request"):
+            self._own.request = self._compiled.create_infer_request()
+        request = self._own.request
+        request.infer(feeds)
+        outputs = map(request.get_output_tensor, range(len(self._compiled.outputs)))
         return [np.array(output.data) for output in outputs]  # its memory is reused
 
 
@@ -100,15 +106,40 @@ def _rt_info(model: Any) -> str | None:
     return None
 
 
+_LOADING = threading.Lock()
+
+
+@contextlib.contextmanager
+def _data_alone() -> Iterator[None]:
+    """Let torch refuse pickles that could run code, to which it else falls back."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # the one switch that reaches its loader
+    with _LOADING:
+        before = os.environ.get(name)
+        os.environ[name] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before
+
+
 class ProgramSession:
     """torch's exported program, run by its graph in eager mode."""
 
     def __init__(self, path: Path, library: Any, threads: int | None) -> None:
-        if threads is not None:
-            library.set_num_threads(threads)
-        importlib.import_module("torchvision")  # registers nms and roi_align
+        if threads not in (None, library.get_num_threads()):
+            raise ExportedModelError(
+                f"threads={threads}: torch has one number of threads for a whole "
+                f"process, now {library.get_num_threads()}; leave the argument out and "
+                "call torch.set_num_threads yourself"
+            )
+        with contextlib.suppress(ImportError):  # it registers nms and roi_align
+            importlib.import_module("torchvision")
         texts = {f"{METADATA_KEY}.json": ""}
-        program = library.export.load(str(path), extra_files=texts)
+        with _data_alone():
+            program = library.export.load(str(path), extra_files=texts)
         (text,) = texts.values()
         self.metadata = text.decode() if isinstance(text, bytes) else text
         self.inputs = tuple(program.graph_signature.user_inputs)
@@ -151,7 +182,8 @@ class ExportedModel:
             (torch's exported program).
         runtime: ``'onnxruntime'``, ``'openvino'`` or ``'torch'``, one that reads the
             format. Defaults to None (the format's own).
-        threads: Threads of the CPU. Defaults to None (the runtime's choice).
+        threads: Threads of the CPU, which torch has for a whole process and not for
+            a file. Defaults to None (the runtime's choice).
 
     Attributes:
         metadata: What the file says about its model.
@@ -170,8 +202,14 @@ class ExportedModel:
         threads: int | None = None,
     ) -> None:
         self.path = Path(path)
+        self._opened = self.path.absolute(), threads
         self.runtime, self._session = _open(self.path, runtime, threads)
         self.metadata = ExportMetadata.from_json(self._session.metadata, str(path))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by its path: sessions cannot be."""
+        path, threads = self._opened
+        return type(self), (path, self.runtime, threads)
 
     def __call__(
         self, images: Any, image_size: tuple[int, int] | None = None
@@ -179,7 +217,7 @@ class ExportedModel:
         """Run the network.
 
         Args:
-            images: Normalized and padded images ``(B, 3, H, W)``, an array or a
+            images: Normalized and padded images ``(B, C, H, W)``, an array or a
                 tensor.
             image_size: ``(H, W)`` of the image inside a padded one, to which a
                 detector clips its boxes. Defaults to None (all of it).
@@ -208,9 +246,10 @@ class ExportedModel:
 
     def _check(self, shape: tuple[int, ...]) -> None:
         meta = self.metadata
-        if len(shape) != 4 or shape[1] != 3:
+        if len(shape) != 4 or shape[1] != meta.channels:
             raise ExportedModelError(
-                f"{self.path} takes images of shape (B, 3, H, W), got {shape}"
+                f"{self.path} takes images of shape (B, {meta.channels}, H, W), got "
+                f"{shape}"
             )
         batch, _, height, width = shape
         if batch != 1 and not (meta.dynamic_batch and batch):

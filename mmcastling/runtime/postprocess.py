@@ -78,7 +78,7 @@ def slide(
 ) -> np.ndarray:
     """Logits of a large image from overlapping windows, averaged, as mmseg does it.
 
-    ``run`` goes from ``(1, 3, h, w)`` to ``(1, C, h, w)``; ``options`` are
+    ``run`` goes from ``(1, C, h, w)`` to ``(1, C, h, w)``; ``options`` are
     ``crop_size`` and ``stride`` as ``(h, w)``.
     """
     height, width = image.shape[-2:]

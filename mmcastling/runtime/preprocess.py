@@ -1,15 +1,19 @@
-"""From an image to the network's input, as the config's test pipeline does it."""
+"""From an image to the network's input, as the config's test pipeline does it.
+
+:data:`STEPS` is all that a pipeline may ask for: its steps, their options and, where
+not every value will do, the values.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import cv2
 import numpy as np
 
+from mmcastling.runtime.images import COLOUR_TYPES
 from mmcastling.runtime.metadata import ExportedModelError, ExportMetadata
 
 _CV2 = {
@@ -19,8 +23,13 @@ _CV2 = {
     "area": cv2.INTER_AREA,
     "lanczos": cv2.INTER_LANCZOS4,
 }
-INTERPOLATIONS = tuple(_CV2)
 _PILLOW = {"nearest": 0, "bilinear": 2, "bicubic": 3, "area": 4, "lanczos": 1}
+_BORDERS = {
+    "constant": cv2.BORDER_CONSTANT,
+    "edge": cv2.BORDER_REPLICATE,
+    "reflect": cv2.BORDER_REFLECT_101,
+    "symmetric": cv2.BORDER_REFLECT,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +37,8 @@ class Prepared:
     """An input of the network and how it came from its image.
 
     Attributes:
-        batch: ``(1, 3, H, W)``, normalized and padded.
-        size: ``(H, W)`` of the image before padding to the divisor.
+        batch: ``(1, C, H, W)``, normalized and padded.
+        size: ``(H, W)`` of the image before it was padded for the network.
         original: ``(H, W)`` of the image that was given.
         scale: ``(x, y)``: pixels of the network per pixel of the image.
     """
@@ -40,44 +49,19 @@ class Prepared:
     scale: tuple[float, float]
 
 
-def read_image(source: str | os.PathLike[str] | np.ndarray) -> np.ndarray:
-    """An image ``(H, W, 3)`` in BGR, 0 to 255, from a file or as it is given.
-
-    Raises:
-        ExportedModelError: If the file is missing or no image, or an array is not of
-            that shape.
-    """
-    if isinstance(source, np.ndarray):
-        if source.ndim != 3 or source.shape[2] != 3 or source.size == 0:
-            raise ExportedModelError(
-                f"an image must be an array (H, W, 3) in BGR, got {source.shape}"
-            )
-        return source
-    path = Path(source)
-    if not path.is_file():
-        raise ExportedModelError(f"image {path} does not exist: check the path")
-    data = np.fromfile(path, np.uint8)
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
-    if image is None:
-        raise ExportedModelError(
-            f"image {path} ({path.stat().st_size} bytes) cannot be read: it is "
-            "damaged, or no image of the kind that its name says"
-        )
-    return image
-
-
 def prepare(image: np.ndarray, metadata: ExportMetadata) -> Prepared:
     """Resize, normalize and pad an image.
 
     Args:
-        image: ``(H, W, 3)`` in BGR, 0 to 255.
+        image: ``(H, W, C)``, or ``(H, W)`` of one channel, colours in BGR, as
+            :func:`mmcastling.runtime.images.read_image` gives it.
         metadata: What the exported file says.
     """
     original = image.shape[:2]
     scale = (1.0, 1.0)
     for step in metadata.pipeline:
         before = image.shape[:2]
-        image = STEPS[step["type"]](image, step)
+        image = STEPS[step["type"]].run(image, step)
         if step["type"].startswith("Resize"):
             height, width = image.shape[:2]
             scale = scale[0] * width / before[1], scale[1] * height / before[0]
@@ -85,17 +69,24 @@ def prepare(image: np.ndarray, metadata: ExportMetadata) -> Prepared:
 
 
 def _normalize(image: np.ndarray, metadata: ExportMetadata) -> np.ndarray:
-    """The batch ``(1, 3, H, W)`` of one resized image, padded to the divisor."""
-    if metadata.to_rgb:
+    """The batch ``(1, C, H, W)`` of one resized image, padded for the network."""
+    image = image[..., None] if image.ndim == 2 else image
+    if metadata.to_rgb and image.shape[2] == 3:
         image = image[..., ::-1]
     values = image.transpose(2, 0, 1).astype(np.float32)
     if metadata.mean is not None:
         mean, std = np.float32([metadata.mean, metadata.std])[..., None, None]
         values = (values - mean) / std
-    below, right = (-side % metadata.pad_divisor for side in values.shape[1:])
+    sides = np.maximum(values.shape[1:], metadata.pad_size or 0)
+    sides = sides + -sides % metadata.pad_divisor
+    below, right = sides - values.shape[1:]
     return np.pad(
         values, ((0, 0), (0, below), (0, right)), constant_values=metadata.pad_value
     )[None]
+
+
+def _load(image: np.ndarray, step: Any) -> np.ndarray:
+    return image.astype(np.float32) if step.get("to_float32") else image
 
 
 def _resize_to(image: np.ndarray, size: tuple[int, int], step: Any) -> np.ndarray:
@@ -104,6 +95,11 @@ def _resize_to(image: np.ndarray, size: tuple[int, int], step: Any) -> np.ndarra
     if step.get("backend", "cv2") == "pillow":
         from PIL import Image
 
+        if image.dtype != np.uint8:
+            raise ExportedModelError(
+                f"the pipeline resizes with Pillow, which takes whole numbers from 0 "
+                f"to 255, and the image is {image.dtype}: convert it to uint8"
+            )
         return np.asarray(Image.fromarray(image).resize(size, _PILLOW[name]))
     return cv2.resize(image, size, interpolation=_CV2[name])
 
@@ -156,16 +152,52 @@ def _pad(image: np.ndarray, step: Any) -> np.ndarray:
     below, right = max(0, to_height - height), max(0, to_width - width)
     value = step.get("pad_val", 0)
     value = value.get("img", 0) if isinstance(value, dict) else value
-    value = tuple(value) if isinstance(value, (list, tuple)) else (value,) * 3
-    return cv2.copyMakeBorder(
-        image, 0, below, 0, right, cv2.BORDER_CONSTANT, value=value
-    )
+    value = tuple(value) if isinstance(value, (list, tuple)) else (value,) * 4
+    border = _BORDERS[step.get("padding_mode", "constant")]
+    return cv2.copyMakeBorder(image, 0, below, 0, right, border, value=value)
 
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step of a pipeline that is done here.
+
+    Attributes:
+        run: From an image and the step to the image behind it.
+        options: What ``run`` heeds, with the values that it knows, or None for all.
+        no_image: Options that change no pixel of an image.
+    """
+
+    run: Callable[[np.ndarray, Any], np.ndarray]
+    options: Mapping[str, tuple[Any, ...] | None]
+    no_image: tuple[str, ...] = ()
+
+
+_RESIZING = dict(backend=("cv2", "pillow"), interpolation=tuple(_CV2))
 
 STEPS = {
-    "Resize": _resize,
-    "ResizeEdge": _resize_edge,
-    "CenterCrop": _center_crop,
-    "Pad": _pad,
+    "LoadImageFromFile": Step(
+        _load,
+        dict(color_type=COLOUR_TYPES, to_float32=None, imdecode_backend=("cv2",)),
+        ("backend_args", "file_client_args", "ignore_empty"),
+    ),
+    "Resize": Step(
+        _resize,
+        dict(scale=None, scale_factor=(None,), keep_ratio=None, **_RESIZING),
+        ("clip_object_border",),
+    ),
+    "ResizeEdge": Step(
+        _resize_edge,
+        dict(scale=None, edge=("short", "long", "width", "height"), **_RESIZING),
+    ),
+    "CenterCrop": Step(
+        _center_crop,
+        dict(crop_size=None, auto_pad=(False,)),
+        ("clip_object_border", "pad_cfg"),
+    ),
+    "Pad": Step(
+        _pad,
+        dict(size=None, size_divisor=None, pad_to_square=None, pad_val=None)
+        | dict(padding_mode=tuple(_BORDERS)),
+    ),
 }
-"""Steps of a pipeline that are done here."""
+"""Steps of a pipeline that are done here, by the names of their types."""

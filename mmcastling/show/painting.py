@@ -16,6 +16,21 @@ _READABLE = 224  # shorter side of a classifier's picture, for its text to be le
 _count = itertools.count()
 
 
+def as_rgb(image: np.ndarray) -> np.ndarray:
+    """A picture to look at, RGB uint8 ``(H, W, 3)``, of any that a network takes.
+
+    That is ``(H, W)`` or ``(H, W, C)``, with colours first and in BGR. What exceeds 8
+    bits is scaled to the brightest pixel.
+    """
+    if image.dtype != np.uint8:
+        factor = 255 / max(float(image.max(initial=0)), 255.0)
+        image = (image.astype(np.float32) * factor).clip(0, 255).astype(np.uint8)
+    channels = np.atleast_3d(image)[..., :3]
+    if channels.shape[2] < 3:
+        channels = channels[..., :1].repeat(3, axis=2)
+    return np.ascontiguousarray(channels[..., ::-1])
+
+
 class Painter:
     """Draws boxes and masks, an overlay of classes, or a label.
 
@@ -41,11 +56,11 @@ class Painter:
         self.visualizer.dataset_meta = dict(classes=classes, palette=palette)
 
     def __call__(self, image: np.ndarray, sample: BaseDataElement) -> np.ndarray:
-        """A picture, BGR uint8 ``(H, W, 3)``, with its prediction drawn on a copy.
+        """A picture, see :func:`as_rgb`, as BGR with its prediction drawn on it.
 
         That of a classifier may be larger.
         """
-        rgb = np.ascontiguousarray(image[..., ::-1])
+        rgb = as_rgb(image)
         if self.scope == "mmpretrain":
             resize = max(_READABLE, min(rgb.shape[:2]))
             self.visualizer.visualize_cls(rgb, sample, draw_gt=False, resize=resize)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,8 +14,11 @@ from torch import nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from mmcastling.compat.sharded import WholeNormClipping
+from mmcastling.deploy import computes_in
 from mmcastling.errors import OptionError
 from mmcastling.registry import OPTIM_WRAPPERS
+
+logger = logging.getLogger("mmcastling")
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -61,6 +65,13 @@ class DeviceAmpOptimWrapper(WholeNormClipping, AmpOptimWrapper):
         if self.cast_dtype not in DTYPES.values():
             raise OptionError(
                 f"dtype {dtype!r} is not a half precision: choose one of {list(DTYPES)}"
+            )
+        if not computes_in(self.cast_dtype, torch.device(self.device_type)):
+            logger.warning(
+                "automatic mixed precision in %s: this %s has no instructions for it "
+                "and emulates them, which may take 30 times as long as float32. Choose "
+                "another of %s, or train without",
+                *(self.cast_dtype, self.device_type, list(DTYPES)),
             )
         self._scale_update_param = None
         options: dict[str, Any] = {}

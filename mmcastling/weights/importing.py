@@ -15,6 +15,7 @@ from mmcastling.attention import build_mixer
 from mmcastling.attention.old_names import with_current_names
 from mmcastling.checkpoint import save_atomically
 from mmcastling.errors import CheckpointError, OptionError
+from mmcastling.files import check_writable
 from mmcastling.models.common import image_size
 from mmcastling.models.pretrained import REQUIRED_SHARE, prepared_weights
 from mmcastling.version import __version__
@@ -69,9 +70,10 @@ def import_checkpoint(
         allow_partial: Overlook names that are unknown or missing. Defaults to False.
 
     Raises:
-        OptionError: If an option's value is not known.
+        OptionError: If an option's value is not known, or the destination cannot be
+            written.
         CheckpointError: If the source cannot be read, does not fit or holds something
-            unexpected, or the destination cannot be written. Nothing is written then.
+            unexpected. Nothing is written then.
     """
     if family not in FAMILIES:
         raise OptionError(
@@ -84,7 +86,9 @@ def import_checkpoint(
             f"dist_token: no {FAMILIES[family].name} has one, leave it out"
         )
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
-    _check_destination(source, destination)
+    check_writable(destination, ".pth", option="the imported weights")
+    if destination.resolve() == source.resolve():
+        raise CheckpointError(f"{destination} is the source: choose another name")
     build_mixer(dict(type=attention), num_heads=1, head_dims=8)  # known?
     size = None if img_size is None else image_size(img_size)
     target = Target(arch, size, in_channels, {"type": attention}, noise, dist_token)
@@ -109,20 +113,6 @@ def import_checkpoint(
     state_dict = {PREFIX + name: value.clone() for name, value in weights.items()}
     save_atomically(dict(meta=meta, state_dict=state_dict), destination)
     return report
-
-
-def _check_destination(source: Path, destination: Path) -> None:
-    problems = {
-        "must end in .pth": destination.suffix != ".pth",
-        "is a folder: name a file": destination.is_dir(),
-        f"cannot be: the folder {destination.parent} does not exist, create it first": (
-            not destination.parent.is_dir()
-        ),
-        "is the source: choose another name": destination.resolve() == source.resolve(),
-    }
-    for problem, is_there in problems.items():
-        if is_there:
-            raise CheckpointError(f"destination {destination} {problem}")
 
 
 def _import(

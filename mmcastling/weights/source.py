@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmcastling.checkpoint import load_checkpoint
+from mmcastling.checkpoint import load_checkpoint, without_wrappers
 from mmcastling.errors import CheckpointError
 
 Weights = dict[str, Tensor]
@@ -46,7 +46,11 @@ def read_source(path: Path) -> dict[str, Weights]:
 
 def _containers(node: dict[Any, Any], path: str = "") -> Iterator[tuple[str, Weights]]:
     named = {name: value for name, value in node.items() if isinstance(name, str)}
-    tensors = {n: v.detach() for n, v in named.items() if isinstance(v, Tensor)}
+    tensors = {
+        without_wrappers(n): v.detach()
+        for n, v in named.items()
+        if isinstance(v, Tensor)
+    }
     if tensors:
         yield path, tensors
     for name, value in named.items():

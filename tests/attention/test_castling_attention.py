@@ -264,3 +264,20 @@ def test_the_state_of_the_branch_is_copied_and_pickled_with_its_mixer():
 def test_names_of_earlier_releases_say_what_to_use(name, instead):
     with pytest.raises(ImportError, match=f"{name} is gone: use .*{instead}"):
         exec(f"from mmcastling.attention import {name}")
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_a_hook_saw_of_the_convolution_stays_as_it_was(name, grad):
+    mixer = MIXERS[name](2, 8, local_conv="grid", norm_output=True).eval()
+    mixer.switch_to_deploy()
+    seen = []
+    mixer.local_conv.register_forward_hook(lambda *a: seen.append((a[2], a[2].clone())))
+    q, k, v = torch.randn(3, 1, 2, 2**14 + 64, 8)  # more tokens than are taken at once
+    values = v.clone()
+    with torch.set_grad_enabled(grad):
+        mixer(q, k, v, (257, 64)) if name != "softmax" else mixer(
+            *(x[:, :, :64] for x in (q, k, v)), (8, 8)
+        )
+    assert_close(*seen[0], rtol=0, atol=0)
+    assert_close(v, values, rtol=0, atol=0)

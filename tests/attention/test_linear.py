@@ -5,11 +5,15 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.autograd.profiler import profile
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmcastling.analysis import count_macs
-from mmcastling.attention.fast import FusedLinear, fuse_linear
+from mmcastling.attention.fast import FusedLinear, apply_then, fuse_linear
 
 ACTIVATIONS = {
     "none": None,
@@ -31,29 +35,31 @@ needs_onednn = pytest.mark.skipif(
 )
 
 
-class Calls(TorchDispatchMode):
-    """Whether oneDNN's fused layer was called."""
-
-    fused = False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.fused |= func is torch.ops.mkldnn._linear_pointwise.default
-        return func(*args, **(kwargs or {}))
-
-
 def calls_onednn(layer, x):
-    with Calls() as calls:
+    with profile() as calls:  # which looks on from below
         layer(x)
-    return calls.fused
+    return any(
+        "mkldnn::_linear_pointwise" in event.name for event in calls.function_events
+    )
+
+
+class Fused(nn.Module):
+    """A fused layer and its activation, as an MLP holds and calls them."""
+
+    def __init__(self, linear, activation):
+        super().__init__()
+        fuse_linear(linear)
+        self.layer, self.activation = linear, activation or nn.Identity()
+
+    def forward(self, x):
+        return apply_then(self.layer, self.activation, x)
 
 
 def plain_and_fused(activation=None, bias=True):
     torch.manual_seed(0)
     linear = nn.Linear(24, 40, bias=bias)
     plain = nn.Sequential(linear, copy.deepcopy(activation) or nn.Identity())
-    fused = copy.deepcopy(linear)
-    assert isinstance(fuse_linear(fused, activation), nn.Identity)
-    return plain, fused
+    return plain, Fused(copy.deepcopy(linear), activation)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -92,17 +98,18 @@ def test_gradients_are_those_of_the_layer_and_the_activation(name):
 
 def test_a_bias_alone_can_be_trained():
     _, fused = plain_and_fused()
-    fused.weight.requires_grad_(False)
+    fused.layer.weight.requires_grad_(False)
     fused(torch.randn(3, 24)).sum().backward()
-    assert_close(fused.bias.grad, torch.full((40,), 3.0))
+    assert_close(fused.layer.bias.grad, torch.full((40,), 3.0))
 
 
 class Wrapped(torch.Tensor):
     """Any tensor of a class of its own, as quantisation and parallelism have."""
 
 
-def wrapped_weight(layer):
-    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Wrapped), False)
+def wrapped_weight(fused):
+    weight = fused.layer.weight.detach().as_subclass(Wrapped)
+    fused.layer.weight = nn.Parameter(weight, False)
 
 
 @pytest.mark.parametrize(
@@ -152,24 +159,13 @@ def test_fusing_keeps_parameters_hooks_and_references():
     seen = []
     linear.register_forward_hook(lambda *_: seen.append(1))
     weight, names = linear.weight, list(linear.state_dict())
-    assert isinstance(fuse_linear(linear, nn.ReLU()), nn.Identity)
-    assert isinstance(linear, FusedLinear) and linear.weight is weight
+    for _ in range(2):
+        fuse_linear(linear)
+        assert isinstance(linear, FusedLinear) and linear.weight is weight
     assert list(linear.state_dict()) == names
     with torch.no_grad():
-        out = linear(torch.randn(3, 24))
-    assert seen and out.min() == 0
-
-
-def test_fusing_again_changes_nothing():
-    _, fused = plain_and_fused(nn.ReLU())
-    fuse_linear(fused)
-    fuse_linear(fused, nn.Identity())
-    assert isinstance(fused.activation, nn.ReLU)
-
-
-def test_an_unknown_activation_stays_behind():
-    tanh = nn.Tanh()
-    assert fuse_linear(nn.Linear(2, 3), tanh) is tanh
+        linear(torch.randn(3, 24))
+    assert seen
 
 
 class LowRank(nn.Linear):
@@ -181,9 +177,146 @@ class LowRank(nn.Linear):
 
 @pytest.mark.parametrize("layer", [LowRank(2, 3), nn.Identity(), nn.Bilinear(2, 2, 3)])
 def test_what_is_not_exactly_a_linear_layer_stays(layer):
-    kind, relu = type(layer), nn.ReLU()
-    assert fuse_linear(layer, relu) is relu
+    kind = type(layer)
+    fuse_linear(layer)
     assert type(layer) is kind
+
+
+# -- nothing hides anything ------------------------------------------------------------
+
+
+class Forwarding(nn.Module):
+    """A wrapper that adds to a layer, and answers for what it does not know itself."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) + 1.0
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+def add_one(module, inputs, output):
+    return output + 1.0
+
+
+def patched(fused):
+    forward = fused.layer.forward
+    fused.layer.forward = lambda x: forward(x) + 1.0
+
+
+def wrapped(fused):
+    fused.layer = Forwarding(fused.layer)
+
+
+ADDING_ONE = {
+    "hook": lambda fused: fused.layer.register_forward_hook(add_one),
+    "patched forward": patched,
+    "wrapper": wrapped,
+    "pre-hook of the activation": lambda fused: (
+        fused.activation.register_forward_pre_hook(lambda _, x: (x[0] + 1.0,))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ADDING_ONE)
+def test_what_stands_between_layer_and_activation_acts_there(name):
+    plain, fused = plain_and_fused(nn.GELU())
+    x = torch.randn(3, 24)
+    ADDING_ONE[name](fused)
+    with torch.no_grad():
+        assert_close(fused(x), plain[1](plain[0](x) + 1.0))
+
+
+def test_hooks_on_all_modules_see_the_layer_before_its_activation():
+    plain, fused = plain_and_fused(nn.GELU())
+    seen, x = {}, torch.randn(3, 24)
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: seen.update({type(module): output})
+    )
+    with torch.no_grad():
+        fused(x)
+        handle.remove()
+        assert_close(seen[FusedLinear], plain[0](x))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_what_is_not_a_number_stays_so(name):
+    _, fused = plain_and_fused(ACTIVATIONS[name])
+    x = torch.randn(3, 24)
+    x[1, 2] = torch.nan
+    with torch.no_grad():
+        assert fused(x).isnan().any(dim=1).tolist() == [False, True, False]
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class SeenFunctions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_see_the_layer():
+    _, fused = plain_and_fused(nn.GELU())
+    x = torch.randn(3, 24)
+    with torch.no_grad():
+        with Seen() as seen:
+            fused(x)
+        assert "aten.addmm.default" in seen.names
+        with SeenFunctions() as functions:
+            fused(x)
+        assert "linear" in functions.names
+        with FlopCounterMode(display=False) as counter:
+            fused(x)
+        assert counter.get_total_flops() == 2 * 3 * 24 * 40
+        with torch.device("cpu"):  # which sees nothing
+            assert calls_onednn(fused, x)
+
+
+def jvp_by_dual_numbers(function, x, tangent):
+    with torch.no_grad(), forward_ad.dual_level():
+        out = function(forward_ad.make_dual(x, tangent))
+        return forward_ad.unpack_dual(out).tangent
+
+
+def jvp_by_transform(function, x, tangent):
+    with torch.no_grad():
+        return torch.func.jvp(function, (x,), (tangent,))[1]
+
+
+@pytest.mark.parametrize("jvp", [jvp_by_dual_numbers, jvp_by_transform])
+def test_forward_mode_differentiates_the_layer(jvp):
+    plain, fused = plain_and_fused(nn.GELU())
+    x, tangent = torch.randn(2, 3, 24)
+    expected = jvp(plain, x, tangent)
+    assert expected.abs().max() > 0.1
+    assert_close(jvp(fused, x, tangent), expected)
+
+
+def test_vmap_maps_the_layer():
+    plain, fused = plain_and_fused(nn.GELU())
+    x = torch.randn(5, 3, 24)
+    with torch.no_grad():
+        assert_close(torch.func.vmap(fused)(x), plain(x))
 
 
 def test_macs_are_those_of_the_layer():

@@ -1,15 +1,24 @@
 """castle() itself: choosing, reporting, refusing, and adapters of one's own."""
 
 import ast
+import copy
 import logging
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.nn.utils import parametrize, prune
 from torch.testing import assert_close
+from torchvision.models import VisionTransformer
 
-from mmcastling import castle, castling_modules, register_adapter, switch_to_deploy
+from mmcastling import (
+    castle,
+    castling_modules,
+    register_adapter,
+    set_mask,
+    switch_to_deploy,
+)
 from mmcastling.attention import Attention, TokenMixer
 from mmcastling.castle import CannotCastle, CastledAttention, adapter_registry
 
@@ -108,6 +117,55 @@ def test_an_attention_may_be_castled_inside_some_modules_only():
     assert report.left_alone == {"b": "no adapter"}
 
 
+class ForeignBranch(nn.Module):
+    """A castled attention of a user's own: nothing of ours but the verbs."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.threshold = nn.Linear(12, 12), 0.0
+
+    def forward(self, x):
+        return self.linear(x) * (2.0 if self.threshold < 1 else 1.0)
+
+    def set_mask(self, threshold, weight=1.0, penalty=0.0):
+        self.threshold = threshold.probability
+
+    def switch_to_deploy(self):
+        self.threshold, self.deploy = 1.0, True
+
+
+def test_the_verbs_find_what_offers_them():
+    register_adapter(ToyAttention)(lambda old, build: ForeignBranch())
+    model, x = castle(ToyModel(2)), torch.randn(2, 9, 12)
+    assert [name for name, _ in castling_modules(model)] == ["blocks.0", "blocks.1"]
+    on = model(x)
+    assert set_mask(model, 1.0) == 2
+    off = model(x)
+    assert (on - off).abs().max() > 0.1
+    deployed = switch_to_deploy(model)
+    assert_close(deployed(x), off)
+    assert list(castling_modules(deployed)) == []
+
+
+@pytest.mark.parametrize("kind", ["castling", "performer", "softmax"])
+def test_torch_fx_takes_an_attention_as_one_step(kind):
+    model, x = castle(ToyModel(2), type=kind, local_conv="grid"), torch.randn(2, 9, 12)
+    for each in (model, switch_to_deploy(model)):
+        traced = copy.deepcopy(fx.symbolic_trace(each))
+        assert_close(traced(x), each(x), rtol=0, atol=0)
+        calls = {n.target for n in traced.graph.nodes if n.op == "call_module"}
+        assert calls == {"blocks.0", "blocks.1"}
+    if kind == "castling":
+        assert set_mask(fx.symbolic_trace(model), 1.0) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*deprecated")
+@pytest.mark.parametrize("deploy", [True, False])
+def test_torchscript_is_refused_with_the_reason(deploy):
+    with pytest.raises(RuntimeError, match=r"cannot compile.*use torch\.export"):
+        torch.jit.script(castle(ToyModel(), deploy=deploy))
+
+
 def test_subclasses_are_castled_unless_they_override_forward():
     class Renamed(ToyAttention):
         pass
@@ -180,6 +238,25 @@ def test_the_report_is_logged_as_a_warning_when_something_is_lost(caplog):
     assert "castled ToyModel" in record.message and "dropped" in record.message
 
 
+def test_an_optimizer_from_before_is_named_and_no_other(caplog):
+    models = [ToyModel() for _ in range(4)]
+    castle(models[0])
+    other = torch.optim.Adam(models[1].parameters())
+    castle(models[2])
+    parameters = list(models[3].parameters())  # which are no optimizer's
+    castle(models[3], type="softmax")
+    del parameters
+    assert "optimizer" not in caplog.text
+    castle(models[1])
+    assert "an optimizer built before does not train (Adam)" in caplog.text
+    caplog.clear()
+    model = ToyModel()
+    torch.optim.SGD(model.parameters(), lr=1.0)  # and forgotten
+    castle(model)
+    assert "optimizer" not in caplog.text
+    assert len(other.param_groups) == 1
+
+
 def test_options_reach_the_mixer():
     model = castle(ToyModel(), mask_threshold="4/N", local_conv=None)
     for _, module in castling_modules(model):
@@ -238,3 +315,85 @@ def test_no_library_is_imported():
             elif isinstance(node, ast.ImportFrom):
                 roots.add(node.module.split(".")[0])
     assert not roots & {"mmpretrain", "mmdet", "mmseg", "mmcv", "timm", "torchvision"}
+
+
+# -- hooks -----------------------------------------------------------------------------
+
+
+def with_hooks(model, find):
+    """Hooks of all kinds on each attention, and what they have seen."""
+    seen, handles = [], []
+    for module in model.modules():
+        if find(module):
+            handles += [
+                module.register_forward_hook(lambda m, x, y: seen.append(type(m))),
+                module.register_forward_pre_hook(
+                    lambda m, x, k: seen.append(type(m)), with_kwargs=True
+                ),
+                module.register_full_backward_hook(
+                    lambda m, i, o: seen.append(type(m))
+                ),
+            ]
+    return seen, handles
+
+
+def small_vit():
+    return VisionTransformer(32, 16, 2, 2, 16, 32, num_classes=3)  # torchvision's
+
+
+def test_hooks_act_on_what_takes_an_attentions_place():
+    model = small_vit()
+    seen, handles = with_hooks(model, lambda m: isinstance(m, nn.MultiheadAttention))
+    castle(model)
+    images = torch.randn(1, 3, 32, 32)
+    model(images).sum().backward()
+    assert len(seen) == 6 and {kind.__name__ for kind in seen} == {
+        "CastledSelfAttention"
+    }
+    for handle in handles:
+        handle.remove()
+    seen.clear()
+    model(images).sum().backward()
+    assert seen == []
+
+
+def test_hooks_inside_an_attention_are_kept_or_named():
+    from mmpretrain.models.backbones import SwinTransformer
+
+    sizes = dict(embed_dims=8, depths=[2], num_heads=[2])
+    model = SwinTransformer(sizes, img_size=32, window_size=4, out_indices=(0,))
+    hooked = ("ShiftWindowMSA", "WindowMSA", "Softmax")
+    seen, _ = with_hooks(model, lambda m: type(m).__name__ in hooked)
+    model.stages[0].blocks[0].attn.w_msa.qkv.register_forward_hook(
+        lambda m, x, y: seen.append(type(m))
+    )
+    _, report = castle(model, return_report=True)
+    model(torch.randn(1, 3, 32, 32))
+    gone = [f"hooks on {name} are gone with it" for name in ("w_msa", "w_msa.softmax")]
+    assert list(report.notes) == gone and report.lossy
+    assert [kind.__name__ for kind in seen] == [
+        *("CastledShiftWindowMSA", "Linear", "CastledShiftWindowMSA"),
+        *["CastledShiftWindowMSA"] * 2,
+    ]
+
+
+def pruned(attention):
+    prune.l1_unstructured(attention, "in_proj_weight", 0.5)
+
+
+def parametrized(attention):
+    parametrize.register_parametrization(attention, "in_proj_weight", nn.Tanh())
+
+
+@pytest.mark.parametrize("compute", [pruned, parametrized])
+def test_weights_that_are_computed_are_not_taken_for_parameters(compute):
+    model = small_vit()
+    compute(model.encoder.layers[0].self_attention)
+    model.eval()
+    _, report = castle(model, return_report=True)
+    assert [item.name for item in report.castled] == [
+        "encoder.layers.encoder_layer_1.self_attention"
+    ]
+    (why,) = report.left_alone.values()
+    assert "make that permanent first" in why
+    model(torch.randn(1, 3, 32, 32))

@@ -3,6 +3,7 @@
 import os
 import pickle
 import stat
+import zipfile
 
 import numpy as np
 import pytest
@@ -216,6 +217,91 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
             load_checkpoint(path)
 
 
+# -- files that claim more than they hold ----------------------------------------------
+
+
+def expanded():
+    return torch.zeros(1).expand(10**9)
+
+
+def nested(depth):
+    value = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
+def doubled(times):
+    value = [0, 0]
+    for _ in range(times):
+        value = [value, value]
+    return value
+
+
+def itself():
+    value = []
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (expanded, "claims tensors of more than"),
+        (lambda: [torch.zeros(10**6)] * 500, "claims tensors of more than"),
+        (lambda: torch.zeros(10**9, device="meta"), "claims tensors of more than"),
+        (lambda: torch.sparse_coo_tensor(size=(10**9,)), "claims tensors of more than"),
+        (lambda: nested(300), "nests its values more than 100 deep"),
+        (itself, "nests its values more than 100 deep"),
+        (lambda: doubled(40), "claims more than 1,000 values"),
+    ],
+)
+def test_what_claims_little_and_expands_to_much_is_refused(
+    make, message, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("mmcastling.checkpoint.MOST_VALUES", 1000)
+    path = tmp_path / "large.pth"
+    torch.save({"state_dict": {"weight": make()}}, path)
+    with pytest.raises(CheckpointError, match=rf"large\.pth is refused.*{message}"):
+        load_checkpoint(path)
+
+
+def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    torch.save({"state_dict": {"weight": torch.zeros(10**6)}}, tmp_path / "a.pth")
+    path = tmp_path / "packed.pth"
+    with (
+        zipfile.ZipFile(tmp_path / "a.pth") as source,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for name in source.namelist():
+            archive.writestr(name, source.read(name))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("was unpacked"))
+    with pytest.raises(CheckpointError, match=r"packed\.pth is refused.*unpacks to"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("kind", ["script", "exported"])
+def test_a_program_is_no_checkpoint(kind, tmp_path):
+    model, path = nn.Linear(2, 2), tmp_path / "program.pt"
+    if kind == "script":
+        torch.jit.save(torch.jit.trace(model, torch.ones(1, 2)), str(path))
+    else:
+        program = torch.export.export(model, (torch.ones(1, 2),))
+        torch.export.save(program, path.with_suffix(".pt2"))
+        path = path.with_suffix(".pt2")
+    with pytest.raises(CheckpointError, match="refused: it is a program"):
+        load_checkpoint(path)
+
+
+def test_tied_and_repeated_weights_are_loaded(tmp_path):
+    weight = torch.zeros(1000)
+    content = {f"{i}.weight": weight for i in range(8)} | {"few": nested(90)}
+    torch.save(
+        {"state_dict": content, "ema": weight[None].expand(8, -1)}, tmp_path / "a"
+    )
+    assert len(load_checkpoint(tmp_path / "a")["state_dict"]) == 9
+
+
 # -- weights and models ----------------------------------------------------------------
 
 
@@ -225,8 +311,20 @@ def test_weights_are_found_with_or_without_a_wrapper():
         {"state_dict": {"module.weight": weight}},
         {"state_dict": {"weight": weight}},
         {"weight": weight},
+        {"_orig_mod.weight": weight},
+        {"module._orig_mod.weight": weight},
+        {"_orig_mod.module.weight": weight},
     ):
         assert weights_of(checkpoint) == {"weight": weight}
+    inside = {
+        "backbone._orig_mod.layers.0._checkpoint_wrapped_module.weight": weight,
+        "neck._fsdp_wrapped_module.module.weight": weight,
+        "my_orig_mod.weight": weight,
+    }
+    names = ["backbone.layers.0.weight", "neck.module.weight", "my_orig_mod.weight"]
+    assert list(weights_of(inside)) == names
+    with pytest.raises(CheckpointError, match="of a model and of its wrapper"):
+        weights_of({"weight": weight, "_orig_mod.weight": weight})
     with pytest.raises(
         CheckpointError, match=r"no weights: .* found the keys \['meta'"
     ):

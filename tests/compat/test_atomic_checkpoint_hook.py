@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import resource
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mmcastling.checkpoint import CheckpointError, load_checkpoint
+from mmcastling.files import write_atomically
 
 
 class Toy(BaseModel):
@@ -55,7 +57,15 @@ class Files(Hook):
         self.whole.append(names)
 
 
-def run(folder, *hooks, kind="AtomicCheckpointHook", validate=False, **options):
+def run(
+    folder,
+    *hooks,
+    kind="AtomicCheckpointHook",
+    validate=False,
+    resume=None,
+    iterations=3,
+    **options,
+):
     data = [{"inputs": torch.randn(2)} for _ in range(4)]
     val = {}
     if validate:
@@ -69,10 +79,12 @@ def run(folder, *hooks, kind="AtomicCheckpointHook", validate=False, **options):
         Toy(),
         work_dir=str(folder),
         train_dataloader=DataLoader(data, sampler=range(4), collate_fn=stacked),
-        train_cfg=dict(by_epoch=False, max_iters=3, val_interval=1),
+        train_cfg=dict(by_epoch=False, max_iters=iterations, val_interval=1),
         optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
         default_hooks=dict(checkpoint=checkpoint),
         custom_hooks=list(hooks),
+        load_from=resume,
+        resume=resume is not None,
         experiment_name=f"{folder.name}_{random.SystemRandom().random()}",
         log_level="ERROR",
         default_scope="mmengine",
@@ -202,3 +214,27 @@ def test_the_name_of_the_newest_is_replaced_whole(tmp_path):
     run(tmp_path)
     assert name.read_text() == str(tmp_path / "iter_3.pth")
     assert former.read_text() == "of another run"
+
+
+def test_a_copy_of_a_run_keeps_to_its_own_folder(tmp_path):
+    ours, copied = tmp_path / "ours", tmp_path / "copied"
+    options = dict(validate=True, max_keep_ckpts=1, save_best="acc", rule="greater")
+    run(ours, **options)
+    shutil.copytree(ours, copied)
+    before = files_of(ours)
+    run(copied, resume=str(copied / "iter_3.pth"), iterations=4, **options)
+    assert files_of(ours) == before
+    assert files_of(copied) == ["best_acc_iter_4.pth", "iter_4.pth", "last_checkpoint"]
+
+
+def test_a_checkpoint_that_another_process_is_saving_stays(tmp_path):
+    writing = tmp_path / "run" / "iter_9.pth"
+    writing.parent.mkdir()
+
+    def save(file):
+        before = set(os.listdir(writing.parent))
+        run(writing.parent, max_keep_ckpts=1)
+        assert before <= set(os.listdir(writing.parent))
+
+    write_atomically(writing, save)
+    assert writing.is_file()

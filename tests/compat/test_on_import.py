@@ -4,10 +4,15 @@ import importlib
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 import mmcastling
+from mmcastling.attention import GridConv, TokenConv
+from mmcastling.attention.fast import FusedLinear
+from mmcastling.compat import registrations
 from mmcastling.compat.on_import import AFTER_IMPORT, MOVED
 
 TIMM = """
@@ -69,7 +74,22 @@ def test_libraries_know_ours_in_every_order(code):
 
 @pytest.mark.parametrize("name", AFTER_IMPORT)
 def test_every_module_to_wait_for_exists(name):
+    if name.partition(".")[0] in ("thop", "ptflops"):
+        pytest.importorskip(name, reason="counters that a user may have")
     assert importlib.import_module(name).__name__ == name
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [("thop.profile", "register_hooks"), ("ptflops.pytorch_ops", "MODULES_MAPPING")],
+)
+def test_counters_that_ask_for_exact_classes_know_ours(name, table):
+    rules = {nn.Linear: "linear", nn.Conv2d: "convolution"}
+    tell = getattr(registrations, AFTER_IMPORT[name])
+    tell(SimpleNamespace(**{table: rules}))
+    assert rules[FusedLinear] == "linear" and rules[TokenConv] == "convolution"
+    # ptflops multiplies by channels that a depthwise convolution on tokens has not.
+    assert rules.get(GridConv) == ("convolution" if "thop" in name else None)
 
 
 @pytest.mark.parametrize("name", MOVED)

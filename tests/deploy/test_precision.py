@@ -1,16 +1,21 @@
 """Lower precision: which layers compute in it, what stays float32, what is refused."""
 
+import collections
 import copy
+import io
 import re
 
 import pytest
 import torch
+from known_models import MODELS, build, output
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
-from mmcastling.attention.fast import fuse_linear
+from mmcastling import castle, switch_to_deploy
+from mmcastling.attention.fast import apply_then
 from mmcastling.deploy import precision as module
-from mmcastling.deploy import set_precision
+from mmcastling.deploy import set_precision, tensors_in
 from mmcastling.deploy.int8 import QuantizedLinear
 from mmcastling.models import CastlingLeViT, CastlingMViT, CastlingViT
 from mmcastling.run import ConfigError, convert, evaluate, load_config
@@ -37,7 +42,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 @pytest.fixture
 def any_machine(monkeypatch):
     """A machine that has instructions for everything; emulation is right, and slow."""
-    monkeypatch.setattr(module, "_computes_in", lambda dtype, device: True)
+    monkeypatch.setattr(module, "computes_in", lambda dtype, device: True)
 
 
 def deployed(family, **options):
@@ -158,13 +163,26 @@ def test_rows_are_rounded_alike_in_whatever_number():
 @pytest.mark.parametrize(
     "activation", [nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.Hardswish()], ids=str
 )
-def test_a_quantized_layer_keeps_its_activation(activation):
+def test_a_quantized_layer_applies_the_activation_behind_it(activation):
     torch.manual_seed(0)
-    linear = nn.Linear(32, 48).requires_grad_(False)
+    layer = QuantizedLinear(nn.Linear(32, 48).requires_grad_(False))
     x = torch.randn(5, 32)
-    expected = activation(QuantizedLinear(linear)(x))
-    fuse_linear(linear, activation)
-    assert_close(QuantizedLinear(linear)(x), expected, atol=1e-5, rtol=1e-5)
+    expected = activation(layer(x))
+    assert_close(apply_then(layer, activation, x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_not_finite_is_the_only_one(value):
+    torch.manual_seed(0)
+    layer = QuantizedLinear(nn.Linear(32, 48).requires_grad_(False))
+    x = torch.randn(2, 3, 32)
+    x[1, 0] = 0.0
+    expected = apply_then(layer, nn.GELU(), x)
+    x[1, 0, 5] = value
+    found = apply_then(layer, nn.GELU(), x)
+    assert found[1, 0].isnan().all()
+    found[1, 0], expected[1, 0] = 0.0, 0.0
+    assert torch.equal(found, expected)
 
 
 def test_a_convolution_stays_between_a_quantized_layer_and_its_gelu():
@@ -175,8 +193,9 @@ def test_a_convolution_stays_between_a_quantized_layer_and_its_gelu():
     (expected,) = model(images(64, 96))
     early = copy.deepcopy(model)
     for block in early.layers:
-        fuse_linear(block.ffn.layers[0][0], block.ffn.dwconv.activation)
-        block.ffn.dwconv.activation = nn.Identity()
+        gelu = block.ffn.layers[0][1]
+        block.ffn.layers[0][0].register_forward_hook(lambda _, x, y, gelu=gelu: gelu(y))
+        block.ffn.layers[0][1] = nn.Identity()
     apart = (early(images(64, 96))[0] - expected).abs().max()
     set_precision(model, "int8")
     (found,) = model(images(64, 96))
@@ -213,10 +232,120 @@ def test_an_unknown_precision_is_refused():
 
 def test_a_machine_without_it_is_named_with_what_it_has(monkeypatch):
     has = {torch.bfloat16: True, torch.float16: False}
-    monkeypatch.setattr(module, "_computes_in", lambda dtype, device: has[dtype])
+    monkeypatch.setattr(module, "computes_in", lambda dtype, device: has[dtype])
     message = r"fp16: this cpu has no instructions for torch.float16.*'fp32', 'bf16'\]"
     with pytest.raises(RuntimeError, match=message):
         set_precision(deployed("vit"), "fp16")
+
+
+# -- models of others, copies and files ------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_whatever_castle_knows_is_lowered_copied_saved_and_loaded(any_machine, name):
+    for part, precisions in (({}, BOUNDS), (dict(stages=[-1]), ["bf16"])):
+        model = build(name)
+        model.eval()
+        castle(model, mask_threshold=1.0, **part)
+        model = switch_to_deploy(model).requires_grad_(False)
+        x = images(64, 64)
+        expected = output(model, x)
+        for precision in precisions:
+            lowered, other = copy.deepcopy(model), copy.deepcopy(model)
+            for parameter in other.parameters():
+                nn.init.zeros_(parameter)
+            for each in (lowered, other):
+                set_precision(each, precision)
+            found = output(lowered, x)
+            assert found.dtype == torch.float32
+            error = (found - expected).abs().max() / expected.abs().max()
+            assert 0 < error < BOUNDS[precision]
+            assert torch.equal(output(copy.deepcopy(lowered), x), found)
+            if "<locals>" not in type(model).__qualname__:
+                whole = through_a_file(lowered, weights_only=False)
+                assert torch.equal(output(whole, x), found)
+            for weights in (lowered.state_dict(), model.state_dict()):
+                # mmpretrain's SwinV2 drops buffers of its own as it loads.
+                strict = name != "swin2"
+                other.load_state_dict(through_a_file(weights), strict=strict)
+                assert torch.equal(output(other, x), found)
+
+
+BOUNDS = {"bf16": 0.1, "fp16": 0.02, "int8": 0.3}
+
+
+def through_a_file(value, **options):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, **options)
+
+
+Pair = collections.namedtuple("Pair", "first second")
+
+
+class KeywordNet(nn.Module):
+    """A call by keyword, an output of named parts, and a layer of another kind."""
+
+    class Cosine(nn.Linear):
+        def forward(self, x):
+            return super().forward(nn.functional.normalize(x, dim=-1))
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.cosine = nn.Linear(8, 8), self.Cosine(8, 8)
+
+    def forward(self, x):
+        return Pair(self.linear(input=x), dict(y=self.cosine(x)))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "int8"])
+def test_keywords_named_tuples_hooks_and_other_layers(any_machine, precision, caplog):
+    torch.manual_seed(0)
+    model, x = KeywordNet().requires_grad_(False), torch.randn(4, 8)
+    expected, calls = model(x), []
+    model.linear.register_forward_hook(lambda *_: calls.append(1))
+    set_precision(model, precision)
+    found = model(x)
+    assert type(found) is Pair and calls == [1]
+    for a, b in zip(tensors_in(found), tensors_in(expected), strict=True):
+        assert a.dtype == torch.float32
+        assert_close(a, b, rtol=0.05, atol=0.05)
+    assert ("1 of 2 layers stay float32" in caplog.text) == (precision == "int8")
+    assert ("cosine" in caplog.text) == (precision == "int8")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "int8"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        parametrizations.spectral_norm,
+        parametrizations.weight_norm,
+    ],
+    ids=["pruned", "spectral", "weight"],
+)
+def test_computed_weights_are_lowered_or_stay(any_machine, wrap, precision, caplog):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    wrap(model[0])
+    model.requires_grad_(False).eval()
+    x = torch.randn(4, 16)
+    expected = model(x)
+    set_precision(model, precision)
+    assert 0 < (model(x) - expected).abs().max() < 0.05 * expected.abs().max()
+    assert isinstance(model[1], QuantizedLinear) == (precision == "int8")
+    assert ("1 of 2 layers stay" in caplog.text) == (precision == "int8")
+
+
+def test_a_bare_layer_and_one_used_twice_are_quantized():
+    layer = nn.Linear(8, 8).requires_grad_(False)
+    model = nn.ModuleDict(dict(a=layer, b=nn.Sequential(layer)))
+    set_precision(model, "int8")
+    assert model["a"] is model["b"][0] and isinstance(model["a"], QuantizedLinear)
+    bare = nn.Linear(8, 8).requires_grad_(False)
+    set_precision(bare, "int8")
+    assert isinstance(bare, QuantizedLinear) and bare(torch.randn(2, 8)).shape == (2, 8)
 
 
 # -- through the commands --------------------------------------------------------------
@@ -252,3 +381,11 @@ def test_the_converter_writes_it_into_the_config(
     assert evaluate(deployed_cfg, out, precision="fp32").precision == "fp32"
     with pytest.raises(ConfigError, match=r"end the name in \.pth"):
         convert(cfg, trained.masks_off, tmp_path / "x.bin", precision="bf16")
+
+
+def test_no_images_give_no_features(any_machine):
+    model = deployed("vit")
+    (expected,) = model(torch.zeros(0, 3, 64, 64))
+    set_precision(model, "int8")
+    (found,) = model(torch.zeros(0, 3, 64, 64))
+    assert found.shape == expected.shape == (0, 128, 8, 8)

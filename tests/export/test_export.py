@@ -119,8 +119,8 @@ def built(root, name, **more):
 def exported(model, folder, kind="onnx", part="model"):
     graph = export_graph(model, part)
     path = folder / f"model.{ENDINGS[kind]}"
-    write_graph(graph, path, describe(model, graph, part), kind)
-    return ExportedInferencer(path, threads=1)
+    write_graph(graph, path, describe(model, graph, part, kind), kind)
+    return ExportedInferencer(path, threads=None if kind.startswith("exp") else 1)
 
 
 def picture(height, width, batch=1, seed=0):
@@ -274,11 +274,32 @@ def test_segmentors_agree_at_any_size(tmp_path):
     assert found.labels.shape == (50, 70)
 
 
+@pytest.mark.slow
+def test_programs_of_torch_take_one_image_and_name_the_smallest(tmp_path):
+    backbone = dict(
+        SEGMENTOR["backbone"],
+        arch=dict(embed_dims=16, num_layers=1, num_heads=2, feedforward_channels=16),
+        out_indices=-1,
+        attention=dict(local_conv="grid"),
+    )
+    head = dict(SEGMENTOR["decode_head"], in_channels=[16], in_index=[0])
+    config = tmp_path / "segmentor.py"
+    model = dict(SEGMENTOR, backbone=backbone, decode_head=head)
+    config.write_text(f"default_scope = 'mmseg'\nmodel = {model!r}\n")
+    torch.manual_seed(0)
+    model = switch_to_deploy(build_model(load_config(config)).eval()).eval()
+    inferencer = exported(model, tmp_path, "exported-program", "backbone")
+    for height, width in ((64, 64), (9, 40), (16, 9)):
+        assert_agrees(inferencer, model, picture(height, width))
+    with pytest.raises(ExportedModelError, match="must be at least 9 and"):
+        inferencer.model(picture(8, 64))
+
+
 # -- without torch ---------------------------------------------------------------------
 
-WITHOUT_TORCH = """
+WITHOUT = """
 import sys
-for name in "torch torchvision mmengine mmcv mmdet mmpretrain mmseg".split():
+for name in [*sys.argv[4:], *"mmengine mmcv mmdet mmpretrain mmseg timm".split()]:
     sys.modules[name] = None
 import numpy as np
 from mmcastling.runtime import ExportedInferencer
@@ -288,12 +309,13 @@ np.savez(sys.argv[3], **vars(found))
 
 
 @pytest.mark.slow
-def test_runs_where_torch_is_not_installed(mask_rcnn, tmp_path):
+@pytest.mark.parametrize("missing", [("torch", "torchvision"), ()])
+def test_runs_without_openmmlab_with_torch_or_without(mask_rcnn, tmp_path, missing):
     _, inferencer = mask_rcnn
     image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
     np.save(tmp_path / "image.npy", image)
     files = (inferencer.model.path, tmp_path / "image.npy", tmp_path / "out.npz")
-    command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, files)]
+    command = [sys.executable, "-c", WITHOUT, *map(str, files), *missing]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     expected = inferencer.predict(image)
@@ -345,7 +367,7 @@ def test_any_module_can_be_written_run_back_and_compared(tmp_path, kind):
         metadata="{}",
     )
     runtime = SUFFIXES[path.suffix][0]
-    session = RUNTIMES[runtime](path, runtime_library(runtime), 1)
+    session = RUNTIMES[runtime](path, runtime_library(runtime), None)
     assert (session.inputs, session.metadata) == (("x", "scale"), "{}")
     for rows in (3, 7):
         x, scale = torch.randn(rows, 8), torch.randn(rows, 1)

@@ -19,7 +19,7 @@ from mmcastling.attention import MIXERS
 from mmcastling.errors import OptionError
 from mmcastling.models import CastlingLeViT, CastlingMViT, CastlingViT
 from mmcastling.registry import MODELS
-from mmcastling.verbs import castling_modules, set_mask
+from mmcastling.verbs import castling_modules, set_mask, switch_to_deploy
 
 SOFTMAX = dict(type="softmax")
 # Stage blocks: 2, 3, 4 heads of 8. Between stages: 4 and 6 heads of 16.
@@ -171,6 +171,21 @@ def loss(outs):
 
 
 # -- outputs ---------------------------------------------------------------------------
+
+
+@everywhere
+def test_what_lies_behind_the_last_output_is_neither_run_nor_trained(name):
+    whole, part = built(name, out_indices=(0, 1, 2)), built(name, out_indices=0)
+    part.load_state_dict(whole.state_dict(), strict=False)
+    (found,) = part(image())
+    assert_close(found, whole(image())[0], rtol=0, atol=0)
+    loss([found]).backward()
+    for key, parameter in part.named_parameters():
+        assert (parameter.grad is None) == (not parameter.requires_grad), key
+    assert any(not p.requires_grad for p in part.parameters())
+    assert all(p.requires_grad for p in whole.parameters())
+    with pytest.raises(ValueError, match=r"out_indices \(\) name no"):
+        built(name, out_indices=())
 
 
 @everywhere
@@ -424,3 +439,16 @@ def test_attention_options_act_or_are_refused(name):
 def test_an_attention_option_of_another_type_is_named():
     with pytest.raises(OptionError, match=r"num_heads.*'a'"):
         mmcastling.models.CastlingViT("nano", attention=dict(num_heads="a"))
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_no_images_give_no_outputs_trained_and_deployed(family):
+    model = family.kind(family.arch, **{**family.options, **family.all_outputs})
+    images = torch.zeros(0, 3, 64, 64)
+    for outs in (model(images), switch_to_deploy(model).eval()(images)):
+        shapes = [
+            (0, c, 64 // s, 64 // s)
+            for c, s in zip(family.channels, family.strides, strict=True)
+        ]
+        assert [tuple(out.shape) for out in outs] == shapes
+    sum(out.sum() for out in model(images)).backward()

@@ -172,3 +172,37 @@ def test_positions_of_class_tokens_fit_whatever_the_file_has(held, wanted, size)
         grid, model.patch_resolution, mode="bicubic"
     )
     assert_close(model.pos_embed[:, wanted:], resized.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            dict(layer_cfgs=dict(attn_drop_rate=0.1)),
+            "attn_drop_rate=0.1: the attention",
+        ),
+        (
+            dict(layer_cfgs=[{}, {}, {}, dict(attn_drop_rate=0.2)]),
+            "attn_drop_rate=0.2: the attention",
+        ),
+        (
+            dict(ffn_conv=5, layer_cfgs=dict(ffn_type="swiglu_fused")),
+            "ffn_type='swiglu_fused' and num_fcs=2",
+        ),
+        (dict(ffn_conv=5, layer_cfgs=dict(num_fcs=3)), "num_fcs=3: leave one"),
+    ],
+)
+def test_options_of_a_layer_that_could_not_act_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        CastlingViT("nano", img_size=32, **options)
+
+
+@pytest.mark.parametrize("options", [dict(ffn_type="swiglu_fused"), dict(num_fcs=3)])
+def test_mlps_of_other_kinds_act_without_a_convolution(options):
+    torch.manual_seed(0)
+    layer_cfgs = dict(options, layer_scale_init_value=2.0)
+    model = CastlingViT("nano", img_size=32, layer_cfgs=layer_cfgs).eval()
+    set_mask(model, 1.0)
+    switch_to_deploy(model, example=torch.randn(1, 3, 32, 32))
+    weights = [n for n in model.state_dict() if n.startswith("layers.0.ffn")]
+    assert any("w12" in n or "layers.1.0" in n for n in weights)

@@ -15,7 +15,12 @@ from mmcastling.attention.attention import LayerScale as OwnLayerScale
 from mmcastling.attention.fast import FusedLinear
 from mmcastling.attention.local_conv import merge_heads, split_heads
 from mmcastling.models import CastlingLeViT, CastlingMViT, CastlingViT
-from mmcastling.models.conv_ffn import ConvLeViTMLP, ConvMViTMLP, HiddenConv
+from mmcastling.models.conv_ffn import (
+    ConvLeViTMLP,
+    ConvMViTMLP,
+    FusedHiddenConv,
+    HiddenConv,
+)
 from mmcastling.models.mvit_blocks import CastlingMultiScaleAttention
 from mmcastling.verbs import set_mask
 
@@ -153,27 +158,30 @@ def test_pooling_q_k_and_v_together_is_mmpretrains_pooling(stride_q):
 
 @pytest.mark.parametrize("ffn_conv", [0, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_activations_are_part_of_what_stands_before_them(family, ffn_conv):
+def test_activations_are_computed_with_what_stands_before_them(family, ffn_conv):
     backbone = trained_like(family, ffn_conv=ffn_conv)
-    kinds = (nn.GELU, nn.Hardswish)
-    count = sum(isinstance(m, kinds) for m in backbone.modules())
     for module in backbone.modules():
         if isinstance(module, HiddenConv):
             nn.init.normal_(module.weight, std=0.3)  # no longer the identity
     expected = backbone(images())
     backbone.switch_to_deploy()
-    holders = (HiddenConv,) if ffn_conv else (FusedLinear,)
-    fused = [
-        module
-        for module in backbone.modules()
-        if isinstance(module, holders) and isinstance(module.activation, kinds)
+    mlps = [
+        m for m in backbone.modules() if isinstance(m, (FFN, ConvMViTMLP, ConvLeViTMLP))
     ]
-    blocks = sum(
-        isinstance(m, (FFN, ConvMViTMLP, ConvLeViTMLP)) for m in backbone.modules()
-    )
-    assert len(fused) == blocks > 0
-    assert sum(isinstance(m, kinds) for m in backbone.modules()) == count
-    within(backbone(images()), expected)
+    called = []
+    kind = FusedHiddenConv if ffn_conv else FusedLinear
+    with pytest.MonkeyPatch.context() as patch:
+        then = kind.then
+
+        def noting(layer, activation, *args):
+            called.append(type(activation))
+            return then(layer, activation, *args)
+
+        patch.setattr(kind, "then", noting)
+        found = backbone(images())
+    activation = nn.Hardswish if family == "levit" else nn.GELU
+    assert called.count(activation) == len(mlps) > 0
+    within(found, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,11 +3,15 @@
 import pytest
 import torch
 from mmengine.model import BaseModule
+from mmengine.runner.checkpoint import CheckpointLoader
 from mmpretrain.models.backbones import LeViT, VisionTransformer
 
 import mmcastling.models  # noqa: F401
 from mmcastling.checkpoint import CheckpointError
+from mmcastling.deploy import deploy_checkpoint
 from mmcastling.models import CastlingLeViT, CastlingMViT, CastlingViT
+from mmcastling.models.pretrained import check_start, read_checkpoint
+from mmcastling.verbs import switch_to_deploy
 
 NANO = dict(embed_dims=128, num_layers=4, num_heads=4, feedforward_channels=512)
 
@@ -187,3 +191,65 @@ def test_inside_another_model(save):
     model = CastlingViT("nano", init_cfg=pretrained(path, prefix="backbone"))
     with pytest.raises(CheckpointError, match="init_cfg of CastlingViT"):
         Detector(model).init_weights()
+
+
+# -- load_from -------------------------------------------------------------------------
+
+
+class Detector(BaseModule):
+    """A backbone, and a head of so many classes."""
+
+    def __init__(self, backbone, classes=3):
+        super().__init__()
+        self.backbone, self.head = backbone, torch.nn.Linear(128, classes)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: CastlingViT("nano", layer_scale_init_value=0.5),
+        lambda: CastlingLeViT("128s", attention=dict(type="softmax")),
+    ],
+)
+def test_training_starts_neither_from_deployed_nor_from_other_weights(make):
+    model = Detector(make())
+    checkpoint = deploy_checkpoint(switch_to_deploy(model), {})
+    with pytest.raises(CheckpointError, match=r"a\.pth has been deployed"):
+        check_start(model, checkpoint, "a.pth")
+    other = Detector(CastlingMViT("tiny"))
+    for checkpoint in (
+        dict(state_dict=other.state_dict()),
+        dict(state_dict=model.backbone.state_dict()),  # without the prefix
+        dict(state_dict={"head.weight": model.head.weight}),
+    ):
+        with pytest.raises(CheckpointError, match=r"load_from a\.pth has only"):
+            check_start(model, checkpoint, "a.pth")
+
+
+def test_it_starts_from_a_model_of_other_classes_and_from_a_softmax_twin():
+    model = Detector(CastlingViT("nano"))
+    twin = Detector(CastlingViT("nano", attention=dict(type="softmax")), classes=80)
+    check_start(model, dict(state_dict=twin.state_dict()), "a.pth")
+    check_start(model.backbone, dict(state_dict=twin.backbone.state_dict()), "a.pth")
+
+
+def test_a_deployed_file_is_no_init_cfg_either(tmp_path):
+    model = CastlingViT("nano", layer_scale_init_value=0.5)
+    path = tmp_path / "a.pth"
+    torch.save(deploy_checkpoint(switch_to_deploy(model), {}), path)
+    with pytest.raises(CheckpointError, match="has been deployed"):
+        CastlingViT("nano", init_cfg=pretrained(str(path))).init_weights()
+
+
+def test_a_start_from_an_address_is_checked_too(tmp_path, monkeypatch, attack):
+    loaders = []
+
+    def load(source, *_):
+        loaders.append(source)
+        return dict(state_dict={})
+
+    monkeypatch.setattr(CheckpointLoader, "load_checkpoint", load)
+    assert read_checkpoint("https://host/a.pth") == dict(state_dict={})
+    assert loaders == ["https://host/a.pth"]
+    with pytest.raises(CheckpointError, match="is refused"):
+        read_checkpoint(str(attack.path))

@@ -1,12 +1,15 @@
 """Configs: how data is moved, what is checked, and what is said of bad input."""
 
 import json
+import os
+import shutil
 
 import pytest
 
 from mmcastling.data import CocoFormatError, DatasetError
-from mmcastling.run import ConfigError, check_data, load_config
-from mmcastling.run.config import check_work_dir, datasets_of, has_data, require
+from mmcastling.run import ConfigError, check_data, config, label_maps, load_config
+from mmcastling.run.config import datasets_of, has_data, require
+from mmcastling.run.work_dir import LOCK, check_work_dir, claimed_work_dir
 
 COCO = "mask_rcnn_castling_s_coco.py"
 IMAGENET = "castling_tiny_in1k.py"
@@ -134,6 +137,10 @@ def test_options_that_do_not_fit_are_named(options, write_config):
         ("a = (", "was never closed"),
         ("_base_ = ['./none.py']", r"none\.py"),
         ("custom_imports = dict(imports=['none_such'])", "none_such"),
+        (
+            "custom_imports = dict(imports=['mmcastling.engine.config'])",
+            "mmcastling.engine has moved: .* it is mmcastling.run",
+        ),
         ("default_scope = 'mmnothing'", "default_scope 'mmnothing' cannot be imported"),
         ("model = None", "lacks model"),
     ],
@@ -248,3 +255,67 @@ def test_a_file_in_place_of_the_work_dir_is_named(below, tmp_path):
     with pytest.raises(ConfigError, match=r"taken.* cannot be written: .*--work-dir"):
         check_work_dir(tmp_path / "taken" / below)
     assert (tmp_path / "taken").read_text() == "keep"
+
+
+def test_a_work_dir_has_one_training_at_a_time(tmp_path):
+    with claimed_work_dir(tmp_path):
+        with (
+            pytest.raises(ConfigError, match="in use by another training") as error,
+            claimed_work_dir(tmp_path),
+        ):
+            pytest.fail("two trainings share the folder")
+        for part in (f"process {os.getpid()} on", str(tmp_path), "--work-dir"):
+            assert part in str(error.value)
+    with pytest.raises(KeyError), claimed_work_dir(tmp_path):
+        raise KeyError  # which frees it as well
+    with claimed_work_dir(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_training_left_locks_nothing(tmp_path):
+    (tmp_path / LOCK).write_text("process 1 on elsewhere")
+    with claimed_work_dir(tmp_path):
+        pass
+
+
+def test_a_work_dir_that_vanishes_is_named(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with (
+        pytest.raises(ConfigError, match=r"run has vanished while training.*--resume"),
+        claimed_work_dir(folder),
+    ):
+        shutil.rmtree(folder)
+        (folder / "log.json").write_text("")
+    folder.mkdir()
+    with pytest.raises(PermissionError), claimed_work_dir(folder):
+        raise PermissionError("of something else")
+
+
+@pytest.mark.parametrize(
+    ("loading", "upright"),
+    [
+        ({}, True),
+        ({"color_type": "grayscale"}, True),
+        ({"color_type": "color_ignore_orientation"}, False),
+        ({"color_type": "unchanged"}, False),
+        ({"imdecode_backend": "turbojpeg"}, False),
+    ],
+)
+def test_images_are_checked_as_the_config_turns_them(
+    detector_config, segmentor_config, monkeypatch, loading, upright
+):
+    seen = []
+
+    def keep(*_, **options):
+        seen.append(options["upright"])
+        return []
+
+    monkeypatch.setattr(config, "check_coco", keep)
+    monkeypatch.setattr(label_maps, "check_segmentation", keep)
+    step = "train_dataloader.dataset.pipeline.0"
+    options = {f"{step}.{name}": value for name, value in loading.items()}
+    for path in (detector_config, segmentor_config):
+        check_data(load_config(path, options), "train")
+    assert seen == [upright, upright]

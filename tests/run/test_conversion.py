@@ -159,8 +159,8 @@ def test_a_failure_while_saving_changes_nothing(
 ):
     out = tmp_path / "out.pth"
     if previous:
-        out.write_text("weights of before")
-        out.with_suffix(".py").write_text("config of before")
+        convert(cfg, trained.masks_off, out, verify=False)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def fail(content, file):
         file.write(b"half of it")
@@ -172,15 +172,29 @@ def test_a_failure_while_saving_changes_nothing(
     if isinstance(error, OSError):
         assert f"cannot write {out}" in str(caught.value)
         assert "No space left" in str(caught.value)
-    left = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    kept = {"out.pth": "weights of before", "out.py": "config of before"}
-    assert left == (kept if previous else {})
+    left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert left == before and len(left) == (2 if previous else 0)
 
 
-def test_a_previous_conversion_is_replaced(cfg, trained, tmp_path):
-    (tmp_path / "out.pth").write_text("weights of before")
-    convert(cfg, trained.masks_off, tmp_path / "out.pth", verify=False)
-    assert load_checkpoint(tmp_path / "out.pth")["meta"]["deploy"]
+def test_a_previous_conversion_is_replaced_and_nothing_else(cfg, trained, tmp_path):
+    out, config = tmp_path / "out.pth", tmp_path / "out.py"
+    convert(cfg, trained.masks_off, out, verify=False)
+    config.write_text(config.read_text() + "changed = 1")
+    out.write_bytes(out.read_bytes() + b"changed")
+    convert(cfg, trained.masks_off, out, verify=False)
+    assert "changed" not in config.read_text()
+    assert load_checkpoint(out)["meta"]["deploy"]
+    for path, content in (
+        (config, b"def helper(): ..."),
+        (out, trained.masks_on.read_bytes()),
+        (out, b"no checkpoint"),
+    ):
+        kept = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"{path.name} would be replaced, and"):
+            convert(cfg, trained.masks_off, out, verify=False)
+        assert path.read_bytes() == content
+        path.write_bytes(kept)
 
 
 def test_what_cannot_be_loaded_again_is_not_kept(cfg, trained, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mmcastling.run import ConfigError
 from mmcastling.run.demo import find_sources, run_demo
-from mmcastling.runtime import ExportedModelError
+from mmcastling.runtime.images import read_image
 from mmcastling.show.painting import Painter
 
 GREY = np.full((120, 160, 3), 128, np.uint8)
@@ -40,6 +40,9 @@ class Predictor:
         self.sample = sample or detections()
         self.dataset_meta = dict(classes=classes, palette=[(255, 0, 0), (0, 0, 255)])
         self.seen = []
+
+    def read(self, path):
+        return read_image(path)
 
     def __call__(self, image):
         self.seen.append(image)
@@ -94,6 +97,25 @@ def test_unnamed_classes_of_pixels_have_numbers_and_colours_of_their_own():
     sample = BaseDataElement(pred_sem_seg=PixelData(data=labels))
     painted = Painter("mmseg", dict(classes=None, palette=None))(GREY, sample)
     assert (painted[110, 5] != painted[110, 155]).any()
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        GREY[..., 0],
+        GREY[..., 0].astype(np.uint16) * 257,
+        np.float32(GREY),
+        np.concatenate([GREY, GREY], axis=2)[..., :4],
+    ],
+    ids=["grey", "16 bits", "float", "alpha"],
+)
+def test_any_picture_that_a_network_takes_is_painted_as_colour(picture):
+    picture = picture.copy()
+    picture[:10, :10] = picture.max() * (1.9 if picture.dtype == np.uint16 else 1)
+    painted = Painter("mmdet", Predictor().dataset_meta)(picture, detections())
+    assert painted.shape == (120, 160, 3)
+    level = 134 if picture.dtype == np.uint16 else 128  # the brightest is white
+    assert abs(int(painted[100, 150, 0]) - level) < 2
 
 
 def test_a_label_is_written_legibly_on_a_small_picture():
@@ -204,17 +226,24 @@ def test_what_is_neither_picture_nor_video_nor_folder(tmp_path):
         find_sources(tmp_path)
 
 
-def test_a_damaged_picture_is_named_before_anything_is_written(pictures, tmp_path):
+def test_damaged_pictures_are_passed_over_and_named(pictures, tmp_path, said):
     (pictures / "c.jpg").write_bytes(b"not a picture at all")
-    with pytest.raises(ConfigError, match=r"c\.jpg \(20 bytes\) cannot be read"):
-        run_demo(pictures, Predictor(), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_picture_that_is_cut_off_is_named(pictures, tmp_path, said):
     (pictures / "b.png").write_bytes((pictures / "a.png").read_bytes()[:20])
-    with pytest.raises(ExportedModelError, match=r"b\.png \(20 bytes\) cannot be read"):
-        run_demo(pictures, Predictor(), tmp_path / "out", console=said)
+    report = run_demo(pictures, Predictor(), tmp_path / "out", console=said)
+    assert [path.name for path in report.written] == ["a.jpg.png", "a.png.png"]
+    assert len(report.seconds) == 2
+    for text, name in zip(report.damaged, ("b.png", "c.jpg"), strict=True):
+        assert f"{name} (20 bytes) cannot be read" in text
+    for name in ("a.jpg", "a.png"):
+        (pictures / name).write_bytes(b"")
+    report = run_demo(pictures, Predictor(), tmp_path / "none", console=said)
+    assert (str(report), len(report.damaged)) == ("0 images", 4)
+
+
+def test_a_damaged_picture_alone_is_named_at_once(tmp_path):
+    (tmp_path / "c.jpg").write_bytes(b"not a picture at all")
+    with pytest.raises(ConfigError, match=r"c\.jpg \(20 bytes\) cannot be read"):
+        find_sources(tmp_path / "c.jpg")
 
 
 def test_a_damaged_video_is_named(tmp_path, said):

@@ -1,5 +1,8 @@
 """How the command line shows errors: one paragraph for what a person can act on."""
 
+import os
+import signal
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,6 +11,7 @@ from mmengine.registry import HOOKS, MODELS
 import mmcastling.train  # noqa: F401  (registers MaskDecayHook)
 from mmcastling.attention import MaskThreshold
 from mmcastling.attention.functional import linear_angular_attention
+from mmcastling.files import temporary_folder
 from mmcastling.run import run_cli
 
 
@@ -87,6 +91,20 @@ def test_an_interrupt_ends_with_its_own_status(capsys):
 
     code, text = run(main, capsys)
     assert code == 130 and "Traceback" not in text
+
+
+def test_a_command_that_is_told_to_end_leaves_nothing_unfinished(tmp_path, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def main():
+        with temporary_folder(tmp_path / "out.pth"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("it went on")
+
+    code, text = run(main, capsys)
+    assert code == 143 and text == ""
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_finished_command_ends_its_process_group(tmp_path):

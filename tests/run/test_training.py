@@ -5,10 +5,13 @@ import shutil
 
 import pytest
 import torch
+from mmengine.runner import Runner
 from torch.testing import assert_close
 
 from mmcastling.checkpoint import CheckpointError, load_checkpoint
 from mmcastling.run import ConfigError, load_config, train
+from mmcastling.run.training import newest_usable
+from mmcastling.run.work_dir import LOCK, claimed_work_dir
 from mmcastling.verbs import castling_modules
 
 pytestmark = pytest.mark.slow
@@ -88,6 +91,16 @@ def test_resuming_averaged_weights_keeps_both_kinds(trained_classifier, tmp_path
     assert int(last["ema_state_dict"]["steps"]) == 4
 
 
+def test_a_copied_work_dir_goes_on_from_its_own_checkpoint(interrupted, trained):
+    copied = interrupted.with_name("copied")
+    shutil.copytree(interrupted, copied)
+    (own,) = copied.glob("*.pth")
+    assert (copied / "last_checkpoint").read_text() != str(own)
+    assert newest_usable(str(copied)).source == str(own)
+    own.unlink()  # kept elsewhere, as out_dir says
+    assert newest_usable(str(copied)).source == str(interrupted / own.name)
+
+
 def test_auto_resume_of_nothing_starts_anew(trained, tmp_path):
     options = {"train_cfg.max_iters": 1, **NO_VALIDATION}
     cfg = load_config(trained.config, options, work_dir=str(tmp_path / "new"))
@@ -129,11 +142,19 @@ def missing(trained, attack):
     return attack.path.with_name("none.pth")
 
 
+def unrelated(trained, attack):
+    path = attack.path.with_name("unrelated.pth")
+    torch.save({"state_dict": {"backbone.fc.weight": torch.zeros(2)}}, path)
+    return path
+
+
 @pytest.mark.parametrize(
     ("make", "key", "message"),
     [
         (bare, "resume", r"no training state \(optimizer, message_hub, meta missing\)"),
         (deployed, "resume", "has been deployed: .* nothing to resume"),
+        (deployed, "load_from", "has been deployed: layers were folded"),
+        (unrelated, "load_from", "has only 0 of its .* parameters"),
         (dangerous, "resume", "is refused: it asks to run code"),
         (dangerous, "load_from", "is refused: it asks to run code"),
         (truncated, "resume", "is truncated or not a torch checkpoint"),
@@ -187,6 +208,44 @@ def test_load_from_starts_at_zero_with_those_weights(trained, tmp_path):
     expected = load_checkpoint(trained.masks_off)["state_dict"]
     assert_close(dict(model.state_dict()), dict(expected))
     assert [record["step"] for record in log_of(tmp_path)] == [1]
+
+
+# -- what cannot be trained ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            {"model.roi_head.bbox_head.num_classes": 80},
+            r"model\.roi_head\.bbox_head\.num_classes is 80, but the data has 1 class",
+        ),
+        ({"model.init_cfg": None}, "no parameter of the model is trained"),
+    ],
+)
+def test_what_cannot_be_trained_is_told_before_training(
+    option, message, trained, tmp_path, monkeypatch
+):
+    cfg = load_config(trained.config, option, work_dir=str(tmp_path))
+    if "parameter" in message:
+        build = Runner.build_model
+        monkeypatch.setattr(
+            Runner,
+            "build_model",
+            lambda self, spec: build(self, spec).requires_grad_(False),
+        )
+    with pytest.raises(ConfigError, match=message):
+        train(cfg)
+    assert not list(tmp_path.rglob("*.pth")) and not (tmp_path / LOCK).exists()
+
+
+def test_a_work_dir_in_use_is_refused_and_left_alone(trained, tmp_path):
+    with claimed_work_dir(tmp_path):
+        before = sorted(tmp_path.iterdir())
+        cfg = load_config(trained.config, work_dir=str(tmp_path))
+        with pytest.raises(ConfigError, match=r"in use by another training: process"):
+            train(cfg)
+        assert sorted(tmp_path.iterdir()) == before
 
 
 # -- options ---------------------------------------------------------------------------

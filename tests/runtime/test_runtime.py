@@ -12,7 +12,7 @@ from mmengine.registry import TRANSFORMS, init_default_scope
 from mmcastling.export.agreement import compare, compare_detections, match
 from mmcastling.runtime import ExportedModel, ExportedModelError, ExportMetadata
 from mmcastling.runtime.postprocess import paste_masks, resize_bilinear, slide
-from mmcastling.runtime.preprocess import prepare, read_image
+from mmcastling.runtime.preprocess import STEPS, prepare
 
 NOISE = np.random.default_rng(0)
 
@@ -107,6 +107,12 @@ PIPELINES = {
         dict(type="CenterCrop", crop_size=32),
     ],
     "mmseg": [dict(type="Resize", scale=(100, 50), keep_ratio=True)],
+    **{
+        f"mmdet {mode}": [
+            dict(type="Pad", size_divisor=32, pad_val=7, padding_mode=mode)
+        ]
+        for mode in STEPS["Pad"].options["padding_mode"]
+    },
 }
 
 
@@ -124,6 +130,11 @@ def test_images_are_prepared_as_the_pipeline_does(name, shape):
     prepared = prepare(image, metadata(pipeline=tuple(steps)))
     got = prepared.batch[0].transpose(1, 2, 0)
     np.testing.assert_array_equal(got, expected["img"])
+    for channels in () if name == "mmdet padded" else (1, 4):
+        pixels = np.concatenate([image, image], axis=2)[..., :channels].squeeze()
+        got = prepare(pixels, metadata(pipeline=tuple(steps))).batch[0]
+        theirs = pipeline(dict(record, img=pixels.copy()))["img"]
+        np.testing.assert_array_equal(got.transpose(1, 2, 0).squeeze(), theirs)
     assert prepared.original == shape
     if "scale_factor" in expected and name != "mmpretrain":
         np.testing.assert_allclose(prepared.scale, expected["scale_factor"])
@@ -143,16 +154,6 @@ def test_images_are_normalized_and_padded_as_the_preprocessor_does():
     prepared = prepare(image, metadata(**facts, to_rgb=True, pad_divisor=32))
     assert prepared.size == (45, 70)
     np.testing.assert_allclose(prepared.batch, batch.numpy(), atol=1e-6)
-
-
-def test_what_is_no_image_is_refused(tmp_path):
-    with pytest.raises(ExportedModelError, match="does not exist"):
-        read_image(tmp_path / "none.jpg")
-    (tmp_path / "text.jpg").write_text("no image")
-    with pytest.raises(ExportedModelError, match="cannot be read"):
-        read_image(tmp_path / "text.jpg")
-    with pytest.raises(ExportedModelError, match=r"\(H, W, 3\)"):
-        read_image(np.zeros((4, 4)))
 
 
 # -- files -----------------------------------------------------------------------------

@@ -50,3 +50,19 @@ def test_what_cannot_be_done_is_said_in_a_line(trained, run_main, tmp_path):
         (line,) = [x for x in result.stderr.splitlines() if "error: " in x]
         assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_picture_among_others_is_named_in_the_end(
+    brightness, run_main, tmp_path
+):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("a.png", "c.png"):
+        cv2.imwrite(str(folder / name), np.zeros((8, 8, 3), np.uint8))
+    (folder / "b.png").write_bytes(b"no picture")
+    result = run_main("demo.py", folder, brightness, "--out-dir", tmp_path / "out")
+    assert result.returncode == 1
+    assert "2 images" in result.stdout
+    (line,) = [text for text in result.stderr.splitlines() if "error: " in text]
+    assert "b.png (10 bytes) cannot be read" in line
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.png", "c.png"}

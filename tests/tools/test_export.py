@@ -274,7 +274,7 @@ def test_masks_that_have_not_decayed_are_refused(run_main, trained, tmp_path):
                 "--cfg-options",
                 "test_dataloader.dataset.pipeline.1.interpolation=spline",
             ),
-            "'interpolation': 'spline'}, which the runtime does not do: use Resize",
+            "which the runtime does not do with interpolation='spline': use LoadImage",
         ),
     ],
 )

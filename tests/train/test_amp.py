@@ -114,6 +114,15 @@ def test_forward_is_cast_and_only_float16_is_scaled(dtype, cast, scaled):
     assert model(torch.randn(2, 4)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_precision_that_is_emulated_is_said_to_be_slow(
+    supported, monkeypatch, caplog
+):
+    monkeypatch.setattr("mmcastling.train.amp.computes_in", lambda *_: supported)
+    wrap(nn.Linear(4, 4), type=KIND, dtype="float16")
+    assert ("torch.float16: this cpu has no instructions" in caplog.text) != supported
+
+
 def test_small_gradients_survive_float16_through_the_scale():
     """A gradient of 1e-8 is zero in float16; the scale brings it through."""
     moved = {}

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.optim import OptimWrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
@@ -132,6 +133,7 @@ def run(
     val=None,
     epochs=None,
     optim_wrapper=None,
+    hooks=(),
     **hook,
 ):
     data = [{"inputs": torch.randn(6, 8)} for _ in range(4)]
@@ -148,10 +150,10 @@ def run(
         val_dataloader=DataLoader(data, batch_size=1) if val else None,
         val_cfg=dict() if val else None,
         val_evaluator=Evaluator(Nothing()) if val else None,
-        optim_wrapper=dict(
-            optimizer=dict(type="SGD", lr=1e-3), **(optim_wrapper or {})
-        ),
-        custom_hooks=[options],
+        optim_wrapper=optim_wrapper
+        if isinstance(optim_wrapper, OptimWrapperDict)
+        else dict(optimizer=dict(type="SGD", lr=1e-3), **(optim_wrapper or {})),
+        custom_hooks=[options, *hooks],
         default_hooks=dict(
             checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=4),
             logger=dict(type="LoggerHook", interval=1),
@@ -189,6 +191,18 @@ def test_masks_follow_the_schedule_iteration_by_iteration(tmp_path, epochs):
     assert not any(module.mask_is_on for _, module in castling_modules(model))
 
 
+def test_an_attention_that_offers_set_mask_alone_follows_too(tmp_path):
+    class Foreign(nn.Identity):
+        def set_mask(self, threshold, weight=1.0, penalty=0.0):
+            self.threshold = MaskThreshold.parse(threshold)
+
+    model = Toy()
+    model.third = Foreign()
+    run(tmp_path, model, val=6, mode="none")  # validates at the end
+    assert model.third.threshold == model.first.mixer.branch.threshold
+    assert model.third.threshold == MaskThreshold(0.02)
+
+
 def test_resume_continues_the_schedule_of_an_uninterrupted_run(tmp_path):
     whole = Toy()
     run(tmp_path / "whole", whole, max_iters=8, finish=1.0)
@@ -215,6 +229,117 @@ def test_validation_can_keep_the_branch(tmp_path):
     model = Toy()
     run(tmp_path, model, max_iters=2, val=1, mode="none", val_deployed=False)
     assert {t.probability for _, t, _ in model.seen} == {0.02}
+
+
+class Fails(Nothing):
+    def process(self, data_batch, data_samples):
+        raise RuntimeError("out of memory")
+
+
+def test_masks_are_back_after_a_validation_that_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(Nothing, "process", Fails.process)
+    model = Toy()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(tmp_path, model, max_iters=4, val=2, mode="none", start="4/N")
+    assert {str(m.branch.threshold) for _, m in castling_modules(model)} == {"4/N"}
+
+
+def test_what_is_saved_after_a_validation_has_the_masks_of_training(tmp_path):
+    saved = []
+
+    class Saves(Hook):
+        priority = "VERY_LOW"  # as CheckpointHook, which saves the best one then
+
+        def after_val_epoch(self, runner, metrics=None):
+            saved.append(runner.model.state_dict()._metadata["first.mixer"])
+
+    run(tmp_path, max_iters=2, val=1, mode="none", hooks=[Saves()])
+    assert [record["castling_mask"]["threshold"] for record in saved] == ["0.02"] * 2
+
+
+@pytest.mark.parametrize("source", ["mmengine", "mmpretrain"])
+def test_averaged_copies_follow(source, tmp_path):
+    from mmengine.hooks import EMAHook
+    from mmpretrain.engine.hooks import EMAHook as MMPretrainEMAHook
+
+    hook = EMAHook() if source == "mmengine" else MMPretrainEMAHook()
+    run(tmp_path, max_iters=6, val=3, start="1/N", finish=0.5, hooks=[hook])
+    copied = [module for _, module in castling_modules(hook.ema_model)]
+    assert len(copied) == 2 and not any(module.mask_is_on for module in copied)
+    averaged = load(tmp_path / "iter_6.pth")["ema_state_dict"]
+    assert averaged._metadata["module.first.mixer"]["castling_mask"] == {
+        "threshold": "1",
+        "weight": 1.0,
+    }
+
+
+@pytest.mark.parametrize("counts", [3, 5])
+def test_a_penalty_ends_with_its_accumulation(counts, tmp_path):
+    accumulated = dict(accumulative_counts=counts)
+    runner = run(tmp_path, max_iters=12, optim_wrapper=accumulated, mask_penalty=0.1)
+    assert (tmp_path / "iter_12.pth").is_file()
+    assert {m.branch.penalty for _, m in castling_modules(runner.model)} == {0.0}
+
+
+def resumed_log(tmp_path, max_iters, **hook):
+    run(tmp_path, max_iters=4, **hook)
+    (tmp_path / "last_checkpoint").write_text(str(tmp_path / "iter_4.pth"))
+    run(tmp_path, max_iters=max_iters, resume=True, **hook)
+    *_, log = sorted(tmp_path.glob("*/*.log"))
+    return log.read_text()
+
+
+def test_masks_that_come_back_in_a_longer_training_are_said(tmp_path):
+    log = resumed_log(tmp_path, 12, start="1/N", finish=0.5, curve="linear")
+    assert "was saved at 100.0% of its training" in log
+    assert "max_iters=12 that is 36.4%" in log
+    assert "go back to threshold 0.727273+" in log.replace(
+        "0.7272727272727273", "0.727273"
+    )
+
+
+@pytest.mark.parametrize("options", [dict(mode="none"), dict(finish=0.1)])
+def test_masks_that_do_not_change_are_not(options, tmp_path):
+    assert "was saved at" not in resumed_log(tmp_path, 8, **options)
+
+
+class TwoOptimizers(Toy):
+    """As a model that steps its parts by itself, for which OptimWrapperDict is."""
+
+    def train_step(self, data, optim_wrapper):
+        loss = self(**self.data_preprocessor(data, True), mode="loss")["loss"]
+        optim_wrapper["first"].update_params(loss)
+        optim_wrapper["second"].zero_grad()
+        return {"loss": loss.detach()}
+
+    def wrappers(self, second_counts=1):
+        return OptimWrapperDict(
+            first=OptimWrapper(torch.optim.SGD(self.first.parameters(), 1e-3)),
+            second=OptimWrapper(
+                torch.optim.SGD(self.second.parameters(), 1e-3),
+                accumulative_counts=second_counts,
+            ),
+        )
+
+
+def test_a_penalty_acts_with_several_optimizers(tmp_path):
+    weights = []
+    for penalty in (0.0, 50.0):
+        torch.manual_seed(0)
+        model = TwoOptimizers()
+        wrappers, where = model.wrappers(), tmp_path / str(penalty)
+        run(where, model, max_iters=3, optim_wrapper=wrappers, mask_penalty=penalty)
+        weights.append(model.first.qkv.weight.detach())
+    assert (weights[0] - weights[1]).abs().max() > 1e-4
+
+
+def test_a_penalty_beside_losses_scaled_apart_is_refused(tmp_path):
+    model = TwoOptimizers()
+    with pytest.raises(
+        ValueError, match=r"accumulative_counts .*'second': 2.*penalty=0"
+    ):
+        run(tmp_path, model, optim_wrapper=model.wrappers(2), mask_penalty=0.1)
+    run(tmp_path, model, max_iters=1, optim_wrapper=model.wrappers(2))
 
 
 class Penalised(Toy):
@@ -266,6 +391,7 @@ def test_penalty_follows_the_loss_scale_of_mixed_precision():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     runner = SimpleNamespace(
         model=model,
+        hooks=[],
         iter=0,
         max_iters=9,
         optim_wrapper=Wrapper(optimizer, accumulative_counts=4),
@@ -295,7 +421,7 @@ def test_state_is_logged_to_every_backend(tmp_path):
 def test_checkpoints_carry_the_state_and_loading_restores_it(tmp_path):
     run(tmp_path, max_iters=8, finish=1.0, curve="linear")
     state = load(tmp_path / "iter_4.pth")["meta"]["mask_decay"]
-    assert state["threshold"] == f"{0.02 + 0.98 * 3 / 7:g}"
+    assert float(state["threshold"]) == 0.02 + (1 - 0.02) * (3 / 7)
     assert state["weight"] == 1.0
     model = Toy()
     hook = MaskDecayHook()

@@ -8,6 +8,7 @@ import timm
 import torch
 
 from mmcastling.checkpoint import CheckpointError
+from mmcastling.errors import ConfigError
 from mmcastling.weights import import_checkpoint
 
 
@@ -221,7 +222,7 @@ def test_bad_destinations(refused, tmp_path):
     weights = vit().state_dict()
     refused(weights, "the folder", "missing does not exist", out="missing/out.pth")
     refused(weights, "is the source", out="source.pth")
-    refused(weights, "out.safetensors must end in .pth", out="out.safetensors")
+    refused(weights, "out.safetensors: end the name in .pth", out="out.safetensors")
     (tmp_path / "folder.pth").mkdir()
-    with pytest.raises(CheckpointError, match=re.escape("is a folder: name a file")):
+    with pytest.raises(ConfigError, match=r"it is a folder, name a file"):
         import_checkpoint("x.pth", tmp_path / "folder.pth", "vit", "nano")

@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import nn
 from torch._subclasses import fake_tensor
 
-from mmcastling.analysis import ComplexityReport, count_model_macs
+from mmcastling.analysis import ComplexityReport, count_model_macs, input_channels
 from mmcastling.checkpoint import write_json_atomically
 from mmcastling.models.common import CastlingBackbone
 from mmcastling.run import run_cli
@@ -143,7 +143,8 @@ def _count_around_backbone(
     network = MODELS.build(copy.deepcopy(model))
     network.eval()
     with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        outs = network.backbone(torch.empty(1, 3, *shape))
+        images = torch.empty(1, input_channels(network), *shape)
+        outs = network.backbone(images)
     network.backbone = MadeUpFeatures([tuple(out.shape) for out in outs])
     rest = count_model_macs(network, shape)
     return {

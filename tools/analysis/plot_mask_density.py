@@ -9,8 +9,8 @@ Example:
 import argparse
 from pathlib import Path
 
+from mmcastling.files import check_writable
 from mmcastling.run import run_cli
-from mmcastling.run.config import check_writable
 from mmcastling.show.figures import plot_mask_density
 from mmcastling.show.run_log import read_mask_history
 

@@ -16,18 +16,18 @@ Example:
 import argparse
 from pathlib import Path
 
+from mmcastling.files import check_writable
 from mmcastling.run import run_cli
 from mmcastling.run.config import (
     add_config_arguments,
-    check_writable,
     config_from_arguments,
 )
+from mmcastling.run.pipelines import FilePipeline
 from mmcastling.run.show_attention import (
     click_point,
     draw_attention,
     view_attention,
 )
-from mmcastling.runtime.preprocess import read_image
 
 
 def head(text: str) -> int | None:
@@ -80,8 +80,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     check_writable(args.out, ".png", ".PNG")
-    image = read_image(args.image)
     cfg = config_from_arguments(args)
+    image = FilePipeline(cfg).read(args.image)
     point = click_point(image) if args.click else tuple(args.point)
     view = view_attention(
         cfg,

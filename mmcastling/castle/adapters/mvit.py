@@ -15,6 +15,8 @@ from mmcastling.attention.local_conv import Grid, merge_heads
 from mmcastling.castle.adapter_registry import register_adapter
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
 
+_POOLS = ("pool_q", "pool_k", "pool_v")
+
 
 class CastledMultiScaleAttention(CastledAttention):
     """mmpretrain's ``MultiScaleAttention``, castled."""
@@ -29,19 +31,16 @@ class CastledMultiScaleAttention(CastledAttention):
         y = self.mix(q, k, v, grid)
         if self.residual_pooling:
             y = y + q
-        rows, columns = self.pool_q.stride
+        rows, columns = self.stride
         y = y.unflatten(2, grid)[:, :, ::rows, ::columns]
         out_size = (y.shape[2], y.shape[3])
         return self.proj(merge_heads(y.flatten(2, 3))), out_size
 
     @staticmethod
     def _pool(x: Tensor, pool: nn.Conv2d, norm: nn.Module, grid: Grid) -> Tensor:
-        """Pool ``(B, h, N, d)`` over its grid at stride 1, whatever ``pool`` has."""
+        """Pool ``(B, h, N, d)`` over its grid."""
         batch = x.shape[0]
-        x = x.unflatten(2, grid).flatten(0, 1).permute(0, 3, 1, 2)  # (B*h, d, H, W)
-        x = nn.functional.conv2d(
-            x, pool.weight, pool.bias, padding=pool.padding, groups=pool.groups
-        )
+        x = pool(x.unflatten(2, grid).flatten(0, 1).permute(0, 3, 1, 2))
         return norm(x.flatten(2).transpose(1, 2).unflatten(0, (batch, -1)))
 
 
@@ -56,8 +55,20 @@ def castle_multi_scale_attention(old: nn.Module, build: MixerBuilder) -> nn.Modu
         old.num_heads,
         old.out_dims // old.num_heads,
         scale=old.scale,
-        keep=(
-            *("qkv", "pool_q", "norm_q", "pool_k", "norm_k", "pool_v", "norm_v"),
-            *("proj", "residual_pooling"),
-        ),
+        keep=("qkv", "norm_q", "norm_k", "norm_v", "proj", "residual_pooling"),
+        stride=stride,
+        **{name: _at_stride_1(getattr(old, name)) for name in _POOLS},
     )
+
+
+def _at_stride_1(pool: nn.Conv2d) -> nn.Conv2d:
+    """A convolution with the same parameters that keeps the grid."""
+    new = nn.Conv2d(
+        *(pool.in_channels, pool.out_channels, pool.kernel_size),
+        padding=pool.padding,
+        groups=pool.groups,
+        bias=pool.bias is not None,
+        device="meta",
+    )
+    new.weight, new.bias = pool.weight, pool.bias
+    return new.train(pool.training)

@@ -9,16 +9,23 @@ token attends to is the same as under the mask, exactly, for every kind of atten
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from mmcastling.attention.local_conv import Grid
+from mmcastling.attention.opaque import OpaqueModule
 from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
+from mmcastling.castle.adapters.biased import CastledBiasedAttention
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
 from mmcastling.errors import OptionError
 
+_KEPT = ("qkv", "q_bias", "v_bias", "logit_scale", "proj", "proj_drop")
+_LARGEST_LOG_SCALE = math.log(100.0)  # of SwinV2's cosines
 
-class CastledShiftWindowMSA(nn.Module):
+
+class CastledShiftWindowMSA(OpaqueModule):
     """``ShiftWindowMSA`` of mmpretrain, mmdet and mmseg, castled.
 
     Args:
@@ -115,23 +122,35 @@ def _from_windows(y: Tensor, size: Grid, window: Grid) -> Tensor:
     return y.flatten(5, 6).flatten(3, 4).flatten(1, 2)
 
 
+class CastledCosineAttention(CastledBiasedAttention):
+    """SwinV2's attention within a window, castled; without its network of biases."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().project(x)
+        factor = self.logit_scale.clamp_max(_LARGEST_LOG_SCALE).exp()
+        normalize = nn.functional.normalize
+        return normalize(q, dim=-1) * factor, normalize(k, dim=-1), v
+
+
 @register_adapter("mmpretrain.models.utils.attention.ShiftWindowMSA")
 @register_adapter("mmdet.models.backbones.swin.ShiftWindowMSA")
 @register_adapter("mmseg.models.backbones.swin.ShiftWindowMSA")
 def castle_shift_window_msa(old: nn.Module, build: MixerBuilder) -> nn.Module:
-    """Swin's attention; its relative position bias is dropped."""
+    """Swin's and SwinV2's attention; relative position biases are dropped."""
     inner = old.w_msa
-    if type(inner).forward.__qualname__ != "WindowMSA.forward":
-        raise CannotCastle(f"its windows use {type(inner).__name__}, not WindowMSA")
+    kinds = dict(WindowMSA=CastledAttention, WindowMSAV2=CastledCosineAttention)
+    kind = kinds.get(type(inner).forward.__qualname__.removesuffix(".forward"))
+    if kind is None:
+        raise CannotCastle(
+            f"its windows use {type(inner).__name__}, not one of {list(kinds)}"
+        )
     build.note_dropout(inner.attn_drop)
-    w_msa = CastledAttention(
+    w_msa = kind(
         build,
         inner.num_heads,
         inner.embed_dims // inner.num_heads,
-        scale=inner.scale,
-        qkv=inner.qkv,
-        proj=inner.proj,
-        proj_drop=inner.proj_drop,
+        scale=getattr(inner, "scale", 1.0),  # a learned one, in SwinV2
+        **{name: getattr(inner, name, None) for name in _KEPT},
     )
     w_msa.training = inner.training
     return CastledShiftWindowMSA(old, w_msa)

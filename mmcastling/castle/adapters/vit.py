@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmcastling.attention.local_conv import merge_heads, split_qkv
+from mmcastling.attention.local_conv import Grid, merge_heads
 from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
 from mmcastling.errors import OptionError
@@ -26,46 +25,38 @@ class CastledMultiheadAttention(CastledAttention):
 
 @register_adapter("mmpretrain.models.utils.attention.MultiheadAttention")
 def castle_multihead_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
-    """ViT, DeiT, DINOv2, MAE, CLIP's and others' attention in mmpretrain."""
+    """ViT, DeiT, DINOv2, MAE, CLIP's, T2T-ViT's and others' attention in mmpretrain."""
+    build.note_dropout(old.attn_drop)
+    scale = None
     if isinstance(old.scaled_dot_product_attention, functools.partial):
-        raise CannotCastle("it has a qk_scale, which mmpretrain applies as a divisor")
-    build.note_dropout(old.attn_drop)
-    names = ("qkv", "proj", "proj_drop", "gamma1", "out_drop", "v_shortcut")
-    return CastledMultiheadAttention(build, old.num_heads, old.head_dims, keep=names)
-
-
-class CastledBEiTAttention(CastledAttention):
-    """BEiT's attention, castled; without relative position bias."""
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.q_bias is None:
-            return super().project(x)
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        qkv = nn.functional.linear(x, self.qkv.weight, bias)
-        return split_qkv(qkv, self.num_heads)
-
-    def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:
-        """Attend; a bias that the backbone shares among its blocks is not applied."""
-        return self.proj_drop(self.proj(self.attend(x)))
-
-
-@register_adapter("mmpretrain.models.utils.attention.BEiTAttention")
-@register_adapter("mmseg.models.backbones.beit.BEiTAttention")
-def castle_beit_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
-    """BEiT's attention in mmpretrain, and BEiT's and MAE's in mmseg."""
-    build.note_dropout(old.attn_drop)
-    if getattr(old, "relative_position_bias_table", None) is None:
-        build.note("a relative position bias shared by the backbone is not applied")
-    return CastledBEiTAttention(
+        # Of T2T-ViT, for one. It divides by what others multiply by.
+        scale = 1.0 / old.scaled_dot_product_attention.keywords["scale"]
+    if build.is_inside("T2TModule"):
+        build.extra_tokens = 0  # the class token comes after
+    return CastledMultiheadAttention(
         build,
         old.num_heads,
-        old.embed_dims // old.num_heads,
-        scale=old.scale,
-        keep=("qkv", "q_bias", "v_bias", "proj", "proj_drop"),
+        old.head_dims,
+        scale=scale,
+        keep=("qkv", "proj", "proj_drop", "gamma1", "out_drop", "v_shortcut"),
     )
 
 
-class CastledTimmAttention(CastledAttention):
+class CastledNormedAttention(CastledAttention):
+    """An attention that may norm queries and keys and gate its output, castled."""
+
+    def attend(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        q, k, v = self.project(x)
+        y = merge_heads(self.mix(self.q_norm(q), self.k_norm(k), v, grid))
+        if self.norm is not None:
+            y = self.norm(y)
+        return y if self.gate is None else y * self.gate(x).sigmoid()
+
+
+_NORMED = ("qkv", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop")
+
+
+class CastledTimmAttention(CastledNormedAttention):
     """timm's ``Attention``, castled."""
 
     def forward(
@@ -81,13 +72,7 @@ class CastledTimmAttention(CastledAttention):
                 "a castled attention takes no attn_mask and is not causal: linear "
                 "attention sums over all tokens before it sees a query"
             )
-        q, k, v = self.project(x)
-        y = merge_heads(self.mix(self.q_norm(q), self.k_norm(k), v))
-        if self.norm is not None:
-            y = self.norm(y)
-        if self.gate is not None:
-            y = y * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(y))
+        return self.proj_drop(self.proj(self.attend(x)))
 
 
 @register_adapter("timm.models.vision_transformer.Attention")
@@ -95,57 +80,85 @@ def castle_timm_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
     """The attention of timm's ViT and DeiT; releases of timm differ in its options."""
     build.note_dropout(old.attn_drop)
     return CastledTimmAttention(
-        build,
-        old.num_heads,
-        old.head_dim,
-        scale=old.scale,
-        keep=("qkv", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop"),
+        build, old.num_heads, old.head_dim, scale=old.scale, keep=_NORMED
     )
 
 
-class CastledSelfAttention(CastledAttention):
-    """``nn.MultiheadAttention`` as self-attention, castled."""
+class CastledRelPosAttention(CastledNormedAttention):
+    """timm's ``RelPosAttention``, castled; without relative position bias."""
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, **options: Any
-    ) -> tuple[Tensor, None]:
-        """Attend, ``(B, N, C)`` three times the same to ``(B, N, C)`` and None.
-
-        Raises:
-            ValueError: If the three differ, or a mask or the weights are asked for.
-        """
-        given = [
-            name
-            for name, value in options.items()
-            if value is not None and value is not False
-        ]
-        if given or key is not query or value is not query:
-            raise OptionError(
-                "a castled nn.MultiheadAttention attends from tokens to themselves, "
-                f"without masks and weights; it was given {given or 'other keys'}. "
-                "Leave it out with castle's predicate"
-            )
-        return self.proj(self.attend(query)), None
+    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
+        """Attend; a bias that all blocks share is not applied."""
+        return self.proj_drop(self.proj(self.attend(x)))
 
 
-@register_adapter(
-    "torch.nn.modules.activation.MultiheadAttention",
-    inside="torchvision.models.vision_transformer.EncoderBlock",
-)
-def castle_torch_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
-    """``nn.MultiheadAttention`` in torchvision's ViT; ``in_proj`` becomes ``qkv``."""
-    if old.in_proj_weight is None or old.bias_k is not None or old.add_zero_attn:
-        raise CannotCastle("it has separate projections or added keys")
-    if not old.batch_first:
-        raise CannotCastle("it is not batch_first")
-    build.note_dropout(old.dropout)
-    weight, bias = old.in_proj_weight, old.in_proj_bias
-    qkv = nn.Linear(*reversed(weight.shape), bias=bias is not None, device="meta")
-    qkv.weight, qkv.bias = weight, bias
-    return CastledSelfAttention(
+@register_adapter("timm.models.vision_transformer_relpos.RelPosAttention")
+def castle_rel_pos_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
+    """The attention of timm's ``vit_relpos_*``."""
+    build.note_dropout(old.attn_drop)
+    build.drop_shared("shared_rel_pos")
+    return CastledRelPosAttention(
+        build, old.num_heads, old.head_dim, scale=old.scale, keep=_NORMED
+    )
+
+
+class CastledMapAttention(CastledNormedAttention):
+    """SAM's attention, castled; without relative positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend, a map or windows of it ``(B, H, W, C)`` to the same."""
+        grid = (x.shape[1], x.shape[2])
+        y = self.proj_drop(self.proj(self.attend(x.flatten(1, 2), grid)))
+        return y.unflatten(1, grid)
+
+
+@register_adapter("mmpretrain.models.backbones.vit_sam.Attention")
+@register_adapter("timm.models.vision_transformer_sam.Attention")
+def castle_map_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
+    """The attention of SAM's encoder, global or in windows that the layer cuts."""
+    if getattr(old, "rope", None) is not None:
+        raise CannotCastle("it rotates queries and keys, which no adapter does yet")
+    build.note_dropout(getattr(old, "attn_drop", 0.0))
+    layers = {
+        name: getattr(old, name, nn.Identity())
+        for name in ("q_norm", "k_norm", "proj_drop")
+    }
+    return CastledMapAttention(
         build,
         old.num_heads,
-        old.head_dim,
-        qkv=qkv,
-        proj=old.out_proj,
+        old.proj.in_features // old.num_heads,
+        scale=old.scale,
+        keep=("qkv", "norm", "gate", "proj"),
+        **layers,
+    )
+
+
+class CastledRotaryAttention(CastledAttention):
+    """EVA-02's ``AttentionWithRoPE``, castled; queries and keys are rotated."""
+
+    def forward(self, x: Tensor, patch_resolution: Grid) -> Tensor:
+        """Attend, tokens ``(B, N, C)`` to the same."""
+        q, k, v = self.project(x)
+        if self.rope is not None:
+            extra = int(self.with_cls_token)
+            q, k = (
+                torch.cat(
+                    (t[:, :, :extra], self.rope(t[:, :, extra:], patch_resolution)), 2
+                )
+                for t in (q, k)
+            )
+        grid = (int(patch_resolution[0]), int(patch_resolution[1]))
+        return self.proj_drop(self.proj(merge_heads(self.mix(q, k, v, grid))))
+
+
+@register_adapter("mmpretrain.models.backbones.vit_eva02.AttentionWithRoPE")
+def castle_rotary_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
+    """The attention of mmpretrain's ``ViTEVA02``."""
+    build.note_dropout(old.attn_drop)
+    return CastledRotaryAttention(
+        build,
+        old.num_heads,
+        old.head_dims,
+        scale=old.scale,
+        keep=("qkv", "rope", "with_cls_token", "proj", "proj_drop"),
     )

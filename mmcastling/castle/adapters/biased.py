@@ -1,0 +1,49 @@
+"""BEiT's attention, which has biases of queries and values, and of pairs of tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmcastling.attention.local_conv import split_qkv
+from mmcastling.castle.adapter_registry import register_adapter
+from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
+
+
+class CastledBiasedAttention(CastledAttention):
+    """An attention with biases of its queries and values apart, castled."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.q_bias is None:
+            return super().project(x)
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+        return split_qkv(self.qkv(x) + bias, self.num_heads)
+
+
+class CastledBEiTAttention(CastledBiasedAttention):
+    """BEiT's attention, castled; without relative position bias."""
+
+    def forward(
+        self,
+        x: Tensor,
+        rel_pos_bias: Tensor | None = None,
+        shared_rel_pos_bias: Tensor | None = None,
+    ) -> Tensor:
+        """Attend; a bias that the backbone shares among its blocks is not applied."""
+        return self.proj_drop(self.proj(self.attend(x)))
+
+
+@register_adapter("mmpretrain.models.utils.attention.BEiTAttention")
+@register_adapter("mmseg.models.backbones.beit.BEiTAttention")
+@register_adapter("timm.models.beit.Attention")
+def castle_beit_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
+    """BEiT's attention in mmpretrain and timm, and BEiT's and MAE's in mmseg."""
+    build.note_dropout(old.attn_drop)
+    build.drop_shared("rel_pos_bias")
+    return CastledBEiTAttention(
+        build,
+        old.num_heads,
+        old.proj.in_features // old.num_heads,
+        scale=old.scale,
+        keep=("qkv", "q_bias", "v_bias", "proj", "proj_drop"),
+    )
