@@ -16,14 +16,17 @@ from mmcastling.version import __version__
 __all__ = ["__version__"]
 
 if find_spec("torch") is not None:
+    from mmcastling.alignment import align, scan
     from mmcastling.castle import castle, register_adapter
     from mmcastling.verbs import castling_modules, set_mask, switch_to_deploy
 
     __all__ += [
+        "align",
         "castle",
         "castling_modules",
         "find_config",
         "register_adapter",
+        "scan",
         "set_mask",
         "switch_to_deploy",
     ]

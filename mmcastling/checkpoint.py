@@ -189,7 +189,7 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
             f"the checkpoint has no weights: expected a 'state_dict' of tensors, found "
             f"the keys {sorted(map(str, checkpoint))[:8]}"
         )
-    named = {without_wrappers(key): value for key, value in weights.items()}
+    named = {_plain_name(key): value for key, value in weights.items()}
     if len(named) < len(weights):
         raise CheckpointError(
             "the checkpoint has weights of a model and of its wrapper under one name: "
@@ -200,7 +200,11 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def without_wrappers(name: str) -> str:
     """The name of a parameter without what wrappers of modules add."""
-    return _WRAPPERS.sub("", name).removeprefix("module.")
+    return _WRAPPERS.sub("", name)
+
+
+def _plain_name(name: str) -> str:
+    return without_wrappers(name).removeprefix("module.")
 
 
 def with_metadata(
@@ -216,7 +220,7 @@ def with_metadata(
         return weights
     weights = OrderedDict(weights)
     weights._metadata = OrderedDict(
-        (without_wrappers(f"{name}.").removeprefix(prefix).removesuffix("."), value)
+        (_plain_name(f"{name}.").removeprefix(prefix).removesuffix("."), value)
         for name, value in metadata.items()
     )
     return weights

@@ -19,9 +19,9 @@ ROOT = PACKAGE.parent
 FLOORS = [
     {"errors", "version"},
     {"attention", "data", "files", "runtime"},
-    {"castle", "checkpoint", "verbs"},
+    {"castle", "checkpoint", "decay", "verbs"},
     {"analysis", "compat", "deploy"},
-    {"export", "models", "train"},
+    {"alignment", "export", "models", "train"},
     {"show", "weights"},
     {"run"},
 ]
@@ -31,8 +31,8 @@ PART_OF = {"registry": "compat"}
 # What torch alone is enough for. The others, and compat but for what `import
 # mmcastling` reads of it, know the toolboxes.
 FIRST_HALF = {
-    *("analysis", "attention", "castle", "checkpoint", "deploy", "errors", "export"),
-    *("files", "runtime", "verbs", "version"),
+    *("alignment", "analysis", "attention", "castle", "checkpoint", "decay", "deploy"),
+    *("errors", "export", "files", "runtime", "verbs", "version"),
 }
 OPENMMLAB = {"mmengine", "mmcv", "mmdet", "mmpretrain", "mmseg"}
 NEIGHBOURS = ("timm", "transformers")

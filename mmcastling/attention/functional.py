@@ -133,7 +133,8 @@ def linear_angular_attention(
     ``mean_j v_j + (4 / N) q^_i (k^T^ v)``. Nothing in it grows with ``N``.
 
     Args:
-        q, k: Queries and keys ``(B, h, N, d)``.
+        q: Queries ``(B, h, N, d)``.
+        k: Keys ``(B, h, N, d)``.
         v: Values ``(B, h, N, e)``.
         form: One of :data:`FORMS`. Defaults to ``'released'``.
         center_keys: Take the mean of all keys from each, which softmax attention would

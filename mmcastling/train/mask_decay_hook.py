@@ -16,26 +16,10 @@ from mmengine.runner import BaseLoop, Runner
 from torch import Tensor, nn
 
 from mmcastling.attention import CastlingMixer, MaskThreshold
+from mmcastling.decay import MaskDecay
 from mmcastling.errors import OptionError
 from mmcastling.registry import HOOKS
 from mmcastling.verbs import MASK_META_KEY, castling_modules, restore_mask
-
-# The smaller end of an exponential curve is this fraction of its larger end: about 1/N
-# at the 1,024 tokens of a small dense task.
-_RANGE = math.exp(-7.0)
-
-
-def _exp_growth(t: float) -> float:
-    return (_RANGE ** (1.0 - t) - _RANGE) / (1.0 - _RANGE)
-
-
-CURVES: dict[str, Callable[[float, bool], float]] = {
-    "linear": lambda t, rising: t,
-    "cosine": lambda t, rising: (1.0 - math.cos(math.pi * t)) / 2.0,
-    # Exponential in the value itself: slow near its small end, fast near its large one.
-    "exp": lambda t, rising: _exp_growth(t) if rising else 1.0 - _exp_growth(1.0 - t),
-}
-MODES = ("threshold", "weight", "none")
 
 
 @MMENGINE_HOOKS.register_module()
@@ -50,19 +34,12 @@ class MaskDecayHook(Hook):
         custom_hooks = [dict(type='MaskDecayHook', mode='threshold', finish=0.7)]
 
     Args:
-        mode: ``'threshold'`` raises the threshold from ``start`` to ``end``;
-            ``'weight'`` fades the branch's weight from 1 to 0 at threshold ``start``;
-            ``'none'`` keeps ``start``, as the released code does. Defaults to
-            ``'threshold'``.
-        start: Threshold at first, a probability or a multiple of uniform attention
-            such as ``'4/N'``. Defaults to 0.02, the released value.
-        end: Threshold at last, in mode ``'threshold'``; at 1 the branch is off.
-            Defaults to 1.
-        begin: Fraction of training at which the decay begins. Defaults to 0.
-        finish: Fraction of training at which it ends. Defaults to 0.7, which leaves the
-            last part to training exactly what will be deployed.
-        curve: ``'linear'``, ``'cosine'`` or ``'exp'`` (the value itself grows or falls
-            exponentially). Defaults to ``'exp'``.
+        mode: As of :class:`~mmcastling.decay.MaskDecay`, as what follows.
+        start: See there.
+        end: See there.
+        begin: See there.
+        finish: See there.
+        curve: See there.
         mask_penalty: Add the gradient of ``mask_penalty`` times the sum of all
             surviving probabilities, while the branch is on: the masks are pushed
             towards zero as well as cut. The sum runs over images, heads, queries and
@@ -92,23 +69,7 @@ class MaskDecayHook(Hook):
         val_deployed: bool = True,
         interval: int = 10,
     ) -> None:
-        if mode not in MODES:
-            raise OptionError(f"mode {mode!r} is not known: choose one of {MODES}")
-        if curve not in CURVES:
-            raise OptionError(
-                f"curve {curve!r} is not known: choose one of {tuple(CURVES)}"
-            )
-        for name, value in (("begin", begin), ("finish", finish)):
-            if not 0.0 <= value <= 1.0:
-                raise OptionError(
-                    f"{name}={value!r} is not a fraction of training: give a number "
-                    "from 0 to 1"
-                )
-        if begin > finish:
-            raise OptionError(
-                f"begin={begin!r} is after finish={finish!r}: the decay must begin "
-                "before it finishes"
-            )
+        self.decay = MaskDecay(mode, start, end, begin, finish, curve)
         if not 0.0 <= mask_penalty < math.inf:
             raise OptionError(
                 f"mask_penalty={mask_penalty!r} must be a finite number that is not "
@@ -116,12 +77,6 @@ class MaskDecayHook(Hook):
             )
         if interval < 1:
             raise OptionError(f"interval={interval!r} must be at least 1 iteration")
-        self.mode = mode
-        self.start = MaskThreshold.parse(start)
-        self.end = MaskThreshold.parse(end)
-        self.begin = begin
-        self.finish = finish
-        self.curve = curve
         self.mask_penalty = mask_penalty
         self.val_deployed = val_deployed
         self.interval = interval
@@ -130,18 +85,7 @@ class MaskDecayHook(Hook):
 
     def state_at(self, progress: float) -> tuple[MaskThreshold, float]:
         """Threshold and weight at a fraction of training: a pure function."""
-        if progress >= self.finish:
-            t = 1.0
-        elif progress <= self.begin:
-            t = 0.0
-        else:
-            t = (progress - self.begin) / (self.finish - self.begin)
-        curve = CURVES[self.curve]
-        if self.mode == "threshold":
-            return self.start.interpolate(self.end, curve(t, True)), 1.0
-        if self.mode == "weight":
-            return self.start, 1.0 - curve(t, False) if t < 1.0 else 0.0
-        return self.start, 1.0
+        return self.decay.state_at(progress)
 
     @staticmethod
     def progress(iteration: int, max_iters: int) -> float:
@@ -220,7 +164,7 @@ class MaskDecayHook(Hook):
     ) -> None:
         threshold, weight = self._state(runner)
         checkpoint.setdefault("meta", {})[MASK_META_KEY] = dict(
-            mode=self.mode,
+            mode=self.decay.mode,
             threshold=str(threshold),
             weight=weight,
             progress=self.progress(runner.iter, runner.max_iters),
@@ -265,7 +209,7 @@ class MaskDecayHook(Hook):
         scalars = dict(
             threshold=threshold.probability, weight=weight, density=fmean(densities)
         )
-        if self.start.multiple or self.end.multiple:
+        if self.decay.start.multiple or self.decay.end.multiple:
             scalars["threshold_uniform"] = threshold.multiple
         thirds = ("early", "middle", "late")[: len(densities)]
         n, g = len(densities), len(thirds)

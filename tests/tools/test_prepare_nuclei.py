@@ -553,7 +553,7 @@ def test_check_finds_a_box_that_is_not_the_masks(built):
 def test_check_finds_an_image_of_another_size(built):
     out, _ = built
     Image.new("RGB", (10, 10)).save(next((out / "val").iterdir()))
-    with pytest.raises(DatasetError, match=r"\(10, 10\) RGB, recorded \(250, 250\)"):
+    with pytest.raises(DatasetError, match=r"annotated as 250x250 .* and is 10x10"):
         verify(out)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmcastling.align.pairs import AlignError
+from mmcastling.alignment.pairs import AlignError
 
 logger = logging.getLogger("mmcastling")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -29,8 +29,9 @@ class PictureBatches:
         folder: Of pictures; what cannot be read is skipped, with a warning.
         sizes: ``(H, W)`` that a step may have, taken in turn. Defaults to 224x224.
         batch_size: Pictures of a step. Defaults to 8.
-        mean, std: Of the channels, red, green and blue from 0 to 255. Default to
+        mean: Of the channels, red, green and blue from 0 to 255. Defaults to
             ImageNet's.
+        std: Likewise.
         seed: Of everything random. Defaults to 0.
 
     Raises:

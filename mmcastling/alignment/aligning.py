@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmcastling.align.pairs import (
+from mmcastling.alignment.pairs import (
     AlignError,
     Features,
     Images,
@@ -65,8 +65,8 @@ def align(
             to those of the backbone, or of timm's ``forward_features``.
         folder: Where the state is saved, and from where an alignment goes on that was
             interrupted. Defaults to None (nowhere).
-        save_every, log_every: Steps between two savings and two lines of the logger
-            ``mmcastling``. Default to 50 and 20.
+        save_every: Steps between two savings. Defaults to 50.
+        log_every: Steps between two lines of the logger ``mmcastling``. Defaults to 20.
 
     Returns:
         The student, in evaluation.
@@ -224,8 +224,8 @@ class _State:
         self.saved = load_checkpoint(path) if path and path.is_file() else None
         if self.saved is not None and self.saved["settings"] != settings:
             raise AlignError(
-                f"{path} is of an alignment with {self.saved['settings']}, which cannot "
-                f"go on with {settings}: give the same, or take another folder"
+                f"{path} is of an alignment with {self.saved['settings']}, not with "
+                f"{settings}: give the same to go on, or take another folder"
             )
 
     def resume(self, stage: _Stage, student: nn.Module) -> int:

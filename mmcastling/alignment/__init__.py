@@ -7,15 +7,15 @@ First each castled attention learns to give what the softmax one gives, then the
 network the features that the next part reads.
 """
 
-from mmcastling.align.aligning import align
-from mmcastling.align.pairs import (
+from mmcastling.alignment.aligning import align
+from mmcastling.alignment.pairs import (
     AlignError,
     attention_errors,
     attention_pairs,
     feature_similarity,
 )
-from mmcastling.align.pictures import PictureBatches
-from mmcastling.align.scan import scan
+from mmcastling.alignment.pictures import PictureBatches
+from mmcastling.alignment.scanning import scan
 
 __all__ = [
     "AlignError",

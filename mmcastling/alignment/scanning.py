@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmcastling.align.pairs import (
+from mmcastling.alignment.pairs import (
     Features,
     attention_pairs,
     default_features,
     feature_similarity,
 )
-from mmcastling.verbs import switch_to_deploy
+from mmcastling.verbs import castling_modules, set_mask, switch_to_deploy
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,10 @@ def scan(
     """
     batches = list(batches)
     pairs = attention_pairs(student, teacher)
-    deployed = switch_to_deploy(student).train(False)
+    deployed = copy.deepcopy(student).train(False)
+    if any(True for _ in castling_modules(deployed)):
+        set_mask(deployed, 1.0)
+    deployed = switch_to_deploy(deployed, inplace=True)
     hybrid = copy.deepcopy(teacher).train(False)
     rows = []
     for name in pairs:

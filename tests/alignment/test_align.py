@@ -1,0 +1,239 @@
+"""Alignment: a castled network comes to compute what its softmax original computes."""
+
+import copy
+import logging
+
+import cv2
+import numpy as np
+import pytest
+import timm
+import torch
+from torch.testing import assert_close
+
+from mmcastling import castle, castling_modules, switch_to_deploy
+from mmcastling.alignment import (
+    AlignError,
+    PictureBatches,
+    align,
+    attention_errors,
+    attention_pairs,
+    feature_similarity,
+    scan,
+)
+from mmcastling.decay import MaskDecay
+
+SIZE = 32
+
+
+def trained_network():
+    """A small ViT whose attention is sharp and whose keys have a common offset."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=SIZE,
+        patch_size=4,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        num_classes=0,
+        dynamic_img_size=True,
+    ).eval()
+    for block in model.blocks:
+        torch.nn.init.normal_(block.attn.qkv.weight, std=0.4)
+        torch.nn.init.normal_(block.attn.qkv.bias, std=1.0)
+        torch.nn.init.normal_(block.attn.proj.weight, std=0.3)
+    return model
+
+
+def castled(teacher, **options):
+    options = dict(form="learned", center_keys=True, mask_threshold="4/N") | options
+    torch.manual_seed(1)  # of the convolution, which is new
+    return castle(copy.deepcopy(teacher), **options)
+
+
+def images(step):
+    noise = torch.Generator().manual_seed(step)
+    coarse = torch.randn(4, 3, 4, 4, generator=noise)
+    return torch.nn.functional.interpolate(coarse, size=(SIZE, SIZE), mode="bicubic")
+
+
+HELD_OUT = [images(1000), images(1001)]
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return trained_network()
+
+
+@pytest.fixture(scope="module")
+def aligned(teacher):
+    student = castled(teacher)
+    before = copy.deepcopy(teacher.state_dict())
+    align(student, teacher, images, steps=(60, 40), learning_rates=(3e-3, 1e-3))
+    assert_close(teacher.state_dict(), before, atol=0, rtol=0)
+    return student
+
+
+def test_attentions_and_features_come_close(teacher, aligned):
+    start = switch_to_deploy(castled(teacher))
+    end = switch_to_deploy(aligned)
+    first, last = (attention_errors(s, teacher, HELD_OUT) for s in (start, end))
+    assert list(first) == ["blocks.0.attn", "blocks.1.attn"]
+    assert all(last[name] < 0.9 * first[name] for name in first)
+    (cosine,), (untrained,) = (
+        feature_similarity(s, teacher, HELD_OUT) for s in (end, start)
+    )
+    assert 1 - cosine < 0.5 * (1 - untrained)
+
+
+def test_masks_are_off_and_deploying_changes_nothing(aligned):
+    assert not any(module.mask_is_on for _, module in castling_modules(aligned))
+    expected = aligned(HELD_OUT[0])
+    assert_close(switch_to_deploy(aligned)(HELD_OUT[0]), expected, atol=1e-4, rtol=1e-4)
+    assert all(p.requires_grad for p in aligned.parameters())
+
+
+def test_the_first_stage_trains_attentions_alone(teacher):
+    student = castled(teacher)
+    before = copy.deepcopy(student.state_dict())
+    align(student, teacher, images, steps=(2, 0))
+    changed = {
+        n for n, v in student.state_dict().items() if not torch.equal(v, before[n])
+    }
+    assert changed
+    assert all(".attn." in name for name in changed)
+    assert "blocks.0.attn.mixer.own" in changed
+
+
+@pytest.mark.parametrize("killed_at", [2, 3, 5])
+def test_it_goes_on_where_it_was_killed(teacher, tmp_path, killed_at):
+    options = dict(steps=(4, 4), save_every=2)
+    whole = align(castled(teacher), teacher, images, **options)
+
+    def dying(step):
+        if step == killed_at:
+            raise KeyboardInterrupt
+        return images(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        align(castled(teacher), teacher, dying, folder=tmp_path, **options)
+    seen = []
+
+    def watched(step):
+        seen.append(step)
+        return images(step)
+
+    found = align(castled(teacher), teacher, watched, folder=tmp_path, **options)
+    assert seen == list(range(killed_at // 2 * 2, 8))
+    assert_close(found.state_dict(), whole.state_dict(), atol=0, rtol=0)
+    with pytest.raises(
+        AlignError, match=r"is of an alignment with .*'steps': \[4, 4\]"
+    ):
+        align(castled(teacher), teacher, images, steps=(4, 5), folder=tmp_path)
+
+
+def test_an_error_that_is_not_finite_stops_and_is_named(teacher, tmp_path):
+    broken = copy.deepcopy(teacher)
+    broken.blocks[1].attn.proj.weight.data[0, 0] = float("nan")
+    student = castled(teacher)
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(
+        AlignError, match=r"stage 1, step 1: the error of blocks\.1\.attn"
+    ):
+        align(student, broken, images, steps=(2, 2), folder=tmp_path)
+    assert_close(student.state_dict(), before, atol=0, rtol=0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("student", "options", "message"),
+    [
+        (lambda t: copy.deepcopy(t), {}, "has no castled attention"),
+        (lambda t: castled(t), dict(steps=(0, 0)), r"steps \(0, 0\)"),
+        (lambda t: castled(t), dict(steps=(-1, 2)), r"steps \(-1, 2\)"),
+        (lambda t: castled(t), dict(learning_rates=(0, 1)), r"learning rates \(0, 1\)"),
+        (
+            lambda t: castled(t),
+            dict(mask=MaskDecay(end=0.5)),
+            "masks would still be on in the end",
+        ),
+    ],
+)
+def test_what_cannot_be_aligned(teacher, student, options, message):
+    with pytest.raises((AlignError, ValueError), match=message):
+        align(student(teacher), teacher, images, **options)
+
+
+def test_networks_that_do_not_belong_together(teacher):
+    student = castled(teacher)
+    with pytest.raises(AlignError, match=r"has no blocks\.1\.attn"):
+        attention_pairs(student, torch.nn.ModuleDict({"blocks": teacher.blocks[:1]}))
+    sharing = copy.copy(teacher)
+    sharing._modules = dict(teacher._modules)
+    sharing.blocks = student.blocks
+    with pytest.raises(AlignError, match=r"share .* weights, which would train"):
+        attention_pairs(sharing, teacher)
+
+
+def test_a_scan_finds_the_attention_that_matters(teacher):
+    rows = scan(castled(teacher), teacher, HELD_OUT, rounds=1)
+    assert [row.name for row in rows] == ["blocks.0.attn", "blocks.1.attn"]
+    for row in rows:
+        assert 0 < row.damage < 2
+        assert row.softmax_ms > 0 and row.castled_ms > 0
+        assert row.saved_ms == row.softmax_ms - row.castled_ms
+    # One whose output is nothing cannot do damage.
+    quiet = copy.deepcopy(teacher)
+    for parameter in quiet.blocks[0].attn.proj.parameters():
+        torch.nn.init.zeros_(parameter)
+    first, second = scan(castled(quiet), quiet, HELD_OUT, rounds=1)
+    assert abs(first.damage) < 1e-6 < second.damage
+
+
+# -- pictures --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    noise = np.random.default_rng(0)
+    for index, shape in enumerate([(40, 60), (90, 50), (20, 20)]):
+        picture = noise.integers(0, 255, (*shape, 3), np.uint8)
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        assert cv2.imwrite(str(tmp_path / "sub" / f"{index}.png"), picture)
+    return tmp_path
+
+
+def test_a_step_has_the_same_pictures_whenever_it_is_asked_for(folder):
+    batches = PictureBatches(folder, sizes=[(24, 32), (32, 24)], batch_size=2)
+    first = batches(0)
+    assert first.shape == (2, 3, 24, 32) and batches(1).shape == (2, 3, 32, 24)
+    assert_close(batches(0), first, atol=0, rtol=0)
+    assert not torch.equal(batches(2), first)
+    again = PictureBatches(folder, sizes=[(24, 32)], batch_size=2)
+    assert_close(again(0), first, atol=0, rtol=0)
+    assert not torch.equal(
+        PictureBatches(folder, sizes=[(24, 32)], batch_size=2, seed=1)(0), first
+    )
+
+
+def test_colours_are_red_green_blue_and_normalised(tmp_path):
+    assert cv2.imwrite(str(tmp_path / "red.png"), np.full((9, 9, 3), (0, 0, 255.0)))
+    (image,) = PictureBatches(
+        tmp_path, [(4, 4)], batch_size=1, mean=(5, 0, 0), std=(10, 1, 1)
+    )(0)
+    assert_close(image[:, 0, 0], torch.tensor([25.0, 0, 0]))
+
+
+def test_damaged_pictures_are_skipped_and_named_once(folder, caplog):
+    (folder / "bad.jpg").write_bytes(b"no picture")
+    with caplog.at_level(logging.WARNING, "mmcastling"):
+        batches = PictureBatches(folder, sizes=[(8, 8)], batch_size=4)
+        for step in range(3):
+            assert batches(step).shape == (4, 3, 8, 8)
+    assert caplog.text.count("bad.jpg cannot be read as a picture") == 1
+    for path in (folder / "sub").iterdir():
+        path.unlink()
+    with pytest.raises(AlignError, match=r"no picture that can be read \(1 files"):
+        PictureBatches(folder)
+    with pytest.raises(AlignError, match="no picture that can be read"):
+        PictureBatches(folder / "missing")
