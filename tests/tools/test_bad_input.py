@@ -41,7 +41,7 @@ def test_a_missing_config_ends_each_command(tool, refused, tmp_path):
 
 
 def test_a_missing_config_in_a_process_of_its_own(run_command, tmp_path):
-    result = run_command("train.py", tmp_path / "none.py", cwd=tmp_path)
+    result = run_command("train.py", tmp_path / "none.py", cwd=tmp_path, fresh=True)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.strip().splitlines()[-1] == (
         f"error: config {tmp_path / 'none.py'} does not exist: check the path"
