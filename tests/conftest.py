@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import formatted_once  # noqa: F401, for its effect
 import numpy as np
 import pytest
 import warm_python as warm_python_server

@@ -64,8 +64,8 @@ def test_options_that_are_not_key_and_value_are_a_usage_error(
 
 
 def test_options_that_do_not_fit_the_config(refused, detector_config):
-    parts = ["--cfg-options do not fit", "tiny_detector.py", "arch"]
-    options = ("--cfg-options", "model.backbone.arch.depth=3")
+    parts = ["--cfg-options do not fit", "tiny_detector.py", "stem"]
+    options = ("--cfg-options", "model.backbone.stem.depth=3")
     refused("train.py", detector_config, *options, parts=parts)
 
 
