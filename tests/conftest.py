@@ -1,5 +1,6 @@
 """What the tests share: real data, a tiny detector and classifier, and the commands."""
 
+import hashlib
 import json
 import logging
 import os
@@ -8,11 +9,14 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import formatted_once  # noqa: F401, for its effect
 import numpy as np
 import pytest
+import warm_python as warm_python_server
 from drawn_data import draw_camvid, draw_coco
 from filelock import FileLock
 
@@ -24,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # and pytest 9 attaches its own to loggers that do not propagate: a tenth of an export.
 logging.getLogger("torch.__trace").addHandler = lambda handler: None
 
-# The nano detector of the demo at 128x128 (256 tokens), one class and four iterations.
-# The branch's weight is 1, 0.63, 0.26 and 0 in them.
+# The nano detector of the demo at 128x128 (256 tokens), of two layers and levels, one
+# class and four iterations. The branch's weight is 1, 0.63, 0.26 and 0 in them.
 DETECTOR = """
 _base_ = [{base!r}]
 data_root = {data_root!r}
@@ -77,8 +81,19 @@ val_evaluator = dict(
 test_evaluator = val_evaluator
 # Without a score threshold an untrained detector still predicts.
 model = dict(
-    backbone=dict(img_size=128),
-    rpn_head=dict(anchor_generator=dict(scales=[8])),
+    backbone=dict(
+        img_size=128,
+        arch=dict(
+            _delete_=True,
+            embed_dims=128,
+            num_layers=2,
+            num_heads=4,
+            feedforward_channels=256,
+        ),
+    ),
+    neck=dict(strides=(4, 8)),
+    rpn_head=dict(anchor_generator=dict(scales=[8], strides=[4, 8])),
+    roi_head=dict(mask_head=dict(num_convs=1)),
     test_cfg=dict(rcnn=dict(score_thr=0.0, max_per_img=30)),
 )
 train_cfg = dict(max_iters=4, val_interval=10)
@@ -232,16 +247,19 @@ def shared_data() -> Path:
     return folder
 
 
+def shared_base(tmp_path_factory) -> Path:
+    """The folder of a test run, which its processes share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory):
     """Make a folder once for all processes of a test run, which then only read it.
 
     ``make`` fills the folder that it is given; who asks first does the work.
     """
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent  # which the workers share
-    base = base / "made_once"
+    base = shared_base(tmp_path_factory) / "made_once"
     base.mkdir(exist_ok=True)
 
     def made(name: str, make) -> Path:
@@ -408,12 +426,30 @@ def classifier_config(made_once) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run_command():
-    """Run a command of ``tools/`` as a person does, in a process of its own."""
+def warm_python(tmp_path_factory) -> list[str]:
+    """How to start a Python that has the toolboxes imported already."""
+    base = shared_base(tmp_path_factory)
+    name = hashlib.sha256(str(base).encode()).hexdigest()[:16]
+    address = Path(tempfile.gettempdir()) / f"warm-{name}"  # no long path is allowed
+    with FileLock(base / "warm.lock"):
+        held = warm_python_server.lease(address, base / "warm.log")
+    yield [sys.executable, "-S", warm_python_server.__file__, "run", str(address)]
+    held.close()
 
-    def run(tool: str, *arguments, cwd: Path = ROOT, **environment):
+
+@pytest.fixture(scope="session")
+def run_command(request):
+    """Run a command of ``tools/`` as a person does, in a process of its own.
+
+    ``fresh`` starts Python anew; else the process is a fork of :mod:`warm_python`.
+    """
+
+    def run(
+        tool: str, *arguments, cwd: Path = ROOT, fresh: bool = False, **environment
+    ):
+        python = [sys.executable] if fresh else request.getfixturevalue("warm_python")
         return subprocess.run(
-            [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)],
+            [*python, str(ROOT / "tools" / tool), *map(str, arguments)],
             cwd=cwd,
             env={**os.environ, **environment},
             capture_output=True,

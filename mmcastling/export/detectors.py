@@ -183,13 +183,22 @@ def _levels(
     )
     rows = []
     for score, delta, prior in zip(scores, deltas, priors, strict=True):
-        score = score[0].permute(1, 2, 0).reshape(-1, head.cls_out_channels)
+        score = _rows(score, head.cls_out_channels)
         if head.use_sigmoid_cls:
             score = score.sigmoid()
         else:
             score = score.softmax(dim=1)[:, :-1]
-        rows.append((score, delta[0].permute(1, 2, 0).reshape(-1, 4), prior))
+        rows.append((score, _rows(delta, 4), prior))
     return rows
+
+
+def _rows(maps: Tensor, columns: int) -> Tensor:
+    """Maps ``(1, A * columns, H, W)`` as ``(H * W * A, columns)``.
+
+    In steps that leave the sizes of maps alone, of which tracing reasons for long.
+    """
+    rows = maps[0].flatten(1).transpose(0, 1).unflatten(1, (-1, columns))
+    return rows.flatten(0, 1)
 
 
 def _above(

@@ -38,26 +38,10 @@ from mmcastling.verbs import switch_to_deploy
 
 ENDINGS = {"onnx": "onnx", "openvino": "xml", "exported-program": "pt2"}
 NANO = {"model.backbone.arch": "nano"}
-TWO_LAYERS = {  # what an export costs is its number of layers
-    "model.backbone.arch": {
-        "embed_dims": 128,
-        "num_layers": 2,
-        "num_heads": 4,
-        "feedforward_channels": 256,
-        "_delete_": True,
-    }
-}
-LEVIT = {  # a block a stage; maps of strides 8 to 64 with these channels
-    "model.backbone.arch": {
-        "embed_dims": [32, 64, 96],
-        "key_dims": [16, 16, 16],
-        "num_heads": [1, 2, 3],
-        "depths": [1, 1, 1],
-        "_delete_": True,
-    },
-    "model.neck.in_channels": [16, 32, 64, 96],
-}
-LEVIT_OF_TWO_STAGES = {
+ARCH = dict(embed_dims=128, num_layers=2, num_heads=4, feedforward_channels=256)
+# What an export costs is its number of layers.
+TWO_LAYERS = {"model.backbone.arch": dict(ARCH, _delete_=True)}
+LEVIT = {  # a block a stage; maps of strides 8 to 32 with these channels
     "model.backbone.arch": {
         "embed_dims": [32, 64],
         "key_dims": [16, 16],
@@ -67,6 +51,10 @@ LEVIT_OF_TWO_STAGES = {
     },
     "model.backbone.out_indices": (0, 1),
     "model.neck.in_channels": [16, 32, 64],
+    "model.bbox_head.stacked_convs": 1,
+    "model.bbox_head.num_classes": 5,
+    "model.test_cfg.score_thr": 0.0,
+    "model.test_cfg.nms_pre": 50,
 }
 # Untrained detectors: no threshold that all scores would miss, and few boxes.
 MODELS = {
@@ -79,28 +67,27 @@ MODELS = {
             "model.roi_head.bbox_head.num_classes": 3,
             "model.roi_head.bbox_head.reg_class_agnostic": False,
             "model.roi_head.mask_head.num_classes": 3,
+            "model.roi_head.mask_head.num_convs": 1,
         },
     ),
     "retinanet": (
         "retinanet_castling_levit_256_coco",
         {
-            **LEVIT_OF_TWO_STAGES,
-            "model.bbox_head.stacked_convs": 1,
+            **LEVIT,
             "model.neck.out_channels": 32,
+            "model.neck.num_outs": 4,
+            "model.bbox_head.anchor_generator.strides": [8, 16, 32, 64],
             "model.bbox_head.in_channels": 32,
             "model.bbox_head.feat_channels": 32,
-            "model.bbox_head.num_classes": 5,
-            "model.test_cfg.score_thr": 0.0,
-            "model.test_cfg.nms_pre": 50,
         },
     ),
     "rtmdet": (
         "rtmdet_castling_levit_128_coco",
-        {**LEVIT, "model.bbox_head.num_classes": 5, "model.test_cfg.nms_pre": 50},
+        {**LEVIT, "model.bbox_head.anchor_generator.strides": [8, 16, 32]},
     ),
     "classifier": (
         "castling_tiny_in1k",
-        {**NANO, "model.head.in_channels": 128, "model.head.num_classes": 10},
+        {**TWO_LAYERS, "model.head.in_channels": 128, "model.head.num_classes": 10},
     ),
 }
 
@@ -188,10 +175,17 @@ def test_openvino_reads_the_onnx_file_too(mask_rcnn):
 
 
 @pytest.mark.slow
-def test_nothing_found_is_no_error(root, tmp_path):
-    model = built(root, "mask_rcnn")
-    model.roi_head.test_cfg.score_thr = 0.999
-    inferencer = exported(model, tmp_path)
+def test_nothing_found_is_no_error(mask_rcnn, tmp_path):
+    import onnx
+
+    _, inferencer = mask_rcnn
+    model = onnx.load(inferencer.model.path)
+    (bias,) = (x for x in model.graph.initializer if x.name.endswith("fc_cls.bias"))
+    values = onnx.numpy_helper.to_array(bias).copy()
+    values[-1] += 1000  # all is background: no other score is above the threshold, 0
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+    onnx.save(model, tmp_path / "nothing.onnx")
+    inferencer = ExportedInferencer(tmp_path / "nothing.onnx", threads=1)
     found = inferencer.model(picture(128, 128))
     assert {name: value.shape for name, value in found.items()} == {
         "boxes": (0, 4),
@@ -240,18 +234,18 @@ SEGMENTOR = dict(
     data_preprocessor=dict(type="SegDataPreProcessor", mean=[1, 2, 3], std=[4, 5, 6]),
     backbone=dict(
         type="mmcastling.CastlingViT",
-        arch="nano",
+        arch=ARCH,
         img_size=64,
         patch_size=8,
         with_cls_token=False,
         out_type="featmap",
-        out_indices=(1, 3),
+        out_indices=(0, 1),
     ),
     decode_head=dict(
         type="UPerHead",
         in_channels=[128, 128],
         in_index=[0, 1],
-        pool_scales=(1, 2, 3, 6),
+        pool_scales=(1, 6),
         channels=16,
         num_classes=4,
         norm_cfg=dict(type="BN"),

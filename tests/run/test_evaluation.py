@@ -82,7 +82,7 @@ def test_at_masks_zero_the_train_graph_and_the_deployed_one_agree(trained, predi
     assert len(predictions) == 4 and len(predictions[0]["pred_instances"]["scores"]) > 9
     assert_close(boxes(predictions), boxes(expected), rtol=1e-4, atol=1e-3)
     assert graph.pruning is None
-    assert pruned.pruning.attentions == 4 and not pruned.pruning.was_on
+    assert pruned.pruning.attentions == 2 and not pruned.pruning.was_on
     assert pruned.pruning.difference < 1e-5 < pruned.pruning.magnitude
     assert pruned.pruning.images == 4
     assert pruned.seconds_per_image > 0
@@ -204,7 +204,7 @@ def test_augmented_detection_merges_boxes_of_both_views(trained, predict):
     _, one_view = predict(trained.config, trained.masks_off)
     result, merged = predict(trained.config, trained.masks_off, tta=True)
     assert set(result.metrics) == {"coco/bbox_mAP", "coco/bbox_AR@100"}
-    assert result.pruning.attentions == 4
+    assert result.pruning.attentions == 2
     assert all("masks" not in item["pred_instances"] for item in merged)
     assert any("masks" in item["pred_instances"] for item in one_view)
     best = [float(item["pred_instances"]["scores"].max()) for item in merged]

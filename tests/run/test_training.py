@@ -59,7 +59,7 @@ def test_resumed_training_goes_on_where_it_stopped(how, trained, interrupted, tm
         )
 
     modules = [module for _, module in castling_modules(model)]
-    assert len(modules) == 4 and not any(module.mask_is_on for module in modules)
+    assert len(modules) == 2 and not any(module.mask_is_on for module in modules)
     last = load_checkpoint(work_dir / "iter_4.pth")
     reference = load_checkpoint(trained.masks_off)
     assert last["meta"]["iter"] == 4

@@ -41,7 +41,7 @@ def test_a_missing_config_ends_each_command(tool, refused, tmp_path):
 
 
 def test_a_missing_config_in_a_process_of_its_own(run_command, tmp_path):
-    result = run_command("train.py", tmp_path / "none.py", cwd=tmp_path)
+    result = run_command("train.py", tmp_path / "none.py", cwd=tmp_path, fresh=True)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.strip().splitlines()[-1] == (
         f"error: config {tmp_path / 'none.py'} does not exist: check the path"
@@ -64,8 +64,8 @@ def test_options_that_are_not_key_and_value_are_a_usage_error(
 
 
 def test_options_that_do_not_fit_the_config(refused, detector_config):
-    parts = ["--cfg-options do not fit", "tiny_detector.py", "arch"]
-    options = ("--cfg-options", "model.backbone.arch.depth=3")
+    parts = ["--cfg-options do not fit", "tiny_detector.py", "stem"]
+    options = ("--cfg-options", "model.backbone.stem.depth=3")
     refused("train.py", detector_config, *options, parts=parts)
 
 

@@ -20,6 +20,7 @@ def test_pictures_are_painted_and_timed(trained, people, run_command, tmp_path):
     result = run_command(
         *("demo.py", folder, trained.config, trained.masks_off),
         *("--out-dir", out, "--score-thr", 0, "--device", "cpu"),
+        fresh=True,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "predicting by torch in fp32 on cpu, pruned" in result.stdout

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shlex
 import shutil
 import socket
 import subprocess
@@ -106,21 +107,33 @@ def config(classifier_config, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run_script(root):
-    """Run a script of ``tools/`` with two processes on the CPU."""
+def run_script(root, warm_python, tmp_path_factory):
+    """Run a script of ``tools/`` with two processes on the CPU.
 
-    def run(name, *arguments, cwd, path=()):
+    ``fresh`` starts Python anew in each; else they are forks, torchrun too.
+    """
+    forks = tmp_path_factory.mktemp("bin")
+    for name, option in (("torchrun", "-m torch.distributed.run "), ("python", "")):
+        (forks / name).write_text(
+            f'#!/bin/sh\nexec {shlex.join(warm_python)} {option}"$@"\n'
+        )
+        (forks / name).chmod(0o755)
+
+    def run(name, *arguments, cwd, path=(), fresh=False):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
+        programs = Path(sys.executable).parent if fresh else forks
         environment = {
             **os.environ,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PATH": os.pathsep.join([str(programs), os.environ["PATH"]]),
             "PYTHONPATH": os.pathsep.join(map(str, [*path, root])),
             "PORT": str(port),
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",
         }
+        if not fresh:
+            environment["PYTHON_EXEC"] = str(forks / "python")  # of torchrun
         started = time.monotonic()
         done = subprocess.run(
             ["bash", str(root / "tools" / name), *map(str, arguments)],
@@ -145,6 +158,7 @@ def trained_by_two(config, run_script, tmp_path_factory):
         *("--cfg-options", "train_dataloader.batch_size=2"),
         cwd=work_dir,
         path=[config.parent],
+        fresh=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     alone = tmp_path_factory.mktemp("one")
