@@ -89,6 +89,14 @@ def restore_mask(model: nn.Module, checkpoint: dict[str, Any]) -> bool:
     return True
 
 
+def copy_masks(source: nn.Module, target: nn.Module) -> None:
+    """Give the masks of a copy the state of those that it is a copy of."""
+    modules = (castling_modules(model) for model in (source, target))
+    for (_, module), (_, other) in zip(*modules, strict=False):
+        if (mask := getattr(module, "branch", None)) is not None:
+            other.set_mask(mask.threshold, mask.weight, mask.penalty)
+
+
 def switch_to_deploy(
     model: Model,
     inplace: bool = False,

@@ -15,7 +15,8 @@ module                      what it mends or adds             can go when
                             ``get_model`` find what is ours;  points of packages
                             debug messages stay off screen;
                             thop and ptflops count our layers;
-                            weights keep the state of masks
+                            weights and their averages keep
+                            the state of masks
 ``registry``                what inherits from our configs    MMEngine builds a base
                             is built in our scope, where the  config's parts in its
                             toolbox's names are unknown       toolbox's scope

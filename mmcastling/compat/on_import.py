@@ -28,6 +28,8 @@ AFTER_IMPORT = {
     "thop.profile": "name_layers_in_thop",
     "timm.models": "name_timm_models",
     "timm.models._helpers": "keep_metadata_in_timm",
+    "timm.utils.model_ema": "let_averages_follow",
+    "torch.optim.swa_utils": "let_averages_follow",
 }
 """Functions of :mod:`mmcastling.compat.registrations`, by the module they are given."""
 

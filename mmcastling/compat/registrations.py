@@ -23,6 +23,7 @@ from mmcastling.attention import GridConv, TokenConv
 from mmcastling.attention.fast import FusedLinear
 from mmcastling.checkpoint import SAFE_GLOBALS, with_metadata
 from mmcastling.compat import mmcv_ext, model_index, own_size
+from mmcastling.verbs import copy_masks
 
 # Whose inferencers know the models of a metafile; mmpretrain's have a way of their own.
 METAFILES = {
@@ -224,6 +225,27 @@ def keep_metadata_in_timm(module: ModuleType) -> None:
 
     setattr(clean_state_dict, _OURS, True)
     module.clean_state_dict = clean_state_dict
+
+
+def let_averages_follow(module: ModuleType) -> None:
+    """Let averaged copies of timm and torch have the masks of the model they follow."""
+    for name in ("AveragedModel", "ModelEma", "ModelEmaV2", "ModelEmaV3"):
+        kind = getattr(module, name, None)
+        method = "update_parameters" if name == "AveragedModel" else "update"
+        theirs = getattr(kind, method, None)
+        if theirs is not None and not hasattr(theirs, _OURS):
+            setattr(kind, method, _copying_masks(theirs))
+
+
+def _copying_masks(update: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(update)
+    def update_and_copy(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        result = update(self, model, *args, **kwargs)
+        copy_masks(model, getattr(self, "module", None) or self.ema)
+        return result
+
+    setattr(update_and_copy, _OURS, True)
+    return update_and_copy
 
 
 def name_timm_models(module: ModuleType) -> None:

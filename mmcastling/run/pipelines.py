@@ -16,7 +16,7 @@ from mmcastling.export import UnsupportedModelError
 from mmcastling.registry import type_name
 from mmcastling.run.config import datasets_of
 from mmcastling.runtime.images import read_image
-from mmcastling.runtime.preprocess import STEPS
+from mmcastling.runtime.preprocess import PILLOW, STEPS
 
 _ANNOTATIONS = {
     "FilterAnnotations": None,
@@ -109,6 +109,9 @@ def runtime_steps(cfg: Config) -> Iterator[dict[str, Any]]:
         idle = dict.fromkeys(known.no_image)
         if unknown := _unknown(options, {**known.options, **idle}):
             _refuse(step, unknown)
+        pillow = options.get("backend") == "pillow"
+        if pillow and options.get("interpolation", "bilinear") not in PILLOW:
+            _refuse(step, {"interpolation": options["interpolation"]})
         if name == "Resize" and not isinstance(options.get("scale"), tuple):
             _refuse(step, {"scale": options.get("scale")})
         yield dict(

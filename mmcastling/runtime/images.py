@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -11,6 +12,8 @@ import cv2
 import numpy as np
 
 from mmcastling.runtime.metadata import ExportedModelError, ExportMetadata
+
+logger = logging.getLogger("mmcastling")
 
 _FLAGS = {
     "color": cv2.IMREAD_COLOR,
@@ -116,6 +119,12 @@ def _checked(image: np.ndarray, kind: str) -> np.ndarray:
     if image.dtype.kind == "f":
         if not np.isfinite([low, high]).all():
             raise ExportedModelError("an image must hold finite numbers, got NaN")
+        if 0 < high <= 1:
+            logger.warning(
+                "an image of %s has no number above 1: it is taken as nearly black; "
+                "if its white is 1, pass image * 255",
+                image.dtype,
+            )
         return np.ascontiguousarray(image, dtype=np.float32)
     wide = kind == "unchanged"  # 16 bits a channel reach the network
     if low < 0 or high > (65535 if wide else 255):

@@ -23,7 +23,8 @@ _CV2 = {
     "area": cv2.INTER_AREA,
     "lanczos": cv2.INTER_LANCZOS4,
 }
-_PILLOW = {"nearest": 0, "bilinear": 2, "bicubic": 3, "area": 4, "lanczos": 1}
+PILLOW = {"nearest": 0, "bilinear": 2, "bicubic": 3, "lanczos": 1}
+"""What mmcv lets Pillow do."""
 _BORDERS = {
     "constant": cv2.BORDER_CONSTANT,
     "edge": cv2.BORDER_REPLICATE,
@@ -100,7 +101,7 @@ def _resize_to(image: np.ndarray, size: tuple[int, int], step: Any) -> np.ndarra
                 f"the pipeline resizes with Pillow, which takes whole numbers from 0 "
                 f"to 255, and the image is {image.dtype}: convert it to uint8"
             )
-        return np.asarray(Image.fromarray(image).resize(size, _PILLOW[name]))
+        return np.asarray(Image.fromarray(image).resize(size, PILLOW[name]))
     return cv2.resize(image, size, interpolation=_CV2[name])
 
 

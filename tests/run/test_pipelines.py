@@ -56,6 +56,10 @@ def test_every_option_of_a_step_is_heeded_or_refused(name):
         (dict(type="Resize", scale=(8, 8), scale_factor=2.0), "with scale_factor=2.0"),
         (dict(type="Resize", scale_factor=2.0), "with scale_factor=2.0"),
         (dict(type="Resize", scale=(8, 8), invented=1), "with invented=1"),
+        (
+            dict(type="Resize", scale=(8, 8), backend="pillow", interpolation="area"),
+            "with interpolation='area'",
+        ),
         (dict(type="LoadImageFromFile", imdecode_backend="pillow"), "with imdecode"),
         (dict(type="LoadMultiChannelImageFromFiles"), "does not do: use LoadImage"),
         (dict(type="PackInputs", input_key="depth"), "with input_key='depth'"),

@@ -106,6 +106,15 @@ def test_what_is_not_clearly_an_image_is_told_what_to_pass(given, said):
             read_image(WITH_ALPHA, metadata(2))
 
 
+def test_numbers_from_0_to_1_are_said_to_be_nearly_black(caplog):
+    read_image(np.full((4, 4, 3), 0.5, np.float32))
+    assert "pass image * 255" in caplog.text
+    caplog.clear()
+    read_image(np.full((4, 4, 3), 1.5, np.float32))
+    read_image(np.zeros((4, 4, 3), np.float32))
+    assert not caplog.text
+
+
 def test_the_inferencer_takes_all_of_them(brightness, files):
     inferencer = ExportedInferencer(brightness, threads=1)
     light = np.full((8, 8), 240, np.int64)

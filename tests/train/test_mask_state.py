@@ -9,6 +9,7 @@ from mmengine.model import ExponentialMovingAverage
 from mmengine.runner import load_checkpoint, save_checkpoint
 from mmengine.runner.checkpoint import get_state_dict, weights_to_cpu
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from mmcastling.attention import Attention, MaskThreshold
 from mmcastling.checkpoint import load_checkpoint as read
@@ -196,3 +197,19 @@ def test_densities_lie_on_one_device(monkeypatch):
         model[1].mixer.branch.density = torch.ones((), device="cuda")
         assert mask_decay_hook._densities(model).shape == (2,)
     assert devices == {"cuda"}
+
+
+@pytest.mark.parametrize("library", ["torch", "ModelEma", "ModelEmaV2", "ModelEmaV3"])
+def test_averages_of_torch_and_timm_follow(library):
+    model = nn.Sequential(Attention(8, 2), Attention(8, 2))
+    if library == "torch":
+        average = AveragedModel(model)
+        update, copied = average.update_parameters, average.module
+    else:
+        average = getattr(pytest.importorskip("timm.utils"), library)(model)
+        update = average.update
+        copied = average.ema if library == "ModelEma" else average.module
+    for state in ("in units of 1/N", "off"):
+        set_mask(model, *STATES[state])
+        update(model)
+        assert states_of(copied) == one(state)
