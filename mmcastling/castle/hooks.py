@@ -15,6 +15,7 @@ _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
     *("_backward_hooks", "_backward_pre_hooks"),
+    *("_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
 
 
@@ -39,10 +40,15 @@ def lost_hooks(old: nn.Module, new: nn.Module) -> list[str]:
 
 
 def check_own_weights(attention: nn.Module) -> None:
-    """Raise CannotCastle where the attention's own weights are computed from others.
+    """Raise CannotCastle where the attention is not what its class says.
 
-    A weight of another layer is computed by that layer, which is kept.
+    Its own weights may be computed from others; a weight of another layer is computed
+    by that layer, which is kept. And its forward may have been replaced.
     """
+    if "forward" in vars(attention):
+        raise CannotCastle(
+            "its forward has been replaced, which castling would undo: castle first"
+        )
     hooks = attention._forward_pre_hooks.values()
     if parametrize.is_parametrized(attention) or any(
         isinstance(hook, (BasePruningMethod, SpectralNorm, WeightNorm))

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import functools
 import logging
 from pathlib import Path
 
@@ -333,6 +334,10 @@ def with_hooks(model, find):
                 module.register_full_backward_hook(
                     lambda m, i, o: seen.append(type(m))
                 ),
+                module.register_load_state_dict_post_hook(
+                    lambda m, keys: seen.append(type(m))
+                ),
+                module.register_state_dict_pre_hook(lambda m, *_: seen.append(type(m))),
             ]
     return seen, handles
 
@@ -345,16 +350,29 @@ def test_hooks_act_on_what_takes_an_attentions_place():
     model = small_vit()
     seen, handles = with_hooks(model, lambda m: isinstance(m, nn.MultiheadAttention))
     castle(model)
+    seen.clear()  # of what castle itself asked for
     images = torch.randn(1, 3, 32, 32)
     model(images).sum().backward()
-    assert len(seen) == 6 and {kind.__name__ for kind in seen} == {
+    model.load_state_dict(model.state_dict())
+    assert len(seen) == 10 and {kind.__name__ for kind in seen} == {
         "CastledSelfAttention"
     }
     for handle in handles:
         handle.remove()
     seen.clear()
     model(images).sum().backward()
+    model.load_state_dict(model.state_dict())
     assert seen == []
+
+
+def test_a_forward_that_was_replaced_is_left_alone():
+    model = small_vit()
+    attention = model.encoder.layers[0].self_attention
+    attention.forward = functools.partial(attention.forward)
+    _, report = castle(model, return_report=True)
+    assert model.encoder.layers[0].self_attention is attention
+    (why,) = report.left_alone.values()
+    assert "its forward has been replaced" in why and len(report.castled) == 1
 
 
 def test_hooks_inside_an_attention_are_kept_or_named():
@@ -368,6 +386,7 @@ def test_hooks_inside_an_attention_are_kept_or_named():
         lambda m, x, y: seen.append(type(m))
     )
     _, report = castle(model, return_report=True)
+    seen.clear()
     model(torch.randn(1, 3, 32, 32))
     gone = [f"hooks on {name} are gone with it" for name in ("w_msa", "w_msa.softmax")]
     assert list(report.notes) == gone and report.lossy

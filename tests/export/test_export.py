@@ -100,6 +100,8 @@ def built(root, name, **more):
     for parameter in model.parameters():  # biases and scales that are not 0 and 1
         if parameter.ndim == 1:
             nn.init.normal_(parameter, parameter.mean().item(), 0.1)
+    for layer in getattr(getattr(model, "bbox_head", None), "rtm_reg", ()):
+        nn.init.constant_(layer.bias, 1.0)  # sides of a box on both sides of its point
     return switch_to_deploy(model.eval()).eval()
 
 
