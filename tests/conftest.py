@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,9 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import formatted_once  # noqa: F401, for its effect
 import numpy as np
 import pytest
+import quick_mmengine  # noqa: F401, for its effect
 import warm_python as warm_python_server
 from drawn_data import draw_camvid, draw_coco
 from filelock import FileLock
@@ -426,14 +427,18 @@ def classifier_config(made_once) -> Path:
 
 
 @pytest.fixture(scope="session")
-def warm_python(tmp_path_factory) -> list[str]:
-    """How to start a Python that has the toolboxes imported already."""
+def warm_python(tmp_path_factory) -> Path:
+    """A Python that has the toolboxes imported already: see the module of its name."""
     base = shared_base(tmp_path_factory)
     name = hashlib.sha256(str(base).encode()).hexdigest()[:16]
     address = Path(tempfile.gettempdir()) / f"warm-{name}"  # no long path is allowed
     with FileLock(base / "warm.lock"):
         held = warm_python_server.lease(address, base / "warm.log")
-    yield [sys.executable, "-S", warm_python_server.__file__, "run", str(address)]
+    command = [sys.executable, "-S", warm_python_server.__file__, "run", str(address)]
+    python = tmp_path_factory.mktemp("warm") / "python"
+    python.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    python.chmod(0o755)
+    yield python
     held.close()
 
 
@@ -447,9 +452,9 @@ def run_command(request):
     def run(
         tool: str, *arguments, cwd: Path = ROOT, fresh: bool = False, **environment
     ):
-        python = [sys.executable] if fresh else request.getfixturevalue("warm_python")
+        python = sys.executable if fresh else request.getfixturevalue("warm_python")
         return subprocess.run(
-            [*python, str(ROOT / "tools" / tool), *map(str, arguments)],
+            [str(python), str(ROOT / "tools" / tool), *map(str, arguments)],
             cwd=cwd,
             env={**os.environ, **environment},
             capture_output=True,

@@ -285,11 +285,14 @@ except ValueError as error:
 
 
 @pytest.mark.slow
-def test_the_detection_inferencer_takes_a_model_by_name_from_any_folder(root, tmp_path):
+def test_the_detection_inferencer_takes_a_model_by_name_from_any_folder(
+    root, tmp_path, warm_python
+):
     model = MODELS.build(load_config(root / "configs" / f"{DETECTOR}.py").model)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "weights.pth")
+    (tmp_path / "by_name.py").write_text(BY_NAME)
     done = subprocess.run(
-        [sys.executable, "-c", BY_NAME, DETECTOR, "weights.pth"],
+        [str(warm_python), "by_name.py", DETECTOR, "weights.pth"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -18,8 +18,8 @@ def test_it_compares_the_two_finetunings_and_stores_the_figures(
 ):
     out = tmp_path / "result.json"
     options = ["--data-root", data, "--json", out, "--train-images", 512]
-    options += ["--test-images", 128, "--epochs", 3, "--finetune-epochs", 3]
-    options += ["--seeds", 0, 1, "--lr", 3e-3, "--finetune-lr", 3e-3]
+    options += ["--test-images", 128, "--epochs", 2, "--finetune-epochs", 2]
+    options += ["--seeds", 0, 1, "--lr", 5e-3, "--finetune-lr", 5e-3]
     monkeypatch.setattr(sys, "argv", ["castle_and_distil.py", *map(str, options)])
     benchmark.main()
     result = json.loads(out.read_text())

@@ -69,7 +69,8 @@ def test_detectors_have_as_many_boxes_as_they_may_return(load_benchmark):
 # -- measuring -------------------------------------------------------------------------
 
 
-def test_a_size_is_measured(layers, capsys):
+def test_a_size_is_measured(layers, capsys, warm_python, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(warm_python))  # measures memory
     benchmark = dataclasses.replace(
         layers.BENCHMARK, repeats={(4, 4): 3}, extra=lambda device: {"more": 1}
     )

@@ -124,10 +124,10 @@ def tiny_nuclei(tmp_path):
             images=[], annotations=[], categories=[dict(id=1, name="nucleus")]
         )
         for i in range(count):
-            image = noise.integers(0, 60, (250, 250, 3), dtype=np.uint8)
+            image = noise.integers(0, 60, (125, 250, 3), dtype=np.uint8)
             name = f"{i}.png"
             for x in range(35, 230, 60):
-                for y in range(35, 230, 60):
+                for y in (35, 95):
                     cv2.circle(image, (x, y), 8, (220, 220, 220), -1)
                     angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
                     outline = np.stack(
@@ -145,7 +145,7 @@ def tiny_nuclei(tmp_path):
                         )
                     )
             cv2.imwrite(str(root / split / name), image)
-            content["images"].append(dict(id=i, file_name=name, width=250, height=250))
+            content["images"].append(dict(id=i, file_name=name, width=250, height=125))
         path = root / "annotations" / f"instances_{split}.json"
         path.write_text(json.dumps(content))
     return root

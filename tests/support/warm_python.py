@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 MODULES = ("mmcastling.run.exporting", "mmcastling.train", "mmdet.apis")
-MODULES += ("mmpretrain.apis", "mmseg.apis", "formatted_once")
+MODULES += ("mmpretrain.apis", "mmseg.apis", "quick_mmengine")
 
 
 def lease(address: Path, log: Path) -> socket.socket:

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import shlex
 import shutil
 import socket
 import subprocess
@@ -112,18 +111,16 @@ def run_script(root, warm_python, tmp_path_factory):
 
     ``fresh`` starts Python anew in each; else they are forks, torchrun too.
     """
-    forks = tmp_path_factory.mktemp("bin")
-    for name, option in (("torchrun", "-m torch.distributed.run "), ("python", "")):
-        (forks / name).write_text(
-            f'#!/bin/sh\nexec {shlex.join(warm_python)} {option}"$@"\n'
-        )
-        (forks / name).chmod(0o755)
+    torchrun = tmp_path_factory.mktemp("bin") / "torchrun"
+    command = f'exec {warm_python} -m torch.distributed.run "$@"'
+    torchrun.write_text(f"#!/bin/sh\n{command}\n")
+    torchrun.chmod(0o755)
 
     def run(name, *arguments, cwd, path=(), fresh=False):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        programs = Path(sys.executable).parent if fresh else forks
+        programs = Path(sys.executable).parent if fresh else torchrun.parent
         environment = {
             **os.environ,
             "PATH": os.pathsep.join([str(programs), os.environ["PATH"]]),
@@ -133,7 +130,7 @@ def run_script(root, warm_python, tmp_path_factory):
             "OMP_NUM_THREADS": "1",
         }
         if not fresh:
-            environment["PYTHON_EXEC"] = str(forks / "python")  # of torchrun
+            environment["PYTHON_EXEC"] = str(warm_python)  # of torchrun
         started = time.monotonic()
         done = subprocess.run(
             ["bash", str(root / "tools" / name), *map(str, arguments)],
