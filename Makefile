@@ -1,6 +1,7 @@
 # make setup   the environment alone
 # make demo    train, prune and evaluate on real images
-# make test    lint and the whole test suite
+# make test    lint and the test suite, in ten minutes on two cores
+# make test-long   its longest tests, of every recipe and detector; CI runs both
 # make docs    these pages and the API reference, as a site in site/
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=DIR the environment.
@@ -10,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test docs lint clean
+.PHONY: setup demo test test-long docs lint clean
 
 setup: $(STAMP)
 
@@ -48,8 +49,12 @@ RUNTIMES := tests/export tests/runtime tests/tools/test_export.py \
   tests/benchmarks/test_runtimes.py tests/run/test_demo.py tests/run/test_predictors.py
 
 test: lint
-	$(PYTEST) $(RUNTIMES)
-	$(PYTEST) $(RUNTIMES:%=--ignore=%)
+	$(PYTEST) -m "not long" $(RUNTIMES)
+	$(PYTEST) -m "not long" $(RUNTIMES:%=--ignore=%)
+
+test-long: setup
+	$(PYTEST) -m long $(RUNTIMES)
+	$(PYTEST) -m long $(RUNTIMES:%=--ignore=%)
 
 # The variable silences the theme's note on MkDocs 2, which is not what we pin.
 docs: setup

@@ -57,6 +57,7 @@ def test_every_config_is_in_the_index_once_and_no_weights_are_promised(root, met
         SEGMENTOR,
     ],
 )
+@pytest.mark.long
 def test_costs_of_the_index_are_counted(root, name, monkeypatch):
     monkeypatch.syspath_prepend(root / "tools" / "analysis")
     from make_metafile import entry

@@ -365,6 +365,7 @@ def test_compiles_whole_and_recompiles_once_when_the_branch_goes_off():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.long
 def test_inductor_gives_the_gradients_of_eager():
     torch._dynamo.reset()
     torch.manual_seed(0)

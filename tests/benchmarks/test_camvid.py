@@ -72,6 +72,7 @@ def test_the_constant_is_the_class_of_most_training_pixels(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_it_trains_evaluates_compares_and_stores(
     benchmark, segmentor_config, scenes, tmp_path, monkeypatch, capsys
 ):

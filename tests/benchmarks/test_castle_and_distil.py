@@ -13,6 +13,7 @@ def benchmark(load_benchmark):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_it_compares_the_two_finetunings_and_stores_the_figures(
     benchmark, data, tmp_path, monkeypatch, capsys
 ):

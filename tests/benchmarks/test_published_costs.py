@@ -35,6 +35,7 @@ def test_softmax_originals_agree_with_the_published_costs(stored):
 
 
 @pytest.mark.parametrize("index", [0, 2, 6], ids=["DeiT-T", "LeViT-128", "MViTv2-T"])
+@pytest.mark.long
 def test_counting_again_gives_the_stored_numbers(benchmark, stored, index):
     assert benchmark.measure(benchmark.TABLE[index]) == stored["rows"][index]
 

@@ -69,6 +69,7 @@ def test_detectors_have_as_many_boxes_as_they_may_return(load_benchmark):
 # -- measuring -------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_size_is_measured(layers, capsys, warm_python, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(warm_python))  # measures memory
     benchmark = dataclasses.replace(

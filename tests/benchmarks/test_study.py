@@ -152,6 +152,7 @@ def tiny_nuclei(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_detector_cell_is_trained_pruned_and_stored(study, tiny_nuclei, tmp_path):
     out = tmp_path / "out"
     nuclei = study("nuclei")

@@ -82,6 +82,7 @@ def test_mvit_without_subsampled_keys_computes_what_it_did(size):
     assert_close(output(model, images(size)), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.long
 def test_the_castled_model_trains_at_every_size(case):
     model, sizes, _ = case
     before = dict(model.named_parameters())

@@ -63,6 +63,7 @@ import mmcastling
     [OURS_FIRST + TOOLBOX, THEIRS_FIRST, "import mmcastling\n" + TIMM + ROOT],
     ids=["ours-first", "theirs-first", "timm-asks-first"],
 )
+@pytest.mark.long
 def test_libraries_know_ours_in_every_order(code):
     done = subprocess.run(
         [sys.executable, "-c", f"import sys\n{code}"], capture_output=True, text=True

@@ -200,6 +200,7 @@ def test_nothing_found_is_no_error(mask_rcnn, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["retinanet", "rtmdet"])
+@pytest.mark.long
 def test_one_stage_detectors_agree_at_any_size(root, tmp_path, name):
     model = built(root, name)
     inferencer = exported(model, tmp_path)

@@ -115,6 +115,7 @@ def test_a_model_built_deployed_takes_the_folded_weights(family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.long
 def test_compiled_once_it_serves_every_size(family):
     backbone = trained_like(family)
     backbone.switch_to_deploy()

@@ -53,6 +53,7 @@ def trained(request, classifier_config, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_command_takes_images_of_any_channels(trained, tmp_path, run_main):
     config, checkpoint, root, channels = trained
     picture = next((root / "images" / "light").iterdir())

@@ -161,6 +161,7 @@ def plain(classifier_config, tmp_path_factory):
     return finished(classifier_config, tmp_path_factory.mktemp("plain"))[1]
 
 
+@pytest.mark.long
 def test_compiled_training_is_the_same_training(plain, classifier_config, tmp_path):
     options = dict(compile=dict(backend="aot_eager"))
     cfg, compiled = finished(classifier_config, tmp_path, **options)

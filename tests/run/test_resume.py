@@ -407,6 +407,7 @@ def test_a_run_without_a_seed_gets_that_of_the_checkpoint(trained_classifier, tm
     sorted((Path(__file__).parents[2] / "configs").glob("*.py")),
     ids=lambda path: path.stem,
 )
+@pytest.mark.long
 def test_every_config_can_be_resumed_exactly(path):
     hooks = load_config(path).default_hooks
     assert hooks.checkpoint.type == "AtomicCheckpointHook"

@@ -50,6 +50,7 @@ def differences(name, reference=MAIN):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.long
 def test_every_config_builds_and_deploys(path):
     cfg = load(path)
     # Without memory for the weights; Swin reads numbers from tensors as it is built.

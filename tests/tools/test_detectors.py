@@ -45,6 +45,7 @@ log_processor = dict(by_epoch=False)
 @pytest.mark.slow
 @pytest.mark.parametrize("detector", ["mask_rcnn_{}_mvit_t", "retinanet_{}_levit_256"])
 @pytest.mark.parametrize("kind", ["castling", "softmax"])
+@pytest.mark.long
 def test_trains_and_evaluates_on_coco(
     root, tiny_coco, run_main, printed_difference, tmp_path, detector, kind
 ):

@@ -19,7 +19,7 @@ from mmcastling.checkpoint import load_checkpoint
 from mmcastling.deploy import select_weights
 from mmcastling.run import convert, evaluate, load_config, train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 # Writes down, in each process, what an iteration saw and what training ended with.
 RECORDER = """

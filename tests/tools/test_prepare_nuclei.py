@@ -129,6 +129,7 @@ def real_set(real_run):
 # --- the real set -------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_tool_writes_the_real_set_and_reports_its_counts(real_run):
     out, done = real_run
     assert done.returncode == 0, done.stderr

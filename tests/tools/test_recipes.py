@@ -165,6 +165,7 @@ def make_shallow(model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.long
 def test_two_iterations_train(name, root, tmp_path, imagenet, tiny_coco, timm_teacher):
     cfg = small_config(name, root, tmp_path, imagenet, tiny_coco, timm_teacher)
     model = train(cfg)

@@ -97,6 +97,7 @@ def mae(run_main, tmp_path):
 
 
 @pytest.mark.parametrize("name", ADE20K)
+@pytest.mark.long
 def test_every_recipe_trains_an_iteration_and_predicts(
     name, root, ade20k, tmp_path, request
 ):

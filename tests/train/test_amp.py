@@ -68,6 +68,7 @@ def train_detector(cfg, iterations=3, **options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.long
 def test_a_detector_trains_with_finite_losses_and_gradients(dtype, detector_cfg):
     exact, _, _ = train_detector(detector_cfg, iterations=1)
     first, model, wrapper = train_detector(detector_cfg, type=KIND, dtype=dtype)
