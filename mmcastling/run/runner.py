@@ -54,21 +54,31 @@ def build_runner(cfg: Config) -> Runner:
     if cfg.get("visualizer"):  # mmdet's configs name theirs alike in every run
         cfg.visualizer.name = cfg.experiment_name
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
-    runner.register_hook(_HeadCheckHook())
+    runner.register_hook(_CheckModelHook())
     return runner
 
 
 _HEADS = ("bbox_head", "mask_head", "decode_head", "auxiliary_head", "head")
 
 
-class _HeadCheckHook(Hook):
+def check_trainable(model: nn.Module) -> None:
+    """Check that some parameter of a model is trained; ConfigError if all are frozen."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "no parameter of the model is trained: all are frozen, by frozen_stages or "
+            "requires_grad. Leave some of it unfrozen"
+        )
+
+
+class _CheckModelHook(Hook):
     """Compares heads with the classes of the data, when both have been built.
 
     A label that the head lacks is an index error of the loss, and a label that the data
-    lacks one of mmdet's metrics.
+    lacks one of mmdet's metrics. And a model may be frozen whole.
     """
 
     def before_train(self, runner: Runner) -> None:
+        check_trainable(runner.model)
         self._check(runner, runner.train_dataloader)
         if runner.val_loop is not None:
             self._check(runner, runner.val_dataloader)

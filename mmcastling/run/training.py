@@ -19,7 +19,12 @@ from mmcastling.models.pretrained import check_start, read_checkpoint
 from mmcastling.registry import type_name
 from mmcastling.run.config import check_data, require
 from mmcastling.run.load import build_model
-from mmcastling.run.runner import build_runner, is_first_process, is_sharded
+from mmcastling.run.runner import (
+    build_runner,
+    check_trainable,
+    is_first_process,
+    is_sharded,
+)
 from mmcastling.run.work_dir import check_work_dir, claimed_work_dir
 from mmcastling.train.amp import DTYPES
 
@@ -75,11 +80,8 @@ def train(
     check_work_dir(cfg.work_dir)
     with claimed_work_dir(cfg.work_dir) if is_first_process(cfg) else nullcontext():
         runner = build_runner(cfg)
-        if not any(p.requires_grad for p in runner.model.parameters()):
-            raise ConfigError(
-                "no parameter of the model is trained: all are frozen, by "
-                "frozen_stages or requires_grad. Leave some of it unfrozen"
-            )
+        if isinstance(runner.model, nn.Module):  # strategies build it when they train
+            check_trainable(runner.model)
         for warning in warnings:
             runner.logger.warning(warning)
         with safe_mmengine_loading():

@@ -106,7 +106,7 @@ def test_heads_have_the_classes_of_the_data(parts, message):
         model=detector(**parts), logger=SimpleNamespace(warning=warnings.append)
     )
     loader = SimpleNamespace(dataset=SimpleNamespace(metainfo=dict(classes="abc")))
-    hook = runner_module._HeadCheckHook()
+    hook = runner_module._CheckModelHook()
     if message in (None, "warning"):
         hook._check(runner, loader)
         assert len(warnings) == (message == "warning")

@@ -70,6 +70,7 @@ def test_a_detector_starts_from_imported_weights(
     assert done.returncode == 0, done.stderr
     cfg = load_config(detector_config)
     cfg.model.backbone.update(
+        arch="nano",
         stem="patch",
         patch_size=16,
         init_cfg=dict(type="Pretrained", checkpoint=str(out), prefix="backbone."),
