@@ -52,9 +52,14 @@ def test_trains_and_evaluates_on_coco(
     base = root / "configs" / f"{detector.format(kind)}_coco.py"
     config = tmp_path / "small.py"
     config.write_text(SMALL.format(base=str(base)))
-    # Without a threshold of scores an untrained detector still predicts.
-    test_cfg = "rcnn.score_thr" if "mask_rcnn" in detector else "score_thr"
-    options = (f"data_root={tiny_coco}", f"model.test_cfg.{test_cfg}=0.0")
+    # Without a threshold of scores an untrained detector still predicts; a few boxes.
+    test_cfg = "model.test_cfg"
+    options = [f"data_root={tiny_coco}"]
+    if "mask_rcnn" in detector:
+        proposals = ("test_cfg.rpn", "train_cfg.rpn_proposal")
+        options += [f"model.{name}.max_per_img=50" for name in proposals]
+        test_cfg += ".rcnn"
+    options += [f"{test_cfg}.score_thr=0.0", f"{test_cfg}.max_per_img=20"]
     common = ("--work-dir", tmp_path, "--cfg-options", *options)
     done = run_main("train.py", config, *common)
     assert done.returncode == 0, done.stderr
