@@ -62,7 +62,7 @@ _HEADS = ("bbox_head", "mask_head", "decode_head", "auxiliary_head", "head")
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Check that some parameter of a model is trained; ConfigError if all are frozen."""
+    """Check that some parameter is trained; ConfigError if all are frozen."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
             "no parameter of the model is trained: all are frozen, by frozen_stages or "
