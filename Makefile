@@ -11,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-long docs lint clean
+.PHONY: setup demo test test-long runtimes others docs lint clean
 
 setup: $(STAMP)
 
@@ -42,19 +42,25 @@ lint: setup
 
 # A process per core, up to four (2 GB each), each with one thread; one that dies ends
 # the run, which would wait for it for ever. What runs exported files has processes of
-# its own: beside the thread pools of their runtimes, a training has died in one.
+# its own, beside the rest: near the thread pools of their runtimes a training has died.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 \
   --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 RUNTIMES := tests/export tests/runtime tests/tools/test_export.py \
   tests/benchmarks/test_runtimes.py tests/run/test_demo.py tests/run/test_predictors.py
 
+MARK := not long
+
 test: lint
-	$(PYTEST) -m "not long" $(RUNTIMES)
-	$(PYTEST) -m "not long" $(RUNTIMES:%=--ignore=%)
+	$(MAKE) --jobs 2 runtimes others
 
 test-long: setup
-	$(PYTEST) -m long $(RUNTIMES)
-	$(PYTEST) -m long $(RUNTIMES:%=--ignore=%)
+	$(MAKE) --jobs 2 MARK=long runtimes others
+
+runtimes: setup
+	$(PYTEST) -n 1 -m "$(MARK)" $(RUNTIMES)
+
+others: setup
+	$(PYTEST) -m "$(MARK)" $(RUNTIMES:%=--ignore=%)
 
 # The variable silences the theme's note on MkDocs 2, which is not what we pin.
 docs: setup
