@@ -37,6 +37,7 @@ def case(request):
     return build(request.param), sizes, count
 
 
+@pytest.mark.long
 def test_weights_that_keep_a_meaning_are_the_same_parameters(case):
     model, _, count = case
     before = dict(model.named_parameters())

@@ -242,6 +242,7 @@ def test_a_machine_without_it_is_named_with_what_it_has(monkeypatch):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.long
 def test_whatever_castle_knows_is_lowered_copied_saved_and_loaded(any_machine, name):
     for part, precisions in (({}, BOUNDS), (dict(stages=[-1]), ["bf16"])):
         model = build(name)

@@ -259,6 +259,7 @@ SEGMENTOR = dict(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_segmentors_agree_at_any_size(tmp_path):
     config = tmp_path / "segmentor.py"
     config.write_text(f"default_scope = 'mmseg'\nmodel = {SEGMENTOR!r}\n")

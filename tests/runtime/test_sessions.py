@@ -103,6 +103,7 @@ def pictures(count, *shape):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_option_of_every_attention_is_exported(exported, model):
     for shape in ((1, 16, 6, 9), (3, 16, 4, 4), (2, 16, 2, 3)):
         (images,) = pictures(1, *shape)

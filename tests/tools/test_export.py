@@ -90,6 +90,7 @@ def operators(path):
         ("exported-program", ".pt2", "bf16"),
     ],
 )
+@pytest.mark.long
 def test_every_format_is_compared_lowered_evaluated_and_painted(
     run_command, trained, people, tmp_path, format, ending, precision
 ):
