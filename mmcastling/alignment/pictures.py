@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,6 @@ from torch import Tensor
 from mmcastling.alignment.pairs import AlignError
 
 logger = logging.getLogger("mmcastling")
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
@@ -47,47 +46,54 @@ class PictureBatches:
         std: Sequence[float] = IMAGENET_STD,
         seed: int = 0,
     ) -> None:
+        from mmcastling.runtime.images import PICTURES  # which needs OpenCV
+
         self.sizes, self.batch_size, self.seed = list(sizes), batch_size, seed
         self.mean = torch.tensor(mean).view(3, 1, 1)
         self.std = torch.tensor(std).view(3, 1, 1)
         self.paths = sorted(
-            path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES
+            path for path in Path(folder).rglob("*") if path.suffix.lower() in PICTURES
         )
         self._skipped: set[Path] = set()
         if not any(self._read(path) is not None for path in self.paths):
             raise AlignError(
                 f"{folder} has no picture that can be read ({len(self.paths)} files "
-                f"named as pictures): give a folder of {', '.join(sorted(SUFFIXES))}"
+                f"named as pictures): give a folder of {', '.join(sorted(PICTURES))}"
             )
 
     def __call__(self, step: int) -> Tensor:
         """The batch ``(B, 3, H, W)`` of a step."""
         size = self.sizes[step % len(self.sizes)]
-        first = step * self.batch_size
         crops: list[Tensor] = []
-        index = first
-        while len(crops) < self.batch_size:
-            epoch, place = divmod(index, len(self.paths))
-            order = np.random.default_rng((self.seed, epoch)).permutation(
-                len(self.paths)
-            )
-            picture = self._read(self.paths[order[place]])
+        for path in self._paths_from(step * self.batch_size):
+            picture = self._read(path)
             if picture is not None:
                 noise = np.random.default_rng((self.seed, step, len(crops)))
                 crops.append(self._crop(picture, size, noise))
-            index += 1
+            if len(crops) == self.batch_size:
+                break
         return torch.stack(crops)
 
-    def _read(self, path: Path) -> np.ndarray | None:
-        import cv2
+    def _paths_from(self, index: int) -> Iterator[Path]:
+        """Pictures without end, from one on, in an order of its own for each epoch."""
+        epoch, place = divmod(index, len(self.paths))
+        while True:
+            noise = np.random.default_rng((self.seed, epoch))
+            yield from (
+                self.paths[i] for i in noise.permutation(len(self.paths))[place:]
+            )
+            epoch, place = epoch + 1, 0
 
-        picture = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
-        if picture is None:
+    def _read(self, path: Path) -> np.ndarray | None:
+        from mmcastling.runtime.images import ExportedModelError, read_image
+
+        try:
+            return read_image(path)
+        except ExportedModelError:
             if path not in self._skipped:
                 self._skipped.add(path)
                 logger.warning("%s cannot be read as a picture: it is skipped", path)
             return None
-        return picture
 
     def _crop(
         self, picture: np.ndarray, size: tuple[int, int], noise: np.random.Generator

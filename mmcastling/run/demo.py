@@ -43,7 +43,7 @@ from mmcastling.run.pipelines import FilePipeline
 from mmcastling.run.testing import add_prediction
 from mmcastling.run.work_dir import check_work_dir
 from mmcastling.runtime import SUFFIXES, ExportedInferencer, is_exported
-from mmcastling.runtime.images import read_image, with_channels
+from mmcastling.runtime.images import PICTURES, read_image, with_channels
 from mmcastling.show.painting import Painter
 
 # -- what predicts --------------------------------------------------------------------
@@ -195,7 +195,6 @@ def _device(name: str | None) -> torch.device:
 
 # -- pictures and videos ---------------------------------------------------------------
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 
 

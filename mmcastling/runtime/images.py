@@ -26,6 +26,9 @@ _FLAGS = {
 COLOUR_TYPES = tuple(_FLAGS)
 """How files are read, by mmcv's names; ``'unchanged'`` keeps channels and 16 bits."""
 
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+"""How the names of pictures end, in small letters."""
+
 _TO_GREY = {3: cv2.COLOR_BGR2GRAY, 4: cv2.COLOR_BGRA2GRAY}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mmcastling.runtime.images import read_image
+from mmcastling.runtime.images import PICTURES, read_image
 from mmcastling.runtime.metadata import ExportedModelError
 from mmcastling.runtime.model import ExportedModel
 from mmcastling.runtime.postprocess import paste_masks, resize_bilinear, slide
@@ -18,8 +18,6 @@ from mmcastling.runtime.preprocess import Prepared, prepare
 
 Source = Any
 """What :func:`mmcastling.runtime.images.read_image` takes."""
-
-_IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,10 +192,10 @@ def _listed(inputs: Source | Sequence[Source]) -> list[Source]:
     folder = Path(inputs)
     if not folder.is_dir():
         return [inputs]
-    images = sorted(p for p in folder.iterdir() if p.suffix.lower() in _IMAGES)
+    images = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
     if not images:
         raise ExportedModelError(
             f"the folder {folder} holds no images: expected files that end in "
-            f"{sorted(_IMAGES)}"
+            f"{sorted(PICTURES)}"
         )
     return list(images)

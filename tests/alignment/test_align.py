@@ -226,13 +226,17 @@ def test_colours_are_red_green_blue_and_normalised(tmp_path):
 
 def test_damaged_pictures_are_skipped_and_named_once(folder, caplog):
     (folder / "bad.jpg").write_bytes(b"no picture")
+    (folder / "empty.png").touch()
+    (folder / "folder.png").mkdir()
     with caplog.at_level(logging.WARNING, "mmcastling"):
         batches = PictureBatches(folder, sizes=[(8, 8)], batch_size=4)
         for step in range(3):
             assert batches(step).shape == (4, 3, 8, 8)
-    assert caplog.text.count("bad.jpg cannot be read as a picture") == 1
-    for path in (folder / "sub").iterdir():
+    for name in ("bad.jpg", "empty.png", "folder.png"):
+        assert caplog.text.count(f"{name} cannot be read as a picture") == 1
+    for path in (folder / "empty.png", *(folder / "sub").iterdir()):
         path.unlink()
+    (folder / "folder.png").rmdir()
     with pytest.raises(AlignError, match=r"no picture that can be read \(1 files"):
         PictureBatches(folder)
     with pytest.raises(AlignError, match="no picture that can be read"):
