@@ -19,12 +19,12 @@ from mmcastling.alignment.pairs import (
     attention_pairs,
     cosines,
     default_features,
+    features_of,
     on_each_attention,
     relative_error,
 )
 from mmcastling.checkpoint import load_checkpoint, save_atomically
 from mmcastling.decay import MaskDecay
-from mmcastling.deploy.verify import tensors_in
 from mmcastling.errors import OptionError
 from mmcastling.verbs import castling_modules, set_mask
 
@@ -153,8 +153,8 @@ def _match_features(
 ) -> dict[str, float]:
     """Add the gradients of the features' errors; the errors by level."""
     with torch.no_grad():
-        expected = list(tensors_in(features(teacher, x)))
-    found = list(tensors_in(features(student, x)))
+        expected = features_of(teacher, x, features)
+    found = features_of(student, x, features)
     if [f.shape for f in found] != [e.shape for e in expected]:
         raise AlignError(
             f"features of the student have shapes {[tuple(f.shape) for f in found]}, "

@@ -139,12 +139,21 @@ def feature_similarity(
     features: Features = default_features,
 ) -> list[float]:
     """Mean cosine of the features of two networks, one number for each tensor."""
-    found: list[list[float]] = []
-    for images in batches:
-        pairs = zip(
-            tensors_in(features(student, images)),
-            tensors_in(features(teacher, images)),
-            strict=True,
-        )
-        found.append([float(cosines(*pair).mean()) for pair in pairs])
+    return mean_cosines(
+        [features_of(model, images, features) for model in (student, teacher)]
+        for images in batches
+    )
+
+
+def features_of(model: nn.Module, images: Tensor, features: Features) -> list[Tensor]:
+    """The tensors that a network's features consist of."""
+    return list(tensors_in(features(model, images)))
+
+
+def mean_cosines(batches: Iterable[Iterable[list[Tensor]]]) -> list[float]:
+    """Of pairs of features, a pair for each batch: one number for each tensor."""
+    found = [
+        [float(cosines(*pair).mean()) for pair in zip(*both, strict=True)]
+        for both in batches
+    ]
     return [sum(level) / len(level) for level in zip(*found, strict=True)]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import statistics
-import time
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from mmcastling.alignment.pairs import (
     Features,
     attention_pairs,
     default_features,
-    feature_similarity,
+    features_of,
+    mean_cosines,
 )
+from mmcastling.analysis import paired_medians
 from mmcastling.verbs import castling_modules, set_mask, switch_to_deploy
 
 
@@ -57,7 +59,7 @@ def scan(
         teacher: The softmax network.
         batches: Batches of images ``(B, 3, H, W)``, of the size of use.
         features: As of :func:`align`.
-        rounds: Repetitions of each timing, on the first batch. Defaults to 5.
+        rounds: Repetitions of each timing, in turns, on the first batch. Defaults to 5.
 
     Returns:
         A row for each castled attention, in the order of the network.
@@ -69,22 +71,31 @@ def scan(
         set_mask(deployed, 1.0)
     deployed = switch_to_deploy(deployed, inplace=True)
     hybrid = copy.deepcopy(teacher).train(False)
+    expected = [features_of(hybrid, images, features) for images in batches]
     rows = []
     for name in pairs:
         original, castled = hybrid.get_submodule(name), deployed.get_submodule(name)
-        softmax_ms = _time(hybrid, original, batches[0], features, rounds)
+        args, kwargs = _call_of(original, hybrid, batches[0], features)
+        seconds = paired_medians(
+            {
+                kind: functools.partial(attention, *args, **kwargs)
+                for kind, attention in (("softmax", original), ("castled", castled))
+            },
+            rounds,
+        )
         hybrid.set_submodule(name, castled)
-        castled_ms = _time(hybrid, castled, batches[0], features, rounds)
-        kept = min(feature_similarity(hybrid, teacher, batches, features))
+        found = (features_of(hybrid, images, features) for images in batches)
+        kept = min(mean_cosines(zip(found, expected, strict=True)))
         hybrid.set_submodule(name, original)
+        softmax_ms, castled_ms = (1000 * seconds[k] for k in ("softmax", "castled"))
         rows.append(ScanRow(name, 1 - kept, softmax_ms, castled_ms))
     return rows
 
 
-def _time(
-    model: nn.Module, attention: nn.Module, images: Tensor, features: Features, n: int
-) -> float:
-    """Median milliseconds of an attention, on what it is given inside its model."""
+def _call_of(
+    attention: nn.Module, model: nn.Module, images: Tensor, features: Features
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that an attention is given inside its model."""
     calls = []
     handle = attention.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
@@ -93,10 +104,4 @@ def _time(
         features(model, images)
     finally:
         handle.remove()
-    (args, kwargs), *_ = calls
-    spent = []
-    for _ in range(n + 1):
-        started = time.perf_counter()
-        attention(*args, **kwargs)
-        spent.append(time.perf_counter() - started)
-    return 1000 * statistics.median(spent[1:])
+    return calls[0]
