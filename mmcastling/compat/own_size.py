@@ -34,7 +34,6 @@ def at_own_size(forward: Callable[..., Any]) -> Callable[..., Any]:
     Detectors without an attention of this package are left as they are.
     """
 
-    @functools.wraps(forward)
     def wrapped(
         self: nn.Module, inputs: Any, data_samples: Any = None, mode: str = "tensor"
     ) -> Any:

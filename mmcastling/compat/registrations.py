@@ -42,6 +42,15 @@ TIMM_ARCHS = {
 }
 
 
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Put ``wrapper(theirs)`` around a function of a library, once."""
+    theirs = getattr(owner, name)
+    if not hasattr(theirs, _OURS):
+        ours = functools.wraps(theirs)(wrapper(theirs))
+        setattr(ours, _OURS, True)
+        setattr(owner, name, ours)
+
+
 def load_second_half_on_first_lookup(module: ModuleType) -> None:
     """Import all that a config can name when a registry is first asked for anything.
 
@@ -125,10 +134,7 @@ def name_models_in_inferencers(module: ModuleType) -> None:
 
 def keep_images_at_own_size(module: ModuleType) -> None:
     """Keep the padding of a batch out of what a detector finds in an image."""
-    detector = module.BaseDetector
-    if not hasattr(detector.forward, _OURS):
-        detector.forward = own_size.at_own_size(detector.forward)
-        setattr(detector.forward, _OURS, True)
+    _wrap(module.BaseDetector, "forward", own_size.at_own_size)
 
 
 def drop_debug_messages(module: ModuleType) -> None:
@@ -136,14 +142,15 @@ def drop_debug_messages(module: ModuleType) -> None:
 
     MMEngine prints whatever is for no logger, of any level.
     """
-    theirs = module.print_log
 
-    @functools.wraps(theirs)
-    def print_log(msg: Any, logger: Any = None, level: int = logging.INFO) -> None:
-        if logger is not None or level > logging.DEBUG:
-            theirs(msg, logger, level)
+    def but_debug(theirs: Callable[..., None]) -> Callable[..., None]:
+        def print_log(msg: Any, logger: Any = None, level: int = logging.INFO) -> None:
+            if logger is not None or level > logging.DEBUG:
+                theirs(msg, logger, level)
 
-    module.print_log = print_log
+        return print_log
+
+    _wrap(module, "print_log", but_debug)
 
 
 def allow_history_in_checkpoints(module: ModuleType) -> None:
@@ -184,67 +191,58 @@ def keep_metadata_in_mmengine(module: ModuleType) -> None:
     That is where the state of the masks is. MMEngine leaves these names with a prefix
     that the weights' have lost, or drops them.
     """
-    load, load_part = module.load_state_dict, module._load_checkpoint_with_prefix
-    if hasattr(load, _OURS):
-        return
 
-    @functools.wraps(load)
-    def load_state_dict(target: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        if not any(name.startswith("module.") for name in state_dict):
-            state_dict = with_metadata(state_dict, state_dict)
-        return load(target, state_dict, *args, **kwargs)
+    def named_alike(load: Callable[..., Any]) -> Callable[..., Any]:
+        def load_state_dict(module: Any, state_dict: Any, *args: Any, **kw: Any) -> Any:
+            if not any(name.startswith("module.") for name in state_dict):
+                state_dict = with_metadata(state_dict, state_dict)
+            return load(module, state_dict, *args, **kw)
 
-    @functools.wraps(load_part)
-    def load_with_prefix(prefix: str, *args: Any, **kwargs: Any) -> Any:
-        read, whole = module._load_checkpoint, {}
+        return load_state_dict
 
-        def reading(*args: Any, **kwargs: Any) -> Any:
-            whole.update(checkpoint=read(*args, **kwargs))
-            return whole["checkpoint"]
+    def kept(load_part: Callable[..., Any]) -> Callable[..., Any]:
+        def load_with_prefix(prefix: str, *args: Any, **kwargs: Any) -> Any:
+            read, whole = module._load_checkpoint, {}
 
-        with mock.patch.object(module, "_load_checkpoint", reading):
-            part = load_part(prefix, *args, **kwargs)
-        checkpoint = whole["checkpoint"]
-        source = checkpoint.get("state_dict", checkpoint)
-        return with_metadata(part, source, f"{prefix.removesuffix('.')}.")
+            def reading(*args: Any, **kwargs: Any) -> Any:
+                whole.update(checkpoint=read(*args, **kwargs))
+                return whole["checkpoint"]
 
-    setattr(load_state_dict, _OURS, True)
-    module.load_state_dict = load_state_dict
-    module._load_checkpoint_with_prefix = load_with_prefix
+            with mock.patch.object(module, "_load_checkpoint", reading):
+                part = load_part(prefix, *args, **kwargs)
+            checkpoint = whole["checkpoint"]
+            source = checkpoint.get("state_dict", checkpoint)
+            return with_metadata(part, source, f"{prefix.removesuffix('.')}.")
+
+        return load_with_prefix
+
+    _wrap(module, "load_state_dict", named_alike)
+    _wrap(module, "_load_checkpoint_with_prefix", kept)
 
 
 def keep_metadata_in_timm(module: ModuleType) -> None:
     """The same for what timm loads, ``create_model(checkpoint_path=)`` for example."""
-    clean = module.clean_state_dict
-    if hasattr(clean, _OURS):
-        return
 
-    @functools.wraps(clean)
-    def clean_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
-        return with_metadata(clean(state_dict), state_dict)
+    def kept(clean: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda state_dict: with_metadata(clean(state_dict), state_dict)
 
-    setattr(clean_state_dict, _OURS, True)
-    module.clean_state_dict = clean_state_dict
+    _wrap(module, "clean_state_dict", kept)
 
 
 def let_averages_follow(module: ModuleType) -> None:
     """Let averaged copies of timm and torch have the masks of the model they follow."""
     for name in ("AveragedModel", "ModelEma", "ModelEmaV2", "ModelEmaV3"):
-        kind = getattr(module, name, None)
-        method = "update_parameters" if name == "AveragedModel" else "update"
-        theirs = getattr(kind, method, None)
-        if theirs is not None and not hasattr(theirs, _OURS):
-            setattr(kind, method, _copying_masks(theirs))
+        if (kind := getattr(module, name, None)) is not None:
+            method = "update_parameters" if name == "AveragedModel" else "update"
+            _wrap(kind, method, _copying_masks)
 
 
 def _copying_masks(update: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(update)
     def update_and_copy(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         result = update(self, model, *args, **kwargs)
         copy_masks(model, getattr(self, "module", None) or self.ema)
         return result
 
-    setattr(update_and_copy, _OURS, True)
     return update_and_copy
 
 
