@@ -1,6 +1,7 @@
 """What a detector finds in an image does not depend on its neighbours in the batch."""
 
 import pytest
+import small_levit
 import torch
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
@@ -14,13 +15,6 @@ SIZES = [(96, 160), (128, 96), (96, 160), (70, 50)]
 ALL = range(len(SIZES))
 LAYERS = dict(
     embed_dims=64, num_layers=2, num_heads=2, feedforward_channels=64, _delete_=True
-)
-LEVIT = dict(
-    embed_dims=[32, 64],
-    key_dims=[16, 16],
-    num_heads=[1, 2],
-    depths=[1, 1],
-    _delete_=True,
 )
 DETECTORS = {
     "castling": (
@@ -36,9 +30,7 @@ DETECTORS = {
     "levit": (
         "retinanet_castling_levit_256_coco",
         {
-            "model.backbone.arch": LEVIT,
-            "model.backbone.out_indices": (0, 1),
-            "model.neck.in_channels": [16, 32, 64],
+            **small_levit.TWO_STAGES,
             "model.neck.out_channels": 32,
             "model.bbox_head.in_channels": 32,
             "model.bbox_head.feat_channels": 32,

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import small_levit
 import torch
 from torch import nn
 from torch.testing import assert_close
@@ -41,16 +42,8 @@ NANO = {"model.backbone.arch": "nano"}
 ARCH = dict(embed_dims=128, num_layers=2, num_heads=4, feedforward_channels=256)
 # What an export costs is its number of layers.
 TWO_LAYERS = {"model.backbone.arch": dict(ARCH, _delete_=True)}
-LEVIT = {  # a block a stage; maps of strides 8 to 32 with these channels
-    "model.backbone.arch": {
-        "embed_dims": [32, 64],
-        "key_dims": [16, 16],
-        "num_heads": [1, 2],
-        "depths": [1, 1],
-        "_delete_": True,
-    },
-    "model.backbone.out_indices": (0, 1),
-    "model.neck.in_channels": [16, 32, 64],
+LEVIT = {
+    **small_levit.TWO_STAGES,
     "model.bbox_head.stacked_convs": 1,
     "model.bbox_head.num_classes": 5,
     "model.test_cfg.score_thr": 0.0,
