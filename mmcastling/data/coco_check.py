@@ -349,7 +349,7 @@ def _check_sizes(
     step = -(-len(images) // HEADERS) or 1
 
     def examine(entry: Any) -> str | None:
-        if not isinstance(entry, dict) or not isinstance(entry.get("id"), int | str):
+        if not isinstance(entry, dict) or not _is_id(entry.get("id")):
             return None
         size = sizes.get(entry["id"])
         if size is None or not isinstance(entry.get("file_name"), str):
