@@ -42,6 +42,7 @@ def castle(
     stages: Iterable[int] | None = None,
     predicate: Predicate | None = None,
     *,
+    keep: Iterable[int | str] = (),
     grid: tuple[int, int] | None = None,
     return_report: bool = False,
     **attention: Any,
@@ -62,6 +63,9 @@ def castle(
             counted in order. Defaults to None (all).
         predicate: Called as ``predicate(name, attention)``; says whether to castle it.
             Defaults to None (all).
+        keep: Which attentions stay softmax: by index among all that castle knows in
+            the model, in its order, negative ones from the end; or by name, or that of
+            a block that holds them. Defaults to none.
         grid: ``(H, W)`` of the tokens, for a convolution on the grid in models that do
             not pass it on and whose grid is not square. Defaults to None.
         return_report: Also return what was done. Defaults to False.
@@ -80,7 +84,7 @@ def castle(
     found, declined = _find(model)
     if not found:
         raise OptionError(_nothing_found(model, declined))
-    chosen = _choose(found, stages, predicate)
+    unchosen = _unchosen(found, stages, predicate, keep)
 
     options = {"type": "castling", **attention}
     deploy = bool(options.pop("deploy", False))
@@ -88,8 +92,8 @@ def castle(
     swaps: dict[int, nn.Module] = {}
     shared: list[tuple[type[nn.Module], nn.Module, str]] = []
     for item in found:
-        if item.name not in chosen:
-            report.left_alone[item.name] = "not selected"
+        if item.name in unchosen:
+            report.left_alone[item.name] = unchosen[item.name]
             continue
         extra_tokens = _extra_tokens_of(item.ancestors)
         build = MixerBuilder(
@@ -216,9 +220,13 @@ def _stages(names: Sequence[str]) -> list[int]:
     return [order.index(path[shared]) for path in paths]
 
 
-def _choose(
-    found: Sequence[_Found], stages: Iterable[int] | None, predicate: Predicate | None
-) -> set[str]:
+def _unchosen(
+    found: Sequence[_Found],
+    stages: Iterable[int] | None,
+    predicate: Predicate | None,
+    keep: Iterable[int | str],
+) -> dict[str, str]:
+    """The reason for each attention that stays as it is, by name."""
     count = 1 + max(item.stage for item in found)
     wanted = set(range(count))
     if stages is not None:
@@ -230,16 +238,41 @@ def _choose(
                     f"with attentions, numbered 0 to {count - 1} or -{count} to -1"
                 )
         wanted = {stage % count for stage in stages}
-    chosen = {
-        item.name
+    kept = _kept([item.name for item in found], keep)
+    unchosen = {
+        item.name: "kept" if item.name in kept else "not selected"
         for item in found
-        if item.stage in wanted
-        and (predicate is None or predicate(item.name, item.module))
+        if item.name in kept
+        or item.stage not in wanted
+        or (predicate is not None and not predicate(item.name, item.module))
     }
-    if not chosen:
-        names = ", ".join(item.name for item in found)
-        raise OptionError(f"stages and predicate select none of the attentions {names}")
-    return chosen
+    if len(unchosen) == len(found):
+        raise OptionError(
+            "keep, stages and predicate select none of the attentions "
+            + ", ".join(unchosen)
+        )
+    return unchosen
+
+
+def _kept(names: Sequence[str], keep: Iterable[int | str]) -> set[str]:
+    """Which of the attentions ``castle(keep=...)`` means."""
+    if isinstance(keep, str) or not isinstance(keep, Iterable):
+        raise OptionError(f"keep={keep!r}: expected a list, such as keep=[{keep!r}]")
+    keep, kept = list(keep), set()
+    for which in keep:
+        if isinstance(which, str):
+            meant = [name for name in names if _holds(which, name)]
+        else:
+            known = which in range(-len(names), len(names))
+            meant = [names[int(which)]] if known else []
+        if not meant:
+            raise OptionError(
+                f"keep={keep!r}: {which!r} is none of the {len(names)} attentions, "
+                f"numbered 0 to {len(names) - 1} or -{len(names)} to -1: "
+                + ", ".join(names)
+            )
+        kept.update(meant)
+    return kept
 
 
 def _holds(outer: str, inner: str) -> bool:

@@ -196,8 +196,10 @@ def test_modules_that_occur_twice_stay_one():
         (dict(stages=range(2)), [0, 1]),
         (dict(predicate=lambda name, module: name.endswith("2")), [2]),
         (dict(stages=[1, 2], predicate=lambda name, module: "2" in name), [2]),
+        (dict(keep=[0, -1]), [1, 2]),
+        (dict(keep=["0.blocks.1"], stages=[0, 1, 2]), [0, 2]),
     ],
-    ids=["ends", "first", "predicate", "both"],
+    ids=["ends", "first", "predicate", "both", "all but", "all but by name"],
 )
 def test_a_part_of_the_model_can_be_chosen(options, chosen):
     model = nn.Sequential(ToyModel())  # stages are found behind what wraps the model
@@ -205,7 +207,12 @@ def test_a_part_of_the_model_can_be_chosen(options, chosen):
     assert mixers(model) == [f"0.blocks.{i}.mixer" for i in chosen]
     assert [item.stage for item in report.castled] == chosen
     assert len(report.left_alone) == 4 - len(chosen)
-    assert set(report.left_alone.values()) == {"not selected"}
+    assert set(report.left_alone.values()) <= {"not selected", "kept"}
+    kept = [why for why in report.left_alone.values() if why == "kept"]
+    assert len(kept) == len(options.get("keep", ()))
+    assert set_mask(model, 1.0) == len(chosen)
+    x = torch.randn(2, 9, 12)
+    assert_close(switch_to_deploy(model)(x), model(x))
 
 
 def test_stages_are_what_names_first_differ_in():
@@ -289,6 +296,13 @@ def test_a_deployed_form_can_be_built():
         (ToyModel, dict(stages=[4]), "4 is not a stage; there are 4"),
         (ToyModel, dict(stages=[]), "select none of the attentions blocks.0"),
         (ToyModel, dict(predicate=lambda *_: False), "select none"),
+        (ToyModel, dict(keep=range(4)), "select none of the attentions blocks.0"),
+        (ToyModel, dict(keep=[0, 4]), r"keep=\[0, 4\]: 4 is none of the 4 .*blocks.3"),
+        (ToyModel, dict(keep=[-5]), "-5 is none of the 4 attentions, numbered 0 to 3"),
+        (ToyModel, dict(keep=["block"]), "'block' is none of the 4 attentions"),
+        (ToyModel, dict(keep="blocks.1"), r"such as keep=\['blocks.1'\]"),
+        (ToyModel, dict(keep=1), r"such as keep=\[1\]"),
+        (ToyModel, dict(keep=[0.5]), "0.5 is none of the 4 attentions"),
         (ToyAttention, {}, "castle the module that holds it"),
         (
             lambda: nn.ModuleList([nn.MultiheadAttention(8, 2)]),
