@@ -93,7 +93,7 @@ model = dict(
         ),
     ),
     neck=dict(strides=(4, 8)),
-    rpn_head=dict(anchor_generator=dict(scales=[8], strides=[4, 8])),
+    rpn_head=dict(anchor_generator=dict(scales=[8, 16], strides=[4, 8])),
     roi_head=dict(mask_head=dict(num_convs=1)),
     test_cfg=dict(rcnn=dict(score_thr=0.0, max_per_img=30)),
 )
