@@ -171,6 +171,26 @@ def _damaged(path: Path) -> str:
     )
 
 
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a ``.safetensors`` file by name."""
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist: check the path")
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise CheckpointError(
+            f"reading {path} needs the package safetensors: pip install safetensors"
+        ) from error
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} ({path.stat().st_size} bytes) is truncated or not a "
+            f"safetensors file ({error}): copy or download it again"
+        ) from error
+
+
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The state dict inside a checkpoint, without what wrappers add to names.
 
@@ -252,8 +272,8 @@ def check_weights_fit(
         shown = "; ".join(problems[:5])
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(
-            f"checkpoint {source} is of another architecture than the config: {shown}"
-            f"{more}. Use the config that it was trained with"
+            f"checkpoint {source} is of another architecture than the model: {shown}"
+            f"{more}. Build what it was trained with, by the same config or options"
         )
 
 

@@ -21,7 +21,7 @@ FLOORS = [
     {"attention", "data", "files", "runtime"},
     {"castle", "checkpoint", "decay", "verbs"},
     {"analysis", "compat", "deploy"},
-    {"alignment", "export", "models", "train"},
+    {"alignment", "export", "models", "named_models", "train"},
     {"show", "weights"},
     {"run"},
 ]
@@ -32,7 +32,7 @@ PART_OF = {"registry": "compat"}
 # mmcastling` reads of it, know the toolboxes.
 FIRST_HALF = {
     *("alignment", "analysis", "attention", "castle", "checkpoint", "decay", "deploy"),
-    *("errors", "export", "files", "runtime", "verbs", "version"),
+    *("errors", "export", "files", "named_models", "runtime", "verbs", "version"),
 }
 OPENMMLAB = {"mmengine", "mmcv", "mmdet", "mmpretrain", "mmseg"}
 NEIGHBOURS = ("timm", "transformers")

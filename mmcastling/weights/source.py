@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmcastling.checkpoint import load_checkpoint, without_wrappers
+from mmcastling.checkpoint import (
+    load_checkpoint,
+    read_safetensors,
+    without_wrappers,
+)
 from mmcastling.errors import CheckpointError
 
 Weights = dict[str, Tensor]
@@ -33,7 +37,7 @@ def read_source(path: Path) -> dict[str, Weights]:
             + (f", such as {files[0]}" if files else "")
         )
     if path.suffix == ".safetensors":
-        containers = {"": _read_safetensors(path)}
+        containers = {"": read_safetensors(path)}
     else:
         # Training scripts of DeiT, MAE, DINO and timm save their arguments beside the
         # weights; a Namespace only holds values, which must be safe themselves.
@@ -56,22 +60,3 @@ def _containers(node: dict[Any, Any], path: str = "") -> Iterator[tuple[str, Wei
     for name, value in named.items():
         if isinstance(value, dict):
             yield from _containers(value, f"{path}.{name}" if path else name)
-
-
-def _read_safetensors(path: Path) -> Weights:
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist: check the path")
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise CheckpointError(
-            f"reading {path} needs the package safetensors: pip install safetensors"
-        ) from error
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"checkpoint {path} ({path.stat().st_size} bytes) is truncated or not a "
-            f"safetensors file ({error}): copy or download it again"
-        ) from error
