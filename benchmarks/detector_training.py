@@ -83,13 +83,19 @@ def measure(name: str, data_root: str, seed: int = 0) -> dict[str, Any]:
 
 
 def _naive_with_state(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, state: torch.Tensor
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    state: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     probability, multiple, weight, _ = state.tolist()
     return naive_masked_softmax_attention(
         q,
         k,
         v,
+        bias,
         threshold=f"{probability!r}+{multiple!r}/N",
         weight=weight,
         return_density=True,

@@ -23,12 +23,17 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def in_full_precision(function: Function) -> Function:
-    """Run on float32 copies of half-precision tensors, untouched by autocast."""
+    """Run on float32 copies of half-precision tensors, untouched by autocast.
+
+    A tensor that may be missing is None.
+    """
 
     @functools.wraps(function)
-    def wrapped(*tensors: Tensor, **options: Any) -> Any:
+    def wrapped(*tensors: Tensor | None, **options: Any) -> Any:
         half = (torch.float16, torch.bfloat16)
-        tensors = tuple(t.float() if t.dtype in half else t for t in tensors)
+        tensors = tuple(
+            t.float() if t is not None and t.dtype in half else t for t in tensors
+        )
         with without_autocast(tensors[0].device):
             return function(*tensors, **options)
 

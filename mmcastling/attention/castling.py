@@ -14,7 +14,7 @@ from mmcastling.attention.fast import mixed_linear_angular_attention
 from mmcastling.attention.functional import FORMS, linear_angular_attention
 from mmcastling.attention.local_conv import Grid
 from mmcastling.attention.masked_softmax import mask_state, masked_softmax_with_state
-from mmcastling.attention.mixer import TokenMixer
+from mmcastling.attention.mixer import Bias, TokenMixer
 from mmcastling.attention.recording import is_transformed
 from mmcastling.attention.threshold import MaskThreshold
 from mmcastling.errors import OptionError, UnavailableError
@@ -97,13 +97,23 @@ class LinearAngularMixer(TokenMixer):
         """Whether the auxiliary branch contributes to the output."""
         return self.branch is not None and self.branch.is_on
 
+    @property
+    def uses_bias(self) -> bool:
+        """Whether a bias of the logits has a place: the auxiliary branch."""
+        return self.branch is not None
+
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: Grid | None = None,
+        bias: Bias | None = None,
     ) -> Tensor:
         """``normalize(linear-angular + masked softmax) + local_conv(v)``.
 
-        Without the masked softmax once its branch is off or removed; shapes as in
-        :meth:`TokenMixer.forward`.
+        Without the masked softmax, in which alone the bias acts, once its branch is off
+        or removed; shapes as in :meth:`TokenMixer.forward`.
         """
         local = self.convolve(v, grid)
         if not self.mask_is_on:
@@ -113,7 +123,10 @@ class LinearAngularMixer(TokenMixer):
             )
             return y.to(v.dtype)
         y = linear_angular_attention(q, k, v, **self.terms)
-        masked, density = masked_softmax_with_state(q, k, v, state=self.branch.state)
+        logits_bias = None if bias is None else bias()
+        masked, density = masked_softmax_with_state(
+            q, k, v, logits_bias, state=self.branch.state
+        )
         if self.training and not is_transformed():
             self.branch.density = density
         return self.normalize_and_add(masked + y, local, v.dtype)

@@ -186,6 +186,7 @@ def naive_masked_softmax_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    bias: Tensor | None = None,
     *,
     threshold: float | str | MaskThreshold = 0.02,
     weight: float = 1.0,
@@ -197,7 +198,8 @@ def naive_masked_softmax_attention(
     Arguments and results as of :func:`masked_softmax_attention`.
     """
     threshold = MaskThreshold.parse(threshold)
-    probability = torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1)
+    logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    probability = torch.softmax(logits if bias is None else logits + bias, dim=-1)
     mask = probability > threshold.resolve(k.shape[-2])
     out = weight * (torch.where(mask, probability, 0.0) @ v)
     if return_density:

@@ -5,7 +5,7 @@ and forgotten; the backward pass computes them again, for the rows that have a s
 and for no others. With the mask ``M`` a constant, ``o_i = sum_{j in M_i} P_ij v_j``,
 upstream gradients ``g`` and ``dP_ij = g_i . v_j`` for ``j in M_i`` (else 0)::
 
-    dS_ij = P_ij (dP_ij - sum_l P_il dP_il),    S = q k^T / sqrt(d)
+    dS_ij = P_ij (dP_ij - sum_l P_il dP_il),    S = q k^T / sqrt(d) + bias
 
 A row without survivors has ``dP_i = 0``: it gives and receives no gradient. As the
 masks empty, the backward pass empties with them and only the forward scores remain.
@@ -51,6 +51,7 @@ def masked_softmax_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    bias: Tensor | None = None,
     *,
     threshold: float | str | MaskThreshold = 0.02,
     weight: float = 1.0,
@@ -66,6 +67,8 @@ def masked_softmax_attention(
     ``(B, h, M, e)``.
 
     Args:
+        bias: Added to the logits, such as one of relative positions; it broadcasts to
+            ``(B, h, N, M)`` and has a gradient. Defaults to None.
         threshold: A probability, or a multiple of uniform attention such as ``'4/N'``.
             Defaults to 0.02, the released value.
         weight: Factor of the branch. Defaults to 1.
@@ -84,24 +87,24 @@ def masked_softmax_attention(
         pair of that and a scalar tensor.
     """
     out, density = masked_softmax_with_state(
-        q, k, v, state=mask_state(threshold, weight, penalty)
+        q, k, v, bias, state=mask_state(threshold, weight, penalty)
     )
     return (out, density) if return_density else out
 
 
 @in_full_precision
 def masked_softmax_with_state(
-    q: Tensor, k: Tensor, v: Tensor, *, state: Tensor
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """:func:`masked_softmax_attention`, and its density, by :func:`mask_state`."""
     if is_transformed():  # of which the operator knows nothing
-        return _plain_operations(q, k, v, state)
-    out, _, density = _masked_softmax(q, k, v, state)
+        return _plain_operations(q, k, v, bias, state)
+    out, _, density = _masked_softmax(q, k, v, bias, state)
     return out, density
 
 
 def _plain_operations(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     probability, multiple, weight, penalty = state.tolist()
     if penalty:
@@ -111,7 +114,7 @@ def _plain_operations(
         )
     threshold = MaskThreshold(probability, multiple)
     return naive_masked_softmax_attention(
-        q, k, v, threshold=threshold, weight=weight, return_density=True
+        q, k, v, bias, threshold=threshold, weight=weight, return_density=True
     )
 
 
@@ -126,11 +129,12 @@ def _read_state(state: Tensor, keys: int) -> tuple[float, float, float]:
 @library.custom_op(
     "mmcastling::masked_softmax",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor state) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor state)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 @in_full_precision  # autocast reaches in, and may be on around a backward pass
 def _masked_softmax(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The branch, the largest probability of each row ``(B, h, N)`` and the density."""
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
@@ -139,10 +143,10 @@ def _masked_softmax(
     pairs = peak.numel() * k.shape[-2]
     if pairs:
         threshold, weight, _ = _read_state(state, k.shape[-2])
-        tiles = _Tiles(q, k, v)
+        tiles = _Tiles(q, k, v, bias)
         flat_out, flat_peak = out.flatten(0, 1), peak.flatten(0, 1)
         for heads, rows in tiles.all():
-            p = tiles.probabilities(heads, tiles.q[heads, rows])
+            p = tiles.probabilities(heads, rows)
             torch.amax(p, dim=-1, out=flat_peak[heads, rows])
             # Whether a tile has survivors is free to ask on a CPU; elsewhere the answer
             # would have to be waited for.
@@ -156,7 +160,9 @@ def _masked_softmax(
 
 
 @_masked_softmax.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         q.new_empty((*q.shape[:-1], v.shape[-1])),
         q.new_empty(q.shape[:-1]),
@@ -167,24 +173,32 @@ def _(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, T
 @library.custom_op(
     "mmcastling::masked_softmax_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor peak, Tensor state)"
-    " -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor peak, "
+    "Tensor state) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 @in_full_precision
 def _masked_softmax_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, peak: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values."""
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    peak: Tensor,
+    state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys, values and bias (an empty one without)."""
     grads = tuple(t.new_zeros(t.shape) for t in (q, k, v))
+    grads += (q.new_zeros(0) if bias is None else q.new_zeros(bias.shape),)
     if not peak.numel() or not k.shape[-2]:
         return grads
     threshold, weight, penalty = _read_state(state, k.shape[-2])
-    dq, dk, dv = (t.flatten(0, 1) for t in grads)
-    tiles = _Tiles(q, k, v)
+    dq, dk, dv = (t.flatten(0, 1) for t in grads[:3])
+    tiles = _Tiles(q, k, v, bias)
+    dbias = None if bias is None else tiles.as_matrices(grads[3])
     grad = grad.flatten(0, 1)
     for heads, rows in tiles.with_survivors(peak.flatten(0, 1) > threshold):
         q_rows, grad_rows = tiles.q[heads, rows], grad[heads, rows] * weight
-        p = tiles.probabilities(heads, q_rows)
+        p = tiles.probabilities(heads, rows)
         survivors = tiles.survivors(p, threshold)
         dv[heads].baddbmm_(survivors.transpose(1, 2), grad_rows)
         ds = tiles.product(grad_rows, tiles.v[heads])
@@ -194,26 +208,37 @@ def _masked_softmax_backward(
         ds.addcmul_(p, ds.sum(dim=-1, keepdim=True), value=-1.0)
         dq[heads, rows] = ds @ tiles.k[heads]
         dk[heads].baddbmm_(ds.transpose(1, 2), q_rows)
+        if dbias is not None:
+            tiles.add_to_bias(dbias, heads, rows, ds)
     dq *= q.shape[-1] ** -0.5
     return grads
 
 
 @_masked_softmax_backward.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, peak: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    peak: Tensor,
+    state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dbias = q.new_empty(0 if bias is None else bias.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-    q, k, v, state = inputs
+    q, k, v, bias, state = inputs
     _, peak, density = output
-    ctx.save_for_backward(q, k, v, peak, state)
+    ctx.save_for_backward(q, k, v, bias, peak, state)
     ctx.mark_non_differentiable(peak, density)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return (*_masked_softmax_backward(grad, *ctx.saved_tensors), None)
+    q, k, v, bias, peak, state = ctx.saved_tensors  # once: a checkpoint computes them
+    *grads, dbias = _masked_softmax_backward(grad, q, k, v, bias, peak, state)
+    return (*grads, None if bias is None else dbias, None)
 
 
 _masked_softmax.register_autograd(_backward, setup_context=_save_for_backward)
@@ -225,7 +250,9 @@ class _Tiles:
     Small attentions are taken several heads at a time, large ones by rows of one head.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None
+    ) -> None:
         # (B h, N, d) divided by sqrt(d), (B h, M, d) and (B h, M, e)
         self.q = q.flatten(0, 1) * q.shape[-1] ** -0.5
         self.k, self.v = k.flatten(0, 1), v.flatten(0, 1)
@@ -237,6 +264,12 @@ class _Tiles:
         if self._heads == 1:
             self._rows = min(self._num_rows, max(_MIN_ROWS, size // keys))
         self._memory = [q.new_empty(0) for _ in range(3)]
+        self._bias = None if bias is None else self.as_matrices(bias)
+        if bias is not None:
+            # Of each image's heads, which matrix of the bias is theirs.
+            count = torch.arange(self._bias.shape[0], device=q.device)
+            count = count.view(*(1,) * (4 - bias.ndim), *bias.shape[:-2])
+            self._matrix_of = count.expand(q.shape[:2]).flatten()
 
     def _matrix(self, slot: int, heads: int, rows: int) -> Tensor:
         shape = (heads, rows, self.k.shape[-2])
@@ -266,9 +299,32 @@ class _Tiles:
                 rows = first[head, row : min(row + self._rows, count)]
                 yield slice(head, head + 1), rows
 
-    def probabilities(self, heads: slice, q: Tensor) -> Tensor:
-        """Softmax of scaled queries against the keys; overwrites slots 0 and 1."""
-        scores = self.product(q, self.k[heads])
+    def as_matrices(self, bias: Tensor) -> Tensor:
+        """A bias, or its gradient, with its leading axes as one."""
+        return bias.reshape(-1, *bias.shape[-2:])
+
+    def add_to_bias(
+        self, dbias: Tensor, heads: slice, rows: slice | Tensor, ds: Tensor
+    ) -> None:
+        """Add a tile of the logits' gradient to that of the bias."""
+        which = self._matrix_of[heads]
+        if dbias.shape[-2] == 1:
+            ds, rows = ds.sum(dim=1, keepdim=True), slice(None)
+        if dbias.shape[-1] == 1:
+            ds = ds.sum(dim=2, keepdim=True)
+        if isinstance(rows, slice):
+            dbias[:, rows].index_add_(0, which, ds)
+        else:  # of one head
+            dbias[int(which)].index_add_(0, rows, ds[0])
+
+    def probabilities(self, heads: slice, rows: slice | Tensor) -> Tensor:
+        """Softmax of queries against the keys; overwrites slots 0 and 1."""
+        scores = self.product(self.q[heads, rows], self.k[heads])
+        if self._bias is not None:
+            full = self._bias.shape[-2] > 1
+            scores += self._bias[self._matrix_of[heads]][
+                :, rows if full else slice(None)
+            ]
         return torch.softmax(scores, dim=-1, out=self._matrix(1, *scores.shape[:2]))
 
     def survivors(self, p: Tensor, threshold: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 from mmcastling.attention.functional import l2_normalize
 from mmcastling.attention.local_conv import Grid, build_local_conv
 from mmcastling.attention.opaque import OpaqueModule
+
+Bias = Callable[[], Tensor]
+"""Computes what is added to the logits; it broadcasts to ``(B, h, N, N)``."""
 
 
 class TokenMixer(OpaqueModule):
@@ -32,6 +36,7 @@ class TokenMixer(OpaqueModule):
     """
 
     deploy = False  # only a mixer with something to remove has a deployed form
+    uses_bias = False  # only softmax has logits that one could be added to
 
     def __init__(
         self,
@@ -49,11 +54,19 @@ class TokenMixer(OpaqueModule):
         self.local_conv = build_local_conv(local_conv, num_heads, head_dims)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Mix values over tokens: ``(B, h, N, d)`` twice and ``(B, h, N, e)`` to it."""
+        """Mix values over tokens: ``(B, h, N, d)`` twice and ``(B, h, N, e)`` to it.
+
+        One that uses a bias takes it as a fourth argument.
+        """
         raise NotImplementedError
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: Grid | None = None,
+        bias: Bias | None = None,
     ) -> Tensor:
         """Mix tokens.
 
@@ -63,12 +76,16 @@ class TokenMixer(OpaqueModule):
             v: Values ``(B, h, N, e)``; the last ``H * W`` of the ``N`` tokens fill
                 ``grid`` row by row, tokens before them lie outside it.
             grid: ``(H, W)`` of the tokens; needed by ``local_conv='grid'`` only.
+            bias: Computes what is added to the logits. It is not called by a mixer that
+                has no logits, see ``uses_bias``.
 
         Returns:
             ``(B, h, N, e)`` in the dtype of ``v``.
         """
         local = self.convolve(v, grid)
-        return self.normalize_and_add(self.mix(q, k, v), local, v.dtype)
+        logits_bias = [bias()] if bias is not None and self.uses_bias else []
+        mixed = self.mix(q, k, v, *logits_bias)
+        return self.normalize_and_add(mixed, local, v.dtype)
 
     def convolve(self, v: Tensor, grid: Grid | None) -> Tensor | None:
         """``local_conv(v)``, or None without a convolution."""

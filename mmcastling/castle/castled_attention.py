@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from mmcastling.attention import TokenMixer, build_mixer
 from mmcastling.attention.fast import fuse_linear
 from mmcastling.attention.local_conv import Grid, merge_heads, split_qkv
+from mmcastling.attention.mixer import Bias
 from mmcastling.attention.opaque import OpaqueModule
+from mmcastling.attention.peers.softmax import SoftmaxMixer
 from mmcastling.errors import OptionError
 
 
@@ -97,6 +99,9 @@ class CastledAttention(OpaqueModule):
             (``d ** -0.5``).
         keep: Names of layers, parameters and settings to take over from the old
             attention; those that it does not have become None. Defaults to none.
+        bias: Likewise, of those that serve a bias of the logits alone. They stay for as
+            long as the mixer has a place for it: in a castling one, until deployed.
+            Defaults to none.
         **layers: Further ones, under the names they shall have; ``qkv`` and ``proj``
             are those that this class itself uses.
     """
@@ -109,6 +114,7 @@ class CastledAttention(OpaqueModule):
         key_dims: int | None = None,
         scale: float | None = None,
         keep: Sequence[str] = (),
+        bias: Sequence[str] = (),
         **layers: Any,
     ) -> None:
         super().__init__()
@@ -122,10 +128,39 @@ class CastledAttention(OpaqueModule):
         for name, layer in {**kept, **layers}.items():
             setattr(self, name, layer)
         self.mixer = build(num_heads, head_dims, key_dims)
+        self._take_bias(build, bias)
         self.grid, self.extra_tokens = build.grid, build.extra_tokens
 
+    def _take_bias(self, build: MixerBuilder, names: Sequence[str]) -> None:
+        old, self.bias_names = build.attention, []
+        names = [name for name in names if getattr(old, name, None) is not None]
+        if names and not isinstance(self.mixer, SoftmaxMixer):
+            build.note(
+                "the relative position bias acts in the auxiliary branch alone, and "
+                "goes with it"
+                if self.mixer.uses_bias
+                else "the relative position bias is not applied"
+            )
+        if not self.mixer.uses_bias:
+            return
+        self.bias_names = names
+        for name in names:
+            value = getattr(old, name)
+            if name in old._buffers:
+                persistent = name not in old._non_persistent_buffers_set
+                self.register_buffer(name, value, persistent=persistent)
+            else:
+                setattr(self, name, value)
+
     def switch_to_deploy(self) -> None:
-        """Let the projections become fused layers; outputs are the same, rounded."""
+        """Let the projections become fused layers; outputs are the same, rounded.
+
+        What served a bias of the logits goes, unless the mixer still has logits.
+        """
+        if not isinstance(self.mixer, SoftmaxMixer):
+            for name in self.bias_names:
+                delattr(self, name)
+            self.bias_names = []
         for layer in self.children():
             fuse_linear(layer)
 
@@ -150,11 +185,28 @@ class CastledAttention(OpaqueModule):
         """Project tokens ``(B, N, C)`` to q, k and v, each ``(B, h, N, d)``."""
         return split_qkv(self.qkv(x), self.num_heads)
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid | None = None) -> Tensor:
-        """Mix values ``(B, h, N, e)`` over tokens, on the grid given or found."""
+    def mix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: Grid | None = None,
+        bias: Bias | None = None,
+    ) -> Tensor:
+        """Mix values ``(B, h, N, e)`` over tokens, on the grid given or found.
+
+        ``bias`` computes that of the logits, from what the argument of this name keeps.
+        """
         if self.query_factor is not None:
             q = q * self.query_factor
-        return self.mixer(q, k, v, grid or self.find_grid(v.shape[2]))
+        bias = bias if self.bias_names else None
+        y = self.mixer(q, k, v, grid or self.find_grid(v.shape[2]), bias)
+        if self.bias_names and self.training and not self.mixer.mask_is_on:
+            # Distributed training waits for the gradient of every parameter.
+            names = tuple(self.bias_names)
+            unused = [p for n, p in self.named_parameters() if n.startswith(names)]
+            y = y + 0.0 * sum(p.sum() for p in unused)
+        return y
 
     def attend(self, x: Tensor) -> Tensor:
         """Project and mix tokens: ``(B, N, C)`` to ``(B, N, h * e)``."""

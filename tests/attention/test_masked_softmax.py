@@ -196,7 +196,27 @@ def test_gradients_by_finite_differences(tiling):
 
 def test_keeps_the_contract_of_a_torch_operator():
     q, k, v = qkv(1, 2, 5, 6)
-    library.opcheck(module._masked_softmax, (q, k, v, module.mask_state(0.1)))
+    state = module.mask_state(0.1)
+    bias = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    for logits_bias in (None, bias):
+        library.opcheck(module._masked_softmax, (q, k, v, logits_bias, state))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 5, 6), (3, 5, 6), (5, 6), (2, 3, 5, 6), (2, 1, 1, 6), (3, 5, 1)]
+)
+@pytest.mark.parametrize("threshold", [0.0, 0.1, "1/N"])
+def test_equals_the_definition_with_a_bias_of_the_logits(shape, threshold, tiling):
+    generator = torch.Generator().manual_seed(0)
+    bias = torch.randn(shape, dtype=torch.float64, generator=generator)
+    inputs = [*qkv(2, 3, 5, 6), bias.requires_grad_()]
+    out = masked_softmax_attention(*inputs, threshold=threshold)
+    expected = naive_masked_softmax_attention(*inputs, threshold=threshold)
+    assert_close(out, expected)
+    assert_close(grads_of(out, inputs), grads_of(expected, inputs))
+    without = masked_softmax_attention(*inputs[:3], threshold=threshold)
+    # Softmax does not see what is the same for all keys.
+    assert torch.allclose(out, without) == (shape[-1] == 1)
 
 
 def test_no_tokens_give_no_output():
@@ -226,9 +246,9 @@ def test_rows_without_survivors_are_not_computed_again(monkeypatch):
     monkeypatch.setattr(
         module._Tiles,
         "probabilities",
-        lambda self, heads, q, original=module._Tiles.probabilities: (
-            rows.append(q.shape[:2]),
-            original(self, heads, q),
+        lambda self, heads, of, original=module._Tiles.probabilities: (
+            rows.append(self.q[heads, of].shape[:2]),
+            original(self, heads, of),
         )[1],
     )
     grad_q, *_ = grads_of(out, [q, k, v])

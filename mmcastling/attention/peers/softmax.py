@@ -14,5 +14,11 @@ class SoftmaxMixer(TokenMixer):
     kernel's merit from the convolution's. Arguments as in :class:`TokenMixer`.
     """
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return nn.functional.scaled_dot_product_attention(q, k, v)
+    uses_bias = True
+    mask_is_on = True  # none of its probabilities is masked
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        bias = None if bias is None else bias.to(q.dtype)
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
