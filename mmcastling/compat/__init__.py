@@ -15,6 +15,8 @@ module                      what it mends or adds             can go when
                             ``get_model`` find what is ours;  points of packages
                             debug messages stay off screen;
                             thop and ptflops count our layers;
+                            mmpretrain's multimodal part,
+                            broken by transformers 5, is out;
                             weights and their averages keep
                             the state of masks
 ``registry``                what inherits from our configs    MMEngine builds a base

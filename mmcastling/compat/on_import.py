@@ -24,6 +24,7 @@ AFTER_IMPORT = {
     "mmdet.models.detectors.base": "keep_images_at_own_size",
     "mmengine.runner.checkpoint": "keep_metadata_in_mmengine",
     "mmpretrain.apis.model": "name_classifiers",
+    "mmpretrain.utils.dependency": "leave_out_what_transformers_5_breaks",
     "ptflops.pytorch_ops": "name_layers_in_ptflops",
     "thop.profile": "name_layers_in_thop",
     "timm.models": "name_timm_models",

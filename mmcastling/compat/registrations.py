@@ -137,6 +137,16 @@ def keep_images_at_own_size(module: ModuleType) -> None:
     _wrap(module.BaseDetector, "forward", own_size.at_own_size)
 
 
+def leave_out_what_transformers_5_breaks(module: ModuleType) -> None:
+    """Let mmpretrain be imported beside transformers 5, without its multimodal models.
+
+    They import what transformers 5 no longer has. Placeholders that say what to install
+    stand in for them, as where transformers is missing.
+    """
+    if module.satisfy_requirement("transformers>=5"):
+        module.WITH_MULTIMODAL = False
+
+
 def drop_debug_messages(module: ModuleType) -> None:
     """Keep off the screen what the toolboxes print at debug level as they are imported.
 

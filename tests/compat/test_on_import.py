@@ -39,6 +39,13 @@ assert MODELS.get("mmcastling.CastlingViT").__module__.startswith("mmcastling.mo
 from mmdet.structures.mask import BitmapMasks
 import mmcv.ops
 """
+BLIP = """
+MODELS.build(dict(type="mmcastling.CastlingViT", arch="nano", img_size=32))
+try:
+    MODELS.build(dict(type="mmpretrain.BlipCaption"))
+except ImportError as error:
+    print(error)
+"""
 OURS_FIRST = f"""
 import mmcastling
 assert not {{"mmengine", "mmcv", "timm"}} & set(sys.modules)
@@ -71,6 +78,20 @@ def test_libraries_know_ours_in_every_order(code):
     assert done.returncode == 0, done.stderr[-3000:]
     if code.startswith(OURS_FIRST):
         assert done.stdout == ""  # where a package is missing, it is at debug level
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "theirs_first", [False, pytest.param(True, marks=pytest.mark.long)]
+)
+def test_mmpretrain_is_imported_beside_transformers_5(theirs_first):
+    pytest.importorskip("transformers", reason="pip install -r requirements-dev.txt")
+    lines = ["import mmcastling", "from transformers import ViTModel"]
+    lines = lines[::-1] if theirs_first else lines
+    code = "\n".join([*lines, "from mmpretrain.registry import MODELS", BLIP])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "mmpretrain[multimodal]" in done.stdout
 
 
 @pytest.mark.parametrize("name", AFTER_IMPORT)
