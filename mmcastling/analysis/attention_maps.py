@@ -169,7 +169,7 @@ def record_attention(model: nn.Module, image: Tensor, layer: int = -1) -> MixerC
     q, k, v, grid = calls[0]
     if grid is None:
         raise OptionError(
-            f"{name} was not told the grid of its {q.shape[2]} tokens: give a square "
-            "image, or castle the model with grid=(H, W)"
+            f"{name} was not told the grid of its {q.shape[2]} tokens: castle the "
+            "model with grid=(H, W)"
         )
     return MixerCall(name, mixer, q[0], k[0], v[0], tuple(map(int, grid)))

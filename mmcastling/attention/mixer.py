@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmcastling.attention.functional import l2_normalize
-from mmcastling.attention.local_conv import Grid, build_local_conv
+from mmcastling.attention.local_conv import Grid, GridConv, build_local_conv
 from mmcastling.attention.opaque import OpaqueModule
 
 Bias = Callable[[], Tensor]
@@ -52,6 +52,11 @@ class TokenMixer(OpaqueModule):
         self.key_dims = key_dims or head_dims
         self.norm_output = norm_output
         self.local_conv = build_local_conv(local_conv, num_heads, head_dims)
+
+    @property
+    def uses_grid(self) -> bool:
+        """Whether the mixer must be given the grid of the tokens."""
+        return isinstance(self.local_conv, GridConv)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Mix values over tokens: ``(B, h, N, d)`` twice and ``(B, h, N, e)`` to it.

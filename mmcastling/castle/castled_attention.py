@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mmcastling.attention import TokenMixer, build_mixer
@@ -15,6 +16,7 @@ from mmcastling.attention.local_conv import Grid, merge_heads, split_qkv
 from mmcastling.attention.mixer import Bias
 from mmcastling.attention.opaque import OpaqueModule
 from mmcastling.attention.peers.softmax import SoftmaxMixer
+from mmcastling.castle.grid import GridSource
 from mmcastling.errors import OptionError
 
 
@@ -27,6 +29,7 @@ class MixerBuilder:
         options: Those of the mixer, with ``type``.
         deploy: Whether to build deployed forms.
         grid: ``(H, W)`` of the attention's tokens, if it was given.
+        grid_source: What knows it of each image that passes, if something does.
         extra_tokens: Tokens before those of the grid (class and register tokens).
         holders: The modules that hold the attention, the nearest first.
         notes: What the report should say about this attention.
@@ -37,6 +40,7 @@ class MixerBuilder:
     options: dict[str, Any]
     deploy: bool
     grid: Grid | None = None
+    grid_source: GridSource | None = None
     extra_tokens: int = 0
     holders: Sequence[nn.Module] = ()
     notes: list[str] = field(default_factory=list)
@@ -130,6 +134,7 @@ class CastledAttention(OpaqueModule):
         self.mixer = build(num_heads, head_dims, key_dims)
         self._take_bias(build, bias)
         self.grid, self.extra_tokens = build.grid, build.extra_tokens
+        self.grid_source = build.grid_source
 
     def _take_bias(self, build: MixerBuilder, names: Sequence[str]) -> None:
         old, self.bias_names = build.attention, []
@@ -164,22 +169,39 @@ class CastledAttention(OpaqueModule):
         for layer in self.children():
             fuse_linear(layer)
 
-    def find_grid(self, num_tokens: int) -> Grid | None:
-        """The grid given, or the square one, or None if there is no square one.
+    def find_grid(self, num_tokens: int) -> Grid:
+        """The grid of the tokens: the one given, or that of the map they came from.
 
         Raises:
-            ValueError: If the grid given does not fit the number of tokens.
+            ValueError: If there is none, or it does not fit the number of tokens.
         """
         patches = num_tokens - self.extra_tokens
+        grid = self._latest_grid(patches)
+        # A traced number is a tensor, about which no question can be asked.
+        if grid is not None and (torch.jit.is_tracing() or math.prod(grid) == patches):
+            return grid
+        met = f"{num_tokens} tokens, {self.extra_tokens} of them not on the grid"
         if self.grid is not None:
-            if math.prod(self.grid) != patches:
-                raise OptionError(
-                    f"castle was given grid={self.grid}, but there are {num_tokens} "
-                    f"tokens, {self.extra_tokens} of them not on the grid"
-                )
-            return self.grid
-        side = math.isqrt(max(patches, 0))
-        return (side, side) if side * side == patches else None
+            raise OptionError(f"castle was given grid={grid}, but there are {met}")
+        seen = "" if grid is None else f" (the map they come from had {grid})"
+        raise OptionError(
+            f"the grid of {met}, is not known{seen}: say castle(model, grid=(H, W)), "
+            "or use local_conv='token', which needs none"
+        )
+
+    def _latest_grid(self, patches: int) -> Grid | None:
+        if self.grid is None and self.grid_source is not None:
+            return self.grid_source.find(patches)
+        return self.grid
+
+    def _grid_for_mixer(self, num_tokens: int) -> Grid | None:
+        if self.mixer.uses_grid:
+            return self.find_grid(num_tokens)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return None  # a look at the sizes might narrow a graph down
+        patches = num_tokens - self.extra_tokens
+        grid = self._latest_grid(patches)
+        return None if grid is None or math.prod(grid) != patches else grid
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project tokens ``(B, N, C)`` to q, k and v, each ``(B, h, N, d)``."""
@@ -199,8 +221,9 @@ class CastledAttention(OpaqueModule):
         """
         if self.query_factor is not None:
             q = q * self.query_factor
-        bias = bias if self.bias_names else None
-        y = self.mixer(q, k, v, grid or self.find_grid(v.shape[2]), bias)
+        if grid is None:
+            grid = self._grid_for_mixer(v.shape[2])
+        y = self.mixer(q, k, v, grid, bias if self.bias_names else None)
         if self.bias_names and self.training and not self.mixer.mask_is_on:
             # Distributed training waits for the gradient of every parameter.
             names = tuple(self.bias_names)

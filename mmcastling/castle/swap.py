@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmcastling.attention import TokenMixer
 from mmcastling.castle.adapter_registry import CannotCastle, find_adapter
 from mmcastling.castle.castled_attention import MixerBuilder
+from mmcastling.castle.grid import GridSource, layers_with_maps
 from mmcastling.castle.hooks import check_own_weights, lost_hooks, take_hooks
 from mmcastling.castle.optimizers import optimizers_of
 from mmcastling.castle.report import Castled, CastleReport
@@ -66,8 +67,8 @@ def castle(
         keep: Which attentions stay softmax: by index among all that castle knows in
             the model, in its order, negative ones from the end; or by name, or that of
             a block that holds them. Defaults to none.
-        grid: ``(H, W)`` of the tokens, for a convolution on the grid in models that do
-            not pass it on and whose grid is not square. Defaults to None.
+        grid: ``(H, W)`` of the tokens, for a convolution on the grid. Defaults to None:
+            that of the map which the tokens come from, at any size.
         return_report: Also return what was done. Defaults to False.
         **attention: Options of the attention: ``type`` (``'castling'`` unless given)
             and its arguments, such as ``local_conv`` and ``mask_threshold``; with
@@ -90,14 +91,18 @@ def castle(
     deploy = bool(options.pop("deploy", False))
     report = CastleReport(type=options["type"], left_alone=declined)
     swaps: dict[int, nn.Module] = {}
+    sources: dict[int, GridSource] = {}
+    listening: list[tuple[GridSource, list[nn.Module]]] = []
     shared: list[tuple[type[nn.Module], nn.Module, str]] = []
     for item in found:
         if item.name in unchosen:
             report.left_alone[item.name] = unchosen[item.name]
             continue
         extra_tokens = _extra_tokens_of(item.ancestors)
+        maps = layers_with_maps([item.module, *item.ancestors])
+        source = sources.setdefault(id(maps[-1]), GridSource()) if maps else None
         build = MixerBuilder(
-            item.module, options, deploy, grid, extra_tokens, item.ancestors
+            item.module, options, deploy, grid, source, extra_tokens, item.ancestors
         )
         try:
             check_own_weights(item.module)
@@ -107,6 +112,8 @@ def castle(
             continue
         new.training = item.module.training
         swaps[id(item.module)] = new
+        if any(getattr(part, "grid_source", None) for part in new.modules()):
+            listening.append((build.grid_source, maps))
         shared += [(type(item.module), *where) for where in build.shared]
         for name in lost_hooks(item.module, new):
             build.note(f"hooks on {name} are gone with it")
@@ -125,6 +132,8 @@ def castle(
         for name, child in holder._modules.items():
             if id(child) in swaps:
                 setattr(holder, name, swaps[id(child)])
+    for source, maps in listening:
+        source.attach(maps)
     for kind, holder, name in shared:
         if not any(isinstance(module, kind) for module in holder.modules()):
             setattr(holder, name, None)  # it would get no gradient

@@ -11,7 +11,6 @@ from known_models import (
     build,
     images,
     mmpretrain_beit,
-    mmpretrain_deit,
     mmpretrain_levit,
     mmpretrain_mvit,
     mmpretrain_swin,
@@ -190,24 +189,6 @@ def test_swin_refuses_maps_smaller_than_a_window():
         model(images((32, 16)))
 
 
-def test_a_grid_convolution_finds_the_grid_behind_class_and_register_tokens():
-    models = [mmpretrain_vit(), mmpretrain_deit(), torchvision_vit()]
-    for model, extra in zip(models, (1, 2, 1), strict=True):
-        castle(model, local_conv="grid")
-        assert output(model, images((64, 64))).isfinite().all()
-        for module in model.modules():
-            if isinstance(module, CastledAttention):
-                assert module.find_grid(extra + 16) == (4, 4)
-                assert module.find_grid(extra + 16 + 1) is None
-
-
-@pytest.mark.parametrize("name", ["eva02", "sam", "t2t", "tnt", "mmseg-vit", "swin2"])
-def test_a_grid_convolution_finds_the_grid_of_every_attention(name):
-    model = castle(build(name), local_conv="grid")
-    model.eval()
-    assert output(model, images((64, 64))).isfinite().all()
-
-
 @pytest.mark.parametrize("name", ["beit-shared", "timm-relpos-shared"])
 def test_a_shared_bias_goes_with_the_last_attention_that_reads_it(name):
     model, table = build(name), "rel_pos"
@@ -217,17 +198,6 @@ def test_a_shared_bias_goes_with_the_last_attention_that_reads_it(name):
     assert all(p.grad is not None for p in model.parameters())
     castle(whole := build(name))
     assert not any(table in key for key in whole.state_dict())
-
-
-def test_a_grid_that_is_not_square_must_be_given():
-    x = images((96, 48))
-    model = castle(mmpretrain_vit(), local_conv="grid")
-    with pytest.raises(ValueError, match=r"19 tokens without their grid: pass grid="):
-        model(x)
-    model = castle(mmpretrain_vit(), local_conv="grid", grid=(6, 3))
-    assert output(model, x).isfinite().all()
-    with pytest.raises(ValueError, match=r"grid=\(6, 3\), but there are 17 tokens"):
-        model(images((64, 64)))
 
 
 def test_lost_biases_and_dropouts_are_reported():

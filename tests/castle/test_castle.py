@@ -150,7 +150,8 @@ def test_the_verbs_find_what_offers_them():
 
 @pytest.mark.parametrize("kind", ["castling", "performer", "softmax"])
 def test_torch_fx_takes_an_attention_as_one_step(kind):
-    model, x = castle(ToyModel(2), type=kind, local_conv="grid"), torch.randn(2, 9, 12)
+    model = castle(ToyModel(2), type=kind, local_conv="grid", grid=(3, 3))
+    x = torch.randn(2, 9, 12)
     for each in (model, switch_to_deploy(model)):
         traced = copy.deepcopy(fx.symbolic_trace(each))
         assert_close(traced(x), each(x), rtol=0, atol=0)

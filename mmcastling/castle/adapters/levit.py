@@ -1,6 +1,7 @@
 """LeViT's attentions, whose values are wider than their keys.
 
-LeViT has no extra tokens and runs on squares only.
+LeViT has no extra tokens. Its grid is that of its convolutions, and of the subsampling
+that the tokens have passed since.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from mmcastling.attention.local_conv import merge_heads, split_heads
 from mmcastling.castle.adapter_registry import register_adapter
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
-from mmcastling.errors import OptionError
 
 
 class CastledLeViTAttention(CastledAttention):
@@ -33,19 +33,12 @@ class CastledAttentionSubsample(CastledLeViTAttention):
         return q, *kv.split([self.key_dims, self.head_dims], dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend and subsample, ``(B, H * W, C)`` to ``(B, H' * W', C')``.
-
-        Raises:
-            ValueError: If the tokens do not form a square.
-        """
+        """Attend and subsample, ``(B, H * W, C)`` to ``(B, H' * W', C')``."""
         grid = self.find_grid(x.shape[1])
-        if grid is None:
-            raise OptionError(
-                f"LeViT's {x.shape[1]} tokens form no square: use square images"
-            )
         y = self.mix(*self.project(x), grid=grid).unflatten(2, grid)
-        y = y[:, :, :: self.stride, :: self.stride].flatten(2, 3)
-        return self.proj(merge_heads(y))
+        y = y[:, :, :: self.stride, :: self.stride]
+        self.grid_source.note((y.shape[2], y.shape[3]))
+        return self.proj(merge_heads(y.flatten(2, 3)))
 
 
 @register_adapter("mmpretrain.models.backbones.levit.Attention")

@@ -92,7 +92,9 @@ def castle_residual_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
     build.note_dropout(inner.dropout)
     layer = build.holders[1] if len(build.holders) > 1 else None
     if getattr(layer, "inner_block", None) is build.holders[0]:
-        build.extra_tokens = 0  # TNT's pixels of a patch
+        # TNT's pixels of a patch
+        (tnt,) = (h for h in build.holders if hasattr(h, "pixel_embed"))
+        build.extra_tokens, build.grid = 0, tuple(tnt.pixel_embed.new_patch_size)
     layers = _layers_of(inner)
     layers.update(proj_drop=old.proj_drop, dropout_layer=old.dropout_layer)
     return CastledResidualAttention(build, inner.num_heads, inner.head_dim, **layers)

@@ -1,0 +1,111 @@
+"""The grid of tokens, as the layer that made the tokens saw it.
+
+A third-party attention is given tokens alone, and 8 x 32 of them look like 16 x 16. So
+a hook on the patch embedding notes the size of every map that passes, and the castled
+attentions behind it read the note.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmcastling.attention.local_conv import Grid
+
+# The layers that put out the maps of tokens.
+_MAKE_MAPS = (nn.Conv2d, nn.Unfold)
+# Grids by number of tokens are forgotten beyond so many.
+_REMEMBERED = 4096
+
+
+class GridSource:
+    """Notes the grid of the tokens that pass now; a forward hook, and no module.
+
+    The hook and the attentions that read hold the same object, and go on to after
+    ``copy.deepcopy`` and pickling, without what has been noted. Threads do not meet
+    each other's grids. A block that checkpointing runs again in the backward pass finds
+    the last grid of as many tokens.
+    """
+
+    def __init__(self) -> None:
+        self._last: Grid | None = None
+        self._of_thread: dict[int, Grid] = {}
+        self._of_count: dict[int, Grid] = {}
+
+    def __call__(
+        self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor
+    ) -> None:
+        """Note the grid of a layer's output ``(B, C, H, W)``."""
+        if isinstance(layer, nn.Unfold):
+            self.note(_unfolded(layer, args[0]))
+        else:
+            self.note((output.shape[-2], output.shape[-1]))
+
+    def note(self, grid: Grid) -> None:
+        """Note the grid ``(H, W)`` of the tokens that follow."""
+        self._last = grid
+        if torch.compiler.is_compiling():  # which threads are none of
+            self._of_thread = {}
+            return
+        self._of_thread[threading.get_ident()] = grid
+        if not torch.jit.is_tracing():
+            if len(self._of_count) >= _REMEMBERED:
+                self._of_count = {}
+            self._of_count[grid[0] * grid[1]] = grid
+
+    def find(self, num_tokens: int) -> Grid | None:
+        """The grid noted last, or None; whether it fits is the caller's to check."""
+        if torch.compiler.is_compiling():
+            return self._last
+        if torch._C._current_graph_task_id() != -1:  # in a backward pass
+            return self._of_count.get(num_tokens, self._last)
+        return self._of_thread.get(threading.get_ident(), self._last)
+
+    def attach(self, layers: Sequence[nn.Module]) -> None:
+        """Listen to layers, as one of :func:`layers_with_maps` found them."""
+        for layer in layers:
+            if self not in layer._forward_hooks.values():
+                layer.register_forward_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_last": None, "_of_thread": {}, "_of_count": {}}
+
+
+def layers_with_maps(path: Sequence[nn.Module]) -> list[nn.Module]:
+    """The layers whose output is the map of an attention's tokens.
+
+    The last convolution before the attention, in the nearest of its holders that has
+    one, and all of ``nn.Unfold`` there.
+
+    Args:
+        path: The attention and the modules that hold it, the nearest first.
+    """
+    for inner, outer in pairwise(path):
+        found: list[nn.Module] = []
+        for child in outer.children():
+            if child is inner:
+                break
+            found += [m for m in child.modules() if isinstance(m, _MAKE_MAPS)]
+        if found:
+            return [m for m in found if isinstance(m, nn.Unfold) or m is found[-1]]
+    return []
+
+
+def _unfolded(layer: nn.Unfold, x: Tensor) -> Grid:
+    """The grid of what ``nn.Unfold`` makes of ``(B, C, H, W)``."""
+    sizes = []
+    for axis in (0, 1):
+        kernel, dilation, padding, stride = (
+            option if isinstance(option, int) else option[axis]
+            for option in (
+                *(layer.kernel_size, layer.dilation, layer.padding, layer.stride),
+            )
+        )
+        reach = dilation * (kernel - 1) + 1
+        sizes.append((x.shape[2 + axis] + 2 * padding - reach) // stride + 1)
+    return sizes[0], sizes[1]
