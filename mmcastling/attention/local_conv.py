@@ -139,9 +139,13 @@ def build_local_conv(
         return None
     options = dict(spec) if isinstance(spec, dict) else {"type": spec}
     kind = options.pop("type", None)
-    if kind not in LOCAL_CONVS:
+    init = options.pop("init", None)
+    if kind not in LOCAL_CONVS or init not in (None, "zero"):
         raise OptionError(
             f"local_conv {spec!r} is not known: choose one of {sorted(LOCAL_CONVS)}, "
-            "dict(type=..., kernel_size=...), or None"
+            "dict(type=..., kernel_size=..., init='zero'), or None"
         )
-    return LOCAL_CONVS[kind](num_heads, head_dims, **options)
+    conv = LOCAL_CONVS[kind](num_heads, head_dims, **options)
+    if init == "zero":
+        nn.init.zeros_(conv.weight)
+    return conv

@@ -27,8 +27,8 @@ class TokenMixer(OpaqueModule):
         num_heads: Number of heads ``h``.
         head_dims: Channels per head of the values, ``e``.
         local_conv: Depthwise convolution added to the mixed values: ``'token'`` (the
-            paper's), ``'grid'`` (2-D), a dict with ``type`` and ``kernel_size``, or
-            None. Defaults to None.
+            paper's), ``'grid'`` (2-D), a dict with ``type``, ``kernel_size`` and
+            ``init='zero'`` (no effect at first), or None. Defaults to None.
         norm_output: Whether each head's output vector is scaled to length 1 before
             ``local_conv`` is added, as the released block does. Defaults to False.
         key_dims: Channels per head of queries and keys, which matter to a mixer with

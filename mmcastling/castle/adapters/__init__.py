@@ -7,6 +7,7 @@ from mmcastling.castle.adapters import (  # noqa: F401
     biased,
     levit,
     mvit,
+    own,
     self_attention,
     swin,
     vit,
