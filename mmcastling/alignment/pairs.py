@@ -39,7 +39,12 @@ def attention_pairs(student: nn.Module, teacher: nn.Module) -> Pairs:
     for path, module in student.named_modules():
         if not isinstance(module, TokenMixer) or isinstance(module, SoftmaxMixer):
             continue
-        name = path.rpartition(".")[0]
+        name = _parent(path)
+        # What was replaced may hold more than the attention: its windows, say.
+        while name in originals and _differ(
+            student, originals, holder := _parent(name)
+        ):
+            name = holder
         if name not in originals:
             raise AlignError(
                 f"the teacher, a {type(teacher).__name__}, has no {name}, where the "
@@ -60,6 +65,16 @@ def attention_pairs(student: nn.Module, teacher: nn.Module) -> Pairs:
             "teacher, too: castle a copy, castle(copy.deepcopy(teacher))"
         )
     return pairs
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _differ(student: nn.Module, originals: dict[str, nn.Module], name: str) -> bool:
+    return bool(name) and type(student.get_submodule(name)) is not type(
+        originals.get(name)
+    )
 
 
 def default_features(model: nn.Module, images: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmcastling.alignment.pairs import AlignError
+from mmcastling.errors import OptionError
 
 logger = logging.getLogger("mmcastling")
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -31,6 +33,8 @@ class PictureBatches:
         mean: Of the channels, red, green and blue from 0 to 255. Defaults to
             ImageNet's.
         std: Likewise.
+        bgr: Whether the network wants blue, green and red, in which order ``mean`` and
+            ``std`` are then. Defaults to False.
         seed: Of everything random. Defaults to 0.
 
     Raises:
@@ -44,26 +48,52 @@ class PictureBatches:
         batch_size: int = 8,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        bgr: bool = False,
         seed: int = 0,
     ) -> None:
         from mmcastling.runtime.images import PICTURES  # which needs OpenCV
 
         self.sizes, self.batch_size, self.seed = list(sizes), batch_size, seed
+        if batch_size < 1 or any(min(size) < 1 for size in self.sizes) or not sizes:
+            raise OptionError(
+                f"sizes {self.sizes} and batch_size {batch_size}: give sizes (H, W) "
+                "and a number of pictures, all above 0"
+            )
+        self._order = slice(None) if bgr else slice(None, None, -1)  # files are BGR
         self.mean = torch.tensor(mean).view(3, 1, 1)
         self.std = torch.tensor(std).view(3, 1, 1)
         self.paths = sorted(
             path for path in Path(folder).rglob("*") if path.suffix.lower() in PICTURES
         )
+        self.folder = folder
         self._skipped: set[Path] = set()
-        if not any(self._read(path) is not None for path in self.paths):
-            raise AlignError(
-                f"{folder} has no picture that can be read ({len(self.paths)} files "
-                f"named as pictures): give a folder of {', '.join(sorted(PICTURES))}"
-            )
+        self._check_readable()
 
     def __call__(self, step: int) -> Tensor:
         """The batch ``(B, 3, H, W)`` of a step."""
-        size = self.sizes[step % len(self.sizes)]
+        return self.batch(step, self.sizes[step % len(self.sizes)])
+
+    def split(self, share: float) -> tuple[PictureBatches, PictureBatches]:
+        """The pictures in two parts without a common one: most, and a share of them.
+
+        Raises:
+            AlignError: If there is one picture alone.
+        """
+        if len(self.paths) < 2:
+            raise AlignError(
+                f"{self.paths[0]} is the only picture: at least two are needed, one to "
+                "measure on"
+            )
+        count = min(len(self.paths) - 1, max(1, round(share * len(self.paths))))
+        order = np.random.default_rng(self.seed).permutation(len(self.paths))
+        parts = copy.copy(self), copy.copy(self)
+        for part, chosen in zip(parts, (order[count:], order[:count]), strict=True):
+            part.paths = [self.paths[i] for i in sorted(chosen)]
+            part._check_readable()
+        return parts
+
+    def batch(self, step: int, size: tuple[int, int]) -> Tensor:
+        """The batch of a step at another size ``(H, W)``."""
         crops: list[Tensor] = []
         for path in self._paths_from(step * self.batch_size):
             picture = self._read(path)
@@ -73,6 +103,16 @@ class PictureBatches:
             if len(crops) == self.batch_size:
                 break
         return torch.stack(crops)
+
+    def _check_readable(self) -> None:
+        from mmcastling.runtime.images import PICTURES
+
+        if not any(self._read(path) is not None for path in self.paths):
+            raise AlignError(
+                f"{self.folder} has no picture that can be read ({len(self.paths)} "
+                f"files named as pictures): give a folder of "
+                f"{', '.join(sorted(PICTURES))}"
+            )
 
     def _paths_from(self, index: int) -> Iterator[Path]:
         """Pictures without end, from one on, in an order of its own for each epoch."""
@@ -106,7 +146,7 @@ class PictureBatches:
         rows, columns = (max(1, int(side * scale)) for side in size)
         top = int(noise.integers(height - rows + 1))
         left = int(noise.integers(width - columns + 1))
-        crop = picture[top : top + rows, left : left + columns, ::-1]
+        crop = picture[top : top + rows, left : left + columns, self._order]
         shrinks = rows > size[0]
         how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
         crop = cv2.resize(np.ascontiguousarray(crop), size[::-1], interpolation=how)

@@ -1,10 +1,10 @@
-"""What castling each attention alone costs, and what it saves."""
+"""What castling each attention alone costs, and what it saves; which to keep."""
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,9 @@ from mmcastling.alignment.pairs import (
     mean_cosines,
 )
 from mmcastling.analysis import paired_medians
+from mmcastling.castle import castle
+from mmcastling.castle.swap import AUTOMATIC_KEEP
+from mmcastling.errors import OptionError
 from mmcastling.verbs import castling_modules, set_mask, switch_to_deploy
 
 
@@ -90,6 +93,62 @@ def scan(
         softmax_ms, castled_ms = (1000 * seconds[k] for k in ("softmax", "castled"))
         rows.append(ScanRow(name, 1 - kept, softmax_ms, castled_ms))
     return rows
+
+
+def choose_kept(rows: Sequence[ScanRow], budget: int | float) -> list[str]:
+    """The attentions that should stay softmax, most damage per millisecond first.
+
+    Args:
+        rows: What :func:`scan` has found.
+        budget: How many may stay, an int; or which share of all milliseconds that
+            castling saves must still be saved, a float between 0 and 1.
+
+    Raises:
+        OptionError: If the budget is none of these, keeps everything or keeps nothing.
+    """
+    ranked = sorted(
+        rows, key=lambda row: row.damage / max(row.saved_ms, 1e-6), reverse=True
+    )
+    if isinstance(budget, int) and not isinstance(budget, bool):
+        if not 1 <= budget < len(rows):
+            raise OptionError(
+                f"budget={budget}: of {len(rows)} attentions 1 to {len(rows) - 1} can "
+                "be kept"
+            )
+        # Each costs one, whatever it saves: the most harmful ones.
+        ranked = sorted(rows, key=lambda row: row.damage, reverse=True)
+        return [row.name for row in ranked[:budget]]
+    if not isinstance(budget, float) or not 0.0 < budget < 1.0:
+        raise OptionError(
+            f"budget={budget!r}: give how many attentions may be kept, as 2, or which "
+            "share of the saved time must remain, as 0.8"
+        )
+    total = sum(max(0.0, row.saved_ms) for row in rows)
+    kept, left = [], total
+    for row in ranked:
+        saved = max(0.0, row.saved_ms)
+        if left - saved >= budget * total:
+            kept.append(row.name)
+            left -= saved
+    if not kept or len(kept) == len(rows):
+        least = min(row.saved_ms for row in rows)
+        raise OptionError(
+            f"budget={budget!r} cannot be met: castling saves {total:.2f} ms in all, "
+            f"at least {least:.2f} ms in each of {len(rows)} attentions, so that "
+            f"{len(kept)} of them would be kept"
+        )
+    return kept
+
+
+def keep_automatically(
+    model: nn.Module, images: Iterable[Tensor], budget: int | float, **options: Any
+) -> list[str]:
+    """Castle a copy of a model, scan it, and choose: ``castle(keep='auto')``."""
+    student = castle(copy.deepcopy(model), **options)
+    return choose_kept(scan(student, model, images), budget)
+
+
+AUTOMATIC_KEEP.append(keep_automatically)
 
 
 def _call_of(

@@ -25,6 +25,9 @@ Predicate = Callable[[str, nn.Module], bool]
 
 logger = logging.getLogger("mmcastling")
 
+AUTOMATIC_KEEP: list[Callable[..., list[str]]] = []
+"""What chooses for ``keep='auto'``; it stands above, and puts itself here."""
+
 _LIKE_ATTENTION = re.compile(r"attention|attn|msa", re.IGNORECASE)
 
 
@@ -44,7 +47,9 @@ def castle(
     stages: Iterable[int] | None = None,
     predicate: Predicate | None = None,
     *,
-    keep: Iterable[int | str] = (),
+    keep: Iterable[int | str] | str = (),
+    budget: int | float = 2,
+    images: Iterable[Tensor] = (),
     grid: tuple[int, int] | None = None,
     return_report: bool = False,
     **attention: Any,
@@ -67,7 +72,13 @@ def castle(
             Defaults to None (all).
         keep: Which attentions stay softmax: by index among all that castle knows in
             the model, in its order, negative ones from the end; or by name, or that of
-            a block that holds them. Defaults to none.
+            a block that holds them; or ``'auto'``, those whose castling changes the
+            features most for what it saves, see :func:`mmcastling.scan`. Defaults to
+            none.
+        budget: With ``keep='auto'``, how many may stay, or the share of the saved time
+            that must remain, as a float. Defaults to 2.
+        images: With ``keep='auto'``, batches ``(B, 3, H, W)`` of the size of use, on
+            which features are compared and attentions timed. Defaults to none.
         grid: ``(H, W)`` of the tokens, for a convolution on the grid. Defaults to None:
             that of the map which the tokens come from, at any size.
         return_report: Also return what was done. Defaults to False.
@@ -86,6 +97,12 @@ def castle(
     found, declined = _find(model)
     if not found:
         raise OptionError(_nothing_found(model, declined))
+    if keep == "auto":
+        images = list(images)
+        if not images:
+            raise OptionError("keep='auto' needs images, batches (B, 3, H, W) to scan")
+        options = dict(attention, stages=stages, predicate=predicate, grid=grid)
+        keep = AUTOMATIC_KEEP[0](model, images, budget, **options)
     unchosen = _unchosen(found, stages, predicate, keep)
 
     options = {"type": "castling", **attention}

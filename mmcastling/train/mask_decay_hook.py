@@ -115,7 +115,7 @@ class MaskDecayHook(Hook):
                 "remove the hook from custom_hooks"
             )
         if self.mask_penalty:
-            _check_one_loss(runner.optim_wrapper)
+            check_one_loss(runner.optim_wrapper, f"mask_penalty={self.mask_penalty:g}")
         if runner.iter and "progress" in self._resumed:
             self._warn_of_return(runner, self._resumed)
 
@@ -191,7 +191,7 @@ class MaskDecayHook(Hook):
     def _apply(self, runner: Runner) -> None:
         penalty = self.mask_penalty
         if penalty:
-            penalty *= _loss_factor(runner.optim_wrapper)
+            penalty *= loss_factor(runner.optim_wrapper)
         self._set(runner, penalty)
 
     def _set(self, runner: Runner, penalty: float = 0.0) -> None:
@@ -245,7 +245,11 @@ def _densities(model: nn.Module) -> Tensor | None:
     return torch.stack(found) if found else None
 
 
-def _check_one_loss(optim_wrapper: OptimWrapper) -> None:
+def check_one_loss(optim_wrapper: OptimWrapper, what: str) -> None:
+    """Raise OptionError where there is no one loss for a term of it to follow.
+
+    ``what`` is the setting that adds the term, and how to leave it out.
+    """
     if not isinstance(optim_wrapper, OptimWrapperDict):
         return
     wrappers = dict(optim_wrapper.items())
@@ -254,14 +258,13 @@ def _check_one_loss(optim_wrapper: OptimWrapper) -> None:
     counts = {n: w._accumulative_counts for n, w in wrappers.items()}
     if len(wrappers) > 1 and (scaled or len(set(counts.values())) > 1):
         raise OptionError(
-            "mask_penalty follows the loss, which these optimizer wrappers scale each "
-            f"in its own way: accumulative_counts {counts}, loss scales of {scaled}. "
-            "Give them one accumulative_counts and no AmpOptimWrapper, or set "
-            "mask_penalty=0"
+            f"{what} follows the loss, which these optimizer wrappers scale each in "
+            f"its own way: accumulative_counts {counts}, loss scales of {scaled}. Give "
+            "them one accumulative_counts and no AmpOptimWrapper, or leave it out"
         )
 
 
-def _loss_factor(optim_wrapper: OptimWrapper) -> float:
+def loss_factor(optim_wrapper: OptimWrapper) -> float:
     """What the optimizer wrapper multiplies the loss by before its backward pass."""
     if isinstance(optim_wrapper, OptimWrapperDict):  # of which all do the same
         optim_wrapper = next(iter(optim_wrapper.values()))

