@@ -20,6 +20,7 @@ from mmcastling.alignment.pairs import (
     cosines,
     default_features,
     features_of,
+    in_evaluation,
     on_each_attention,
     relative_error,
 )
@@ -94,35 +95,33 @@ def align(
         )
     has_branch = any(True for _ in castling_modules(student))
     student.train(False)
-    teacher_was_training = teacher.training
-    teacher.train(False)
     settings = dict(steps=list(steps), learning_rates=list(learning_rates))
     settings.update(mask=str(mask), amp=amp)
     device = next(teacher.parameters()).device
     state = _State(Path(folder) / STATE_FILE if folder else None, settings)
     wanted = [parameter.requires_grad for parameter in student.parameters()]
     try:
-        for stage, count in enumerate(steps):
-            _select(student, pairs, wanted, stage)
-            run = _Stage(stage, count, learning_rates[stage], student)
-            first = state.resume(run, student)
-            compute = _match_attentions if stage == 0 else _match_features
-            for step in range(first, count):
-                done = step + (steps[0] if stage else 0)
-                if has_branch:
-                    set_mask(student, *mask.state_at(done / max(1, sum(steps) - 1)))
-                x = images(done).to(device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                    losses = compute(student, teacher, pairs, features, x)
-                run.update(losses, step)
-                if (step + 1) % log_every == 0 or step + 1 == count:
-                    run.say(step, losses)
-                if (step + 1) % save_every == 0 or step + 1 == count:
-                    state.save(run, student, step + 1)
+        with in_evaluation(teacher):
+            for stage, count in enumerate(steps):
+                _select(student, pairs, wanted, stage)
+                run = _Stage(stage, count, learning_rates[stage], student)
+                first = state.resume(run, student)
+                compute = _match_attentions if stage == 0 else _match_features
+                for step in range(first, count):
+                    done = step + (steps[0] if stage else 0)
+                    if has_branch:
+                        set_mask(student, *mask.state_at(done / max(1, sum(steps) - 1)))
+                    x = images(done).to(device)
+                    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                        losses = compute(student, teacher, pairs, features, x)
+                    run.update(losses, step)
+                    if (step + 1) % log_every == 0 or step + 1 == count:
+                        run.say(step, losses)
+                    if (step + 1) % save_every == 0 or step + 1 == count:
+                        state.save(run, student, step + 1)
     finally:
         for parameter, flag in zip(student.parameters(), wanted, strict=True):
             parameter.requires_grad_(flag)
-        teacher.train(teacher_was_training)
     if has_branch:
         set_mask(student, *mask.state_at(1.0))
     return student

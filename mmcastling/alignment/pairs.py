@@ -114,6 +114,20 @@ def on_each_attention(
             handle.remove()
 
 
+@contextmanager
+def in_evaluation(*models: nn.Module) -> Iterator[None]:
+    """Have models in evaluation: what drops paths gives no features to compare."""
+    were = [{m: m.training for m in model.modules()} for model in models]
+    for model in models:
+        model.train(False)
+    try:
+        yield
+    finally:
+        for training in were:
+            for module, flag in training.items():
+                module.training = flag
+
+
 def relative_error(found: Tensor, expected: Tensor) -> Tensor:
     """``|found - expected|^2 / |expected|^2`` in float32, a scalar."""
     expected = expected.float()
@@ -140,9 +154,10 @@ def attention_errors(
     def note(name: str, found: Tensor, expected: Tensor) -> None:
         errors.setdefault(name, []).append(float(relative_error(found, expected)))
 
-    for images in batches:
-        with on_each_attention(pairs, note, gradients=False):
-            features(teacher, images)
+    with in_evaluation(student, teacher):
+        for images in batches:
+            with on_each_attention(pairs, note, gradients=False):
+                features(teacher, images)
     return {name: sum(values) / len(values) for name, values in errors.items()}
 
 
@@ -154,10 +169,11 @@ def feature_similarity(
     features: Features = default_features,
 ) -> list[float]:
     """Mean cosine of the features of two networks, one number for each tensor."""
-    return mean_cosines(
-        [features_of(model, images, features) for model in (student, teacher)]
-        for images in batches
-    )
+    with in_evaluation(student, teacher):
+        return mean_cosines(
+            [features_of(model, images, features) for model in (student, teacher)]
+            for images in batches
+        )
 
 
 def features_of(model: nn.Module, images: Tensor, features: Features) -> list[Tensor]:

@@ -69,11 +69,12 @@ def scan(
     """
     batches = list(batches)
     pairs = attention_pairs(student, teacher)
-    deployed = copy.deepcopy(student).train(False)
+    deployed, hybrid = copy.deepcopy(student), copy.deepcopy(teacher)
+    for model in (deployed, hybrid):
+        model.train(False)  # which some return nothing from
     if any(True for _ in castling_modules(deployed)):
         set_mask(deployed, 1.0)
     deployed = switch_to_deploy(deployed, inplace=True)
-    hybrid = copy.deepcopy(teacher).train(False)
     expected = [features_of(hybrid, images, features) for images in batches]
     rows = []
     for name in pairs:

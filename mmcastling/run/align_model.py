@@ -258,7 +258,8 @@ def _measure(
     sizes: Sequence[tuple[int, int]],
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Errors of attentions and cosines of features, as deployed."""
-    student = copy.deepcopy(student).eval()
+    student = copy.deepcopy(student)
+    student.train(False)
     set_mask(student, 1.0)
     batches = _measured(held_out, sizes)
     return attention_errors(student, teacher, batches[0]), {

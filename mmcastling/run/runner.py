@@ -30,7 +30,7 @@ from mmcastling.compat.cpu_group import start_group_on_cpu
 from mmcastling.errors import ConfigError
 from mmcastling.registry import type_name
 
-TRAINING_HOOKS = ("MaskDecayHook", "EMAHook")
+TRAINING_HOOKS = ("MaskDecayHook", "AttentionTeacherHook", "EMAHook")
 TRAINING_SETTINGS = (
     *("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"),
     *("val_dataloader", "val_cfg", "val_evaluator", "auto_scale_lr"),

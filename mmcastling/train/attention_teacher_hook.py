@@ -112,16 +112,16 @@ class AttentionTeacherHook(Hook):
             for n, value in weights.items()
             if n.startswith(f"{name}.")
         }
-        missing = teacher.state_dict().keys() - own.keys()
+        missing, _ = teacher.load_state_dict(own, strict=False)
         if missing:
             raise CheckpointError(
                 f"{self.checkpoint} lacks {name}.{min(missing)}, which the softmax "
                 f"original of {name} has: give the checkpoint that was castled, with "
                 "the names of the model that is trained"
             )
-        teacher.load_state_dict({n: own[n] for n in teacher.state_dict()})
         teacher.to(next(attention.parameters()).device)
-        return teacher.requires_grad_(False).train(False)
+        teacher.requires_grad_(False).train(False)
+        return teacher
 
     def _add_error(
         self,

@@ -4,13 +4,14 @@ import copy
 import logging
 
 import cv2
+import known_models
 import numpy as np
 import pytest
 import timm
 import torch
 from torch.testing import assert_close
 
-from mmcastling import castle, castling_modules, switch_to_deploy
+from mmcastling import castle, castling_modules, set_mask, switch_to_deploy
 from mmcastling.alignment import (
     AlignError,
     PictureBatches,
@@ -20,6 +21,7 @@ from mmcastling.alignment import (
     feature_similarity,
     scan,
 )
+from mmcastling.alignment.scanning import ScanRow, choose_kept
 from mmcastling.decay import MaskDecay
 
 SIZE = 32
@@ -190,6 +192,74 @@ def test_a_scan_finds_the_attention_that_matters(teacher):
     assert abs(first.damage) < 1e-6 < second.damage
 
 
+def test_windows_are_aligned_with_what_cuts_them():
+    teacher = known_models.build("mmdet-swin")
+    student = castle(copy.deepcopy(teacher), form="learned", local_conv=None)
+    pairs = attention_pairs(student, teacher)
+    assert next(iter(pairs)) == "stages.0.blocks.0.attn" and len(pairs) == 4
+    set_mask(student, 1.0)
+    batches = [known_models.images((64, 64))]
+    first = attention_errors(student, teacher, batches)
+    align(student, teacher, lambda step: batches[0], steps=(12, 0))
+    last = attention_errors(student, teacher, batches)
+    assert all(0 < last[name] < first[name] for name in pairs)
+
+
+def rows_of(*pairs):
+    return [ScanRow(f"{i}", d, 10 + ms, 10) for i, (d, ms) in enumerate(pairs)]
+
+
+@pytest.mark.parametrize(
+    ("budget", "kept"),
+    [
+        (1, ["2"]),  # the most harmful one
+        (2, ["2", "0"]),
+        (0.85, ["0"]),  # of 20 ms, 3 may be given up: most harm per millisecond
+        (0.5, ["0", "2"]),
+        (0.95, None),
+        (4, None),
+        (0, None),
+        (1.0, None),
+        (True, None),
+        ("2", None),
+    ],
+)
+def test_a_budget_keeps_what_harms_most_for_what_it_saves(budget, kept):
+    rows = rows_of((0.2, 2.0), (0.01, 8.0), (0.5, 8.0), (0.001, 2.0))
+    if kept is None:
+        with pytest.raises(ValueError, match=f"budget={budget!r}"):
+            choose_kept(rows, budget)
+    else:
+        assert choose_kept(rows, budget) == kept
+
+
+def test_castle_keeps_by_itself_what_matters(teacher):
+    quiet = copy.deepcopy(teacher)
+    for parameter in quiet.blocks[0].attn.proj.parameters():
+        torch.nn.init.zeros_(parameter)
+    options = dict(keep="auto", form="learned", return_report=True)
+    model, report = castle(quiet, budget=1, images=HELD_OUT, **options)
+    assert report.left_alone == {"blocks.1.attn": "kept"}
+    assert type(model.blocks[1].attn) is type(teacher.blocks[1].attn)
+    with pytest.raises(ValueError, match="needs images"):
+        castle(copy.deepcopy(teacher), **options)
+
+
+def test_our_own_softmax_network_is_castled_and_aligned():
+    from mmcastling.models import CastlingViT
+
+    arch = dict(embed_dims=24, num_layers=2, num_heads=3, feedforward_channels=48)
+    options = dict(img_size=32, patch_size=8, out_type="featmap", with_cls_token=False)
+    torch.manual_seed(0)
+    own = CastlingViT(arch, attention=dict(type="softmax"), **options)
+    ours = castle(copy.deepcopy(own), local_conv="grid")
+    built = CastlingViT(arch, attention=dict(local_conv="grid"), **options)
+    built.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 48, 32)
+    assert_close(ours.eval()(x), built.eval()(x))
+    assert list(attention_pairs(ours, own)) == ["layers.0.attn", "layers.1.attn"]
+
+
 # -- pictures --------------------------------------------------------------------------
 
 
@@ -241,3 +311,15 @@ def test_damaged_pictures_are_skipped_and_named_once(folder, caplog):
         PictureBatches(folder)
     with pytest.raises(AlignError, match="no picture that can be read"):
         PictureBatches(folder / "missing")
+
+
+def test_a_part_is_held_out(folder):
+    batches = PictureBatches(folder, sizes=[(8, 8)], batch_size=2)
+    most, rest = batches.split(0.3)
+    assert len(most.paths) == 2 and len(rest.paths) == 1
+    assert {*most.paths, *rest.paths} == {*batches.paths}
+    assert rest.batch(0, (8, 12)).shape == (2, 3, 8, 12)
+    with pytest.raises(AlignError, match="only picture"):
+        rest.split(0.5)
+    with pytest.raises(ValueError, match="batch_size 0"):
+        PictureBatches(folder, batch_size=0)
