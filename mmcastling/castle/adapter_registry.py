@@ -17,6 +17,7 @@ from mmcastling.errors import UserError
 
 Adapt = TypeVar("Adapt", bound=Callable[..., nn.Module])
 ModuleType = type[nn.Module] | str
+Rule = Callable[[type[nn.Module]], bool]
 
 
 class CannotCastle(UserError):
@@ -27,11 +28,13 @@ class CannotCastle(UserError):
 
 
 # What was registered: the attention, what it must be inside of, and its adapter.
-_ADAPTERS: list[tuple[ModuleType, ModuleType | None, Callable[..., nn.Module]]] = []
+_ADAPTERS: list[
+    tuple[ModuleType | Rule, ModuleType | None, Callable[..., nn.Module]]
+] = []
 
 
 def register_adapter(
-    attention: ModuleType, *, inside: ModuleType | None = None
+    attention: ModuleType | Rule, *, inside: ModuleType | None = None
 ) -> Callable[[Adapt], Adapt]:
     """Register the decorated function as the adapter of an attention class.
 
@@ -47,7 +50,8 @@ def register_adapter(
 
     Args:
         attention: The class, or the path under which it can be imported, such as
-            ``'timm.models.vision_transformer.Attention'``.
+            ``'timm.models.vision_transformer.Attention'``, or a function that says of a
+            class whether it is one.
         inside: Class, or path, of the module that must hold the attention; for general
             classes such as ``nn.MultiheadAttention``, which may be called with other
             keys than queries. Defaults to None (any).
@@ -70,7 +74,7 @@ def find_adapter(
     """
     for cls in type(module).__mro__:
         for attention, inside, adapt in reversed(_ADAPTERS):
-            if _resolve(attention) is not cls:
+            if not _names(attention, cls):
                 continue
             if inside and not isinstance(parent, _resolve(inside) or ()):
                 continue
@@ -81,6 +85,12 @@ def find_adapter(
                 )
             return adapt
     return None
+
+
+def _names(attention: ModuleType | Rule, cls: type) -> bool:
+    if isinstance(attention, (str, type)):
+        return _resolve(attention) is cls
+    return issubclass(cls, nn.Module) and attention(cls)
 
 
 def _resolve(target: ModuleType) -> type[nn.Module] | None:
