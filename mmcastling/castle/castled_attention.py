@@ -146,6 +146,7 @@ class CastledAttention(OpaqueModule):
                 if self.mixer.uses_bias
                 else "the relative position bias is not applied"
             )
+        self.gone_names = [] if self.mixer.uses_bias else names
         if not self.mixer.uses_bias:
             return
         self.bias_names = names
@@ -165,7 +166,7 @@ class CastledAttention(OpaqueModule):
         if not isinstance(self.mixer, SoftmaxMixer):
             for name in self.bias_names:
                 delattr(self, name)
-            self.bias_names = []
+            self.gone_names, self.bias_names = self.bias_names or self.gone_names, []
         for layer in self.children():
             fuse_linear(layer)
 

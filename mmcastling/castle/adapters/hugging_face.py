@@ -83,14 +83,15 @@ class CastledInterfaceAttention(CastledAttention):
         factor = 1.0 if scaling is None else scaling * math.sqrt(self.key_dims)
         if not math.isclose(factor, 1.0):
             q = q * factor
-        moved = self.num_trailing if self.mixer.local_conv is not None else 0
+        moved = self.num_trailing if self.needs_grid else 0
         if moved:  # a convolution on the grid takes the last tokens for its own
             q, k, v = (t.roll(moved, 2) for t in (q, k, v))
         y = self.mix(q, k, v) if mask is None else self._mix_biased(q, k, v, mask)
         return (y.roll(-moved, 2) if moved else y).transpose(1, 2)
 
     def _mix_biased(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        y = self.mixer(q, k, v, self.find_grid(v.shape[2]), lambda: bias)
+        grid = self.find_grid(v.shape[2]) if self.needs_grid else None
+        y = self.mixer(q, k, v, grid, lambda: bias)
         if self.training and not getattr(self.mixer, "mask_is_on", False):
             y = y + 0.0 * bias.sum()  # distributed training waits for its gradient
         return y
