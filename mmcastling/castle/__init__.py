@@ -2,6 +2,7 @@
 
 from mmcastling.castle import adapters  # noqa: F401, registers them
 from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
+from mmcastling.castle.adapters.hugging_face import castled_from_pretrained
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
 from mmcastling.castle.report import Castled, CastleReport
 from mmcastling.castle.swap import castle
@@ -13,5 +14,6 @@ __all__ = [
     "CastledAttention",
     "MixerBuilder",
     "castle",
+    "castled_from_pretrained",
     "register_adapter",
 ]

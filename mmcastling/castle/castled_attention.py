@@ -139,13 +139,8 @@ class CastledAttention(OpaqueModule):
     def _take_bias(self, build: MixerBuilder, names: Sequence[str]) -> None:
         old, self.bias_names = build.attention, []
         names = [name for name in names if getattr(old, name, None) is not None]
-        if names and not isinstance(self.mixer, SoftmaxMixer):
-            build.note(
-                "the relative position bias acts in the auxiliary branch alone, and "
-                "goes with it"
-                if self.mixer.uses_bias
-                else "the relative position bias is not applied"
-            )
+        if names:
+            note_bias(build, self.mixer)
         self.gone_names = [] if self.mixer.uses_bias else names
         if not self.mixer.uses_bias:
             return
@@ -169,6 +164,12 @@ class CastledAttention(OpaqueModule):
             self.gone_names, self.bias_names = self.bias_names or self.gone_names, []
         for layer in self.children():
             fuse_linear(layer)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any
+    ) -> None:
+        forget(state_dict, prefix, self.gone_names)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def find_grid(self, num_tokens: int) -> Grid:
         """The grid of the tokens: the one given, or that of the map they came from.
@@ -239,3 +240,22 @@ class CastledAttention(OpaqueModule):
     def forward(self, x: Tensor) -> Tensor:
         """Attend, tokens ``(B, N, C)`` to the same."""
         return self.proj(self.attend(x))
+
+
+def forget(state_dict: dict[str, Tensor], prefix: str, names: Sequence[str]) -> None:
+    """Take weights of what is gone out of those that a module is about to load."""
+    for name in names:
+        for key in list(state_dict):
+            if key == f"{prefix}{name}" or key.startswith(f"{prefix}{name}."):
+                del state_dict[key]
+
+
+def note_bias(build: MixerBuilder, mixer: TokenMixer) -> None:
+    """Say in the report what becomes of an attention's relative position bias."""
+    if not isinstance(mixer, SoftmaxMixer):
+        build.note(
+            "the relative position bias acts in the auxiliary branch alone, and goes "
+            "with it"
+            if mixer.uses_bias
+            else "the relative position bias is not applied"
+        )

@@ -153,7 +153,7 @@ def castle(
     for source, maps in listening:
         source.attach(maps)
     for kind, holder, name in shared:
-        if not any(isinstance(module, kind) for module in holder.modules()):
+        if not any(type(module) is kind for module in holder.modules()):
             setattr(holder, name, None)  # it would get no gradient
     after = model.state_dict(keep_vars=True)
     kept = {id(t) for t in before.values()} & {id(t) for t in after.values()}

@@ -7,6 +7,7 @@ from mmcastling.castle.adapters import (  # noqa: F401
     biased,
     hugging_face,
     levit,
+    map_attention,
     mvit,
     own,
     self_attention,

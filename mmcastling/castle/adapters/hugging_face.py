@@ -15,15 +15,23 @@ import inspect
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from mmcastling.attention.local_conv import merge_heads, split_heads
 from mmcastling.attention.opaque import OpaqueModule
+from mmcastling.attention.peers.softmax import SoftmaxMixer
 from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
-from mmcastling.castle.adapters.vit import CastledMapAttention, castle_map_attention
-from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
+from mmcastling.castle.adapters.map_attention import check_output_attentions
+from mmcastling.castle.castled_attention import (
+    CastledAttention,
+    MixerBuilder,
+    forget,
+    note_bias,
+)
+from mmcastling.castle.swap import castle
 from mmcastling.errors import OptionError
 
 INTERFACE = "mmcastling"
@@ -41,6 +49,13 @@ _UNLIKE = {
     "query_stride": "its queries are pooled",
     "sliding_window": "it slides a window",
 }
+_NO_MASK = (
+    "a castled attention takes no attention_mask: linear attention sums over all "
+    "tokens before it sees a query. Leave the mask out, or keep the attention softmax "
+    "by castle's keep or predicate"
+)
+# A config that has one of these is of a model that cuts images into patches.
+_OF_PATCHES = ("patch_size", "patch_sizes")
 _HEADS = ("num_attention_heads", "num_heads")
 _WIDTHS = ("head_dim", "attention_head_size")
 # Sequences that lead or follow the patches, by the names of their embeddings.
@@ -75,22 +90,18 @@ class CastledInterfaceAttention(CastledAttention):
     ) -> Tensor:
         """Mix what was projected, ``(B, h, N, d)`` each, to ``(B, N, h, d)``."""
         if mask is not None and not self.mask_is_bias:
-            raise OptionError(
-                "a castled attention takes no attention_mask: linear attention sums "
-                "over all tokens before it sees a query. Leave the mask out, or keep "
-                "this attention softmax by castle's keep or predicate"
-            )
+            raise OptionError(_NO_MASK)
         factor = 1.0 if scaling is None else scaling * math.sqrt(self.key_dims)
         if not math.isclose(factor, 1.0):
             q = q * factor
-        moved = self.num_trailing if self.needs_grid else 0
+        moved = self.num_trailing if self.mixer.uses_grid else 0
         if moved:  # a convolution on the grid takes the last tokens for its own
             q, k, v = (t.roll(moved, 2) for t in (q, k, v))
         y = self.mix(q, k, v) if mask is None else self._mix_biased(q, k, v, mask)
         return (y.roll(-moved, 2) if moved else y).transpose(1, 2)
 
     def _mix_biased(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        grid = self.find_grid(v.shape[2]) if self.needs_grid else None
+        grid = self._grid_for_mixer(v.shape[2])
         y = self.mixer(q, k, v, grid, lambda: bias)
         if self.training and not getattr(self.mixer, "mask_is_on", False):
             y = y + 0.0 * bias.sum()  # distributed training waits for its gradient
@@ -154,9 +165,7 @@ def _check_patches(attention: nn.Module) -> None:
         value = getattr(attention, name, None)
         if value is not None and value != 1:
             raise CannotCastle(f"{why} ({name}={value})")
-    if not any(
-        hasattr(attention.config, name) for name in ("patch_size", "image_size")
-    ):
+    if not any(hasattr(attention.config, name) for name in _OF_PATCHES):
         raise CannotCastle(
             "it is no attention over an image's patches (its config has no "
             "patch_size), and others come with masks"
@@ -207,28 +216,35 @@ def _castled_class(bases: tuple[type[nn.Module], ...]) -> type[nn.Module]:
     return type(f"Castled{bases[1].__name__}", bases, {"__module__": __name__})
 
 
+def castled_from_pretrained(
+    kind: type[nn.Module], folder: str, **options: Any
+) -> nn.Module:
+    """Load what ``save_pretrained`` wrote of a castled model.
+
+    A file of tensors does not say in which state the masks were: the branches are as
+    ``options`` say, and on unless ``mask_threshold=1`` or ``deploy=True``.
+
+    Args:
+        kind: The model's class in transformers.
+        folder: The folder, or any other name that ``kind.from_pretrained`` takes.
+        **options: Those that :func:`mmcastling.castle` was called with.
+
+    Returns:
+        The model, castled, in evaluation.
+    """
+
+    def build(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        kind.__init__(model, *args, **kwargs)
+        castle(model, **options)
+
+    # transformers knows by the names of class and module how weights were renamed.
+    names = {"__init__": build, "__module__": kind.__module__}
+    model = type(kind.__name__, (kind,), names).from_pretrained(folder)
+    model.__class__ = kind
+    return model
+
+
 # -- attentions that do not use the interface ------------------------------------------
-
-
-class CastledVisionMapAttention(CastledMapAttention):
-    """The attention of SAM's and ViTDet's encoders, castled."""
-
-    def forward(
-        self, hidden_states: Tensor, output_attentions: bool | None = None
-    ) -> tuple[Tensor, None]:
-        """Attend, a map or windows of it ``(B, H, W, C)`` to the same and None."""
-        _check_output_attentions(output_attentions)
-        return super().forward(hidden_states), None
-
-
-@register_adapter("transformers.models.vitdet.modeling_vitdet.VitDetAttention")
-@register_adapter("transformers.models.sam.modeling_sam.SamVisionAttention")
-@register_adapter("transformers.models.sam.modeling_sam.SamVisionSdpaAttention")
-@register_adapter("transformers.models.sam_hq.modeling_sam_hq.SamHQVisionAttention")
-@register_adapter("transformers.models.sam_hq.modeling_sam_hq.SamHQVisionSdpaAttention")
-def castle_vision_map_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
-    """ViTDet's attention and that of SAM's encoder, global or in windows."""
-    return castle_map_attention(old, build, CastledVisionMapAttention)
 
 
 class CastledWindowedAttention(CastledAttention):
@@ -238,7 +254,7 @@ class CastledWindowedAttention(CastledAttention):
         self, hidden_states: Tensor, output_attentions: bool = False
     ) -> tuple[Tensor, None]:
         """Attend without projecting back, ``(B, N, C)`` to the same and None."""
-        _check_output_attentions(output_attentions)
+        check_output_attentions(output_attentions)
         layers = (self.query, self.key, self.value)
         q, k, v = (
             split_heads(layer(hidden_states), self.num_heads) for layer in layers
@@ -260,7 +276,7 @@ def castle_windowed_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
         old.attention_head_size,
         keep=("query", "key", "value"),
     )
-    if new.needs_grid:
+    if new.mixer.uses_grid:
         raise CannotCastle(
             "RF-DETR orders tokens by windows, each with a class token: use "
             "local_conv='token', which needs no grid"
@@ -268,9 +284,62 @@ def castle_windowed_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
     return new
 
 
-def _check_output_attentions(asked: bool | None) -> None:
-    if asked:
-        raise OptionError(
-            "a castled attention has no weights to give back: leave out "
-            "output_attentions=True"
-        )
+# -- layers that hand a bias of relative positions on as a mask ------------------------
+
+
+class CastledBiasedLayer(nn.Module):
+    """What castling adds to a layer of BEiT, whatever its class."""
+
+    has_shared_bias = False
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """What the layer did before.
+
+        Raises:
+            ValueError: If it is given a mask.
+        """
+        if attention_mask is not None and not self.has_shared_bias:
+            raise OptionError(_NO_MASK)
+        return super().forward(hidden_states, attention_mask, **options)
+
+    def switch_to_deploy(self) -> None:
+        """Remove the bias, unless the attention is softmax."""
+        if not isinstance(self.attention.mixer, SoftmaxMixer):
+            self.relative_position_bias = None
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any
+    ) -> None:
+        if self.relative_position_bias is None:
+            forget(state_dict, prefix, ["relative_position_bias"])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __reduce__(self) -> Any:
+        return _revive, (type(self).__bases__,), vars(self)
+
+
+@register_adapter("transformers.models.beit.modeling_beit.BeitLayer")
+def castle_biased_layer(old: nn.Module, build: MixerBuilder) -> nn.Module:
+    """A layer of BEiT, which computes the bias that its attention takes as a mask."""
+    holders = [old, *build.holders]
+    inner = replace(build, attention=old.attention, holders=holders)
+    new = _copy_as((CastledBiasedLayer, type(old)), old)
+    new.attention = castle_interface_attention(old.attention, inner)
+    new.attention.mask_is_bias = True
+    mixer = new.attention.mixer
+    new.has_shared_bias = any(
+        getattr(holder, "shared_position_bias", None) is not None
+        for holder in build.holders
+    )
+    if not isinstance(mixer, SoftmaxMixer):
+        build.drop_shared("shared_position_bias")
+    if old.relative_position_bias is not None:
+        note_bias(build, mixer)
+        if not mixer.uses_bias:
+            new.relative_position_bias = None
+    return new

@@ -47,9 +47,7 @@ class CastledNormedAttention(CastledAttention):
 
     def attend(self, x: Tensor, grid: Grid | None = None) -> Tensor:
         q, k, v = self.project(x)
-        q, k = self.q_norm(q), self.k_norm(k)
-        bias = functools.partial(self.logits_bias, q, grid) if self.bias_names else None
-        y = merge_heads(self.mix(q, k, v, grid, bias))
+        y = merge_heads(self.mix(self.q_norm(q), self.k_norm(k), v, grid))
         if self.norm is not None:
             y = self.norm(y)
         return y if self.gate is None else y * self.gate(x).sigmoid()
@@ -105,11 +103,7 @@ def castle_rel_pos_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
 
 
 class CastledMapAttention(CastledNormedAttention):
-    """SAM's attention, castled."""
-
-    def logits_bias(self, q: Tensor, grid: Grid) -> Tensor:
-        """That of relative positions, a sum of one by rows and one by columns."""
-        return decomposed_bias(q, self.rel_pos_h, self.rel_pos_w, grid)
+    """SAM's attention, castled; without relative positions."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend, a map or windows of it ``(B, H, W, C)`` to the same."""
@@ -118,54 +112,23 @@ class CastledMapAttention(CastledNormedAttention):
         return y.unflatten(1, grid)
 
 
-def decomposed_bias(q: Tensor, rows: Tensor, columns: Tensor, grid: Grid) -> Tensor:
-    """The bias of queries ``(B, h, H * W, d)`` by distance, ``(B, h, H * W, H * W)``.
-
-    ``rows`` and ``columns`` hold a vector ``(d,)`` for each distance along an axis, and
-    are resized where there are more or fewer.
-    """
-    q = q.unflatten(2, grid)  # (B, h, H, W, d)
-    by_row = torch.einsum("bnhwc,hkc->bnhwk", q, _of_pairs(rows, grid[0]))
-    by_column = torch.einsum("bnhwc,wkc->bnhwk", q, _of_pairs(columns, grid[1]))
-    bias = by_row.unsqueeze(-1) + by_column.unsqueeze(-2)  # (B, h, H, W, H, W)
-    return bias.flatten(4, 5).flatten(2, 3)
-
-
-def _of_pairs(table: Tensor, size: int) -> Tensor:
-    """``(distances, d)`` to ``(size, size, d)``, for each pair of places on an axis."""
-    if table.shape[0] != 2 * size - 1:
-        table = nn.functional.interpolate(
-            table.T[None], size=2 * size - 1, mode="linear"
-        )[0].T
-    place = torch.arange(size, device=table.device)
-    return table[place[:, None] - place + size - 1]
-
-
 @register_adapter("mmpretrain.models.backbones.vit_sam.Attention")
 @register_adapter("timm.models.vision_transformer_sam.Attention")
-@register_adapter("segment_anything.modeling.image_encoder.Attention")
-def castle_map_attention(
-    old: nn.Module,
-    build: MixerBuilder,
-    kind: type[CastledMapAttention] = CastledMapAttention,
-) -> nn.Module:
+def castle_map_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
     """The attention of SAM's encoder, global or in windows that the layer cuts."""
     if getattr(old, "rope", None) is not None:
         raise CannotCastle("it rotates queries and keys, which no adapter does yet")
-    for name in ("attn_drop", "dropout"):
-        build.note_dropout(getattr(old, name, 0.0))
-    num_heads = getattr(old, "num_heads", None) or old.num_attention_heads
+    build.note_dropout(getattr(old, "attn_drop", 0.0))
     layers = {
         name: getattr(old, name, nn.Identity())
         for name in ("q_norm", "k_norm", "proj_drop")
     }
-    return kind(
+    return CastledMapAttention(
         build,
-        num_heads,
-        old.proj.in_features // num_heads,
+        old.num_heads,
+        old.proj.in_features // old.num_heads,
         scale=old.scale,
         keep=("qkv", "norm", "gate", "proj"),
-        bias=("rel_pos_h", "rel_pos_w"),
         **layers,
     )
 
