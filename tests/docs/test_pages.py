@@ -49,9 +49,10 @@ def test_named_commands_and_configs_exist(page):
         assert (ROOT / "configs" / name).exists(), name
 
 
-def test_castling_pages_code_runs():
+def test_castling_pages_code_runs(tmp_path, monkeypatch):
     text = (DOCS / "castle.md").read_text()
-    timm_model, ours, attention = re.findall(r"```python\n(.*?)```", text, re.S)
+    snippets = re.findall(r"```python\n(.*?)```", text, re.S)
+    timm_model, of_transformers, ours, attention = snippets
     scope = {}
     exec(timm_model, scope)
     assert len(scope["report"].castled) == 12
@@ -59,6 +60,10 @@ def test_castling_pages_code_runs():
     assert scope["features"].shape == (1, 128, 4, 6)
     exec(attention, scope)
     assert scope["tokens"].shape == (2, 196, 384)
+    pytest.importorskip("transformers", reason="pip install -r requirements-dev.txt")
+    monkeypatch.chdir(tmp_path)
+    exec(of_transformers, scope)
+    assert scope["tokens"].shape == (1, 1 + 9 * 16, 96)
 
 
 def test_hook_options_and_defaults_are_the_code_s():
