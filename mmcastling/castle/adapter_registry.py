@@ -64,6 +64,19 @@ def register_adapter(
     return register
 
 
+def leave_alone(attention: ModuleType, reason: str) -> None:
+    """Say why attentions of a class, or of a path, are not castled.
+
+    It goes into the report. An adapter that is registered later takes precedence.
+    """
+
+    def decline(old: nn.Module, build: object) -> nn.Module:
+        raise CannotCastle(reason)
+
+    decline.reason = reason
+    register_adapter(attention)(decline)
+
+
 def find_adapter(
     module: nn.Module, parent: nn.Module | None
 ) -> Callable[..., nn.Module] | None:
@@ -78,6 +91,8 @@ def find_adapter(
                 continue
             if inside and not isinstance(parent, _resolve(inside) or ()):
                 continue
+            if reason := getattr(adapt, "reason", None):
+                raise CannotCastle(reason)
             if type(module).forward is not cls.forward:
                 raise CannotCastle(
                     f"{type(module).__name__} overrides the forward of {cls.__name__}: "

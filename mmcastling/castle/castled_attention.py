@@ -30,6 +30,8 @@ class MixerBuilder:
         deploy: Whether to build deployed forms.
         grid: ``(H, W)`` of the attention's tokens, if it was given.
         grid_source: What knows it of each image that passes, if something does.
+        maps: The layers that it listens to.
+        token_size: Rows and columns of a map's tokens that are one of the attention's.
         extra_tokens: Tokens before those of the grid (class and register tokens).
         holders: The modules that hold the attention, the nearest first.
         notes: What the report should say about this attention.
@@ -41,6 +43,8 @@ class MixerBuilder:
     deploy: bool
     grid: Grid | None = None
     grid_source: GridSource | None = None
+    maps: Sequence[nn.Module] = ()
+    token_size: Grid = (1, 1)
     extra_tokens: int = 0
     holders: Sequence[nn.Module] = ()
     notes: list[str] = field(default_factory=list)
@@ -61,6 +65,13 @@ class MixerBuilder:
             mixer.to(weight)
             break
         return mixer.train(self.attention.training)
+
+    def listen_to(self, layer: nn.Module) -> None:
+        """Learn the grid from a layer: of the output of ``nn.Conv2d``, or the input.
+
+        That of others is a map ``(B, H, W, C)``.
+        """
+        self.grid_source, self.maps = GridSource(), [layer]
 
     def note(self, text: str) -> None:
         """Say something in the report."""
@@ -134,7 +145,7 @@ class CastledAttention(OpaqueModule):
         self.mixer = build(num_heads, head_dims, key_dims)
         self._take_bias(build, bias)
         self.grid, self.extra_tokens = build.grid, build.extra_tokens
-        self.grid_source = build.grid_source
+        self.grid_source, self.token_size = build.grid_source, build.token_size
 
     def _take_bias(self, build: MixerBuilder, names: Sequence[str]) -> None:
         old, self.bias_names = build.attention, []
@@ -192,9 +203,13 @@ class CastledAttention(OpaqueModule):
         )
 
     def _latest_grid(self, patches: int) -> Grid | None:
-        if self.grid is None and self.grid_source is not None:
-            return self.grid_source.find(patches)
-        return self.grid
+        if self.grid is not None or self.grid_source is None:
+            return self.grid
+        rows, columns = self.token_size
+        grid = self.grid_source.find(patches * rows * columns)
+        if grid is None or self.token_size == (1, 1):
+            return grid
+        return -(-grid[0] // rows), -(-grid[1] // columns)
 
     def _grid_for_mixer(self, num_tokens: int) -> Grid | None:
         if self.mixer.uses_grid:

@@ -38,10 +38,15 @@ class GridSource:
         self._of_count: dict[int, Grid] = {}
 
     def __call__(
-        self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor
+        self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor | None = None
     ) -> None:
-        """Note the grid of a layer's output ``(B, C, H, W)``."""
-        if isinstance(layer, nn.Unfold):
+        """Note the grid of a layer's output ``(B, C, H, W)``, or input without one.
+
+        That is ``(B, H, W, C)``.
+        """
+        if output is None:
+            self.note((args[0].shape[1], args[0].shape[2]))
+        elif isinstance(layer, nn.Unfold):
             self.note(_unfolded(layer, args[0]))
         else:
             self.note((output.shape[-2], output.shape[-1]))
@@ -67,9 +72,11 @@ class GridSource:
         return self._of_thread.get(threading.get_ident(), self._last)
 
     def attach(self, layers: Sequence[nn.Module]) -> None:
-        """Listen to layers, as one of :func:`layers_with_maps` found them."""
+        """Listen to layers: to the input of those that put out no maps."""
         for layer in layers:
-            if self not in layer._forward_hooks.values():
+            if not isinstance(layer, _MAKE_MAPS):
+                layer.register_forward_pre_hook(self)
+            elif self not in layer._forward_hooks.values():
                 layer.register_forward_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:

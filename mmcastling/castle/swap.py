@@ -110,7 +110,7 @@ def castle(
     report = CastleReport(type=options["type"], left_alone=declined)
     swaps: dict[int, nn.Module] = {}
     sources: dict[int, GridSource] = {}
-    listening: list[tuple[GridSource, list[nn.Module]]] = []
+    listening: list[MixerBuilder] = []
     shared: list[tuple[type[nn.Module], nn.Module, str]] = []
     for item in found:
         if item.name in unchosen:
@@ -120,7 +120,9 @@ def castle(
         maps = layers_with_maps([item.module, *item.ancestors])
         source = sources.setdefault(id(maps[-1]), GridSource()) if maps else None
         build = MixerBuilder(
-            item.module, options, deploy, grid, source, extra_tokens, item.ancestors
+            *(item.module, options, deploy, grid, source, maps),
+            extra_tokens=extra_tokens,
+            holders=item.ancestors,
         )
         try:
             check_own_weights(item.module)
@@ -131,7 +133,7 @@ def castle(
         new.training = item.module.training
         swaps[id(item.module)] = new
         if any(getattr(part, "grid_source", None) for part in new.modules()):
-            listening.append((build.grid_source, maps))
+            listening.append(build)
         shared += [(type(item.module), *where) for where in build.shared]
         for name in lost_hooks(item.module, new):
             build.note(f"hooks on {name} are gone with it")
@@ -150,8 +152,8 @@ def castle(
         for name, child in holder._modules.items():
             if id(child) in swaps:
                 setattr(holder, name, swaps[id(child)])
-    for source, maps in listening:
-        source.attach(maps)
+    for build in listening:
+        build.grid_source.attach(build.maps)
     for kind, holder, name in shared:
         if not any(type(module) is kind for module in holder.modules()):
             setattr(holder, name, None)  # it would get no gradient
@@ -162,7 +164,8 @@ def castle(
     report.num_kept = len(kept)
     gone = [item.name for item in report.castled]
     for name in softmax_attentions(model):
-        if not any(_holds(other, name) for other in [*gone, *report.left_alone]):
+        known = [*gone, *report.left_alone]
+        if not any(_holds(other, name) or _holds(name, other) for other in known):
             report.left_alone[name] = "no adapter"
 
     if optimizers and any(isinstance(after[name], nn.Parameter) for name in report.new):
@@ -317,11 +320,9 @@ def softmax_attentions(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _nothing_found(model: nn.Module, left_alone: dict[str, str]) -> str:
-    met = ", ".join(
-        f"{name} ({left_alone.get(name, type(module).__name__)})"
-        for name, module in softmax_attentions(model).items()
-    )
+    met = {n: type(module).__name__ for n, module in softmax_attentions(model).items()}
+    said = ", ".join(f"{name} ({what})" for name, what in {**met, **left_alone}.items())
     return (
         f"castle knows no attention in {type(model).__name__}. Modules that resemble "
-        f"one: {met or 'none'}. Make a class known with mmcastling.register_adapter"
+        f"one: {said or 'none'}. Make a class known with mmcastling.register_adapter"
     )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from known_timm import SIZES, TIMM_MODELS
 from torch import nn
 
 PLAIN = dict(embed_dims=24, num_layers=2, num_heads=3, feedforward_channels=48)
@@ -94,20 +95,6 @@ def mmdet_swin(library="mmdet"):
     )
 
 
-def timm_vit(**options):
-    timm = pytest.importorskip(
-        "timm", reason="timm is not installed: pip install -r requirements-dev.txt"
-    )
-    return timm.models.vision_transformer.VisionTransformer(
-        img_size=64,
-        embed_dim=24,
-        depth=2,
-        num_heads=3,
-        dynamic_img_size=True,
-        **options,
-    )
-
-
 def torchvision_vit():
     from torchvision.models import VisionTransformer
 
@@ -171,20 +158,6 @@ def mmseg_vit():
     return VisionTransformer(img_size=64, out_indices=-1, **options)
 
 
-def timm_small(name, **options):
-    timm = pytest.importorskip(
-        "timm", reason="timm is not installed: pip install -r requirements-dev.txt"
-    )
-    small = dict(img_size=64, embed_dim=24, depth=2, num_heads=3, num_classes=5)
-    model = timm.create_model(name, **{**small, **options})
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):  # so small that attention hardly matters
-            nn.init.normal_(layer.weight, std=0.2)
-    return model
-
-
-SIZES = [(64, 64), (96, 48)]
-
 # How to build each model, the image sizes it takes, and how many attentions it holds.
 MODELS = {
     "vit": (mmpretrain_vit, SIZES, 2),
@@ -200,24 +173,6 @@ MODELS = {
     "swin-padded": (lambda: mmpretrain_swin(pad_small_map=True), [(72, 100)], 4),
     "mmdet-swin": (mmdet_swin, [(64, 64), (72, 100)], 4),
     "mmseg-swin": (lambda: mmdet_swin("mmseg"), [(72, 100)], 4),
-    "timm": (timm_vit, SIZES, 2),
-    "timm-deit3": (
-        lambda: timm_vit(qk_norm=True, init_values=0.5, reg_tokens=2, qkv_bias=False),
-        SIZES,
-        2,
-    ),
-    "timm-relpos": (lambda: timm_small("vit_relpos_small_patch16_224"), SIZES[:1], 2),
-    "timm-relpos-shared": (
-        lambda: timm_small("vit_srelpos_small_patch16_224"),
-        SIZES[:1],
-        2,
-    ),
-    "timm-beit": (lambda: timm_small("beit_base_patch16_224"), SIZES[:1], 2),
-    "timm-sam": (
-        lambda: timm_small("samvit_base_patch16_224", window_size=3),
-        SIZES[:1],
-        2,
-    ),
     "torchvision": (torchvision_vit, SIZES[:1], 2),
     "eva02": (mmpretrain_eva02, SIZES, 2),
     "sam": (mmpretrain_sam, SIZES, 2),
@@ -225,6 +180,7 @@ MODELS = {
     "t2t": (mmpretrain_t2t, SIZES, 4),
     "tnt": (mmpretrain_tnt, SIZES[:1], 4),
     "mmseg-vit": (mmseg_vit, SIZES, 2),
+    **TIMM_MODELS,
 }
 
 # Names, where the model has them, of what linear attention has no place for.

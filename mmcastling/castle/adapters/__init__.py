@@ -12,5 +12,8 @@ from mmcastling.castle.adapters import (  # noqa: F401
     own,
     self_attention,
     swin,
+    timm_attention,
+    timm_left_alone,
+    timm_windows,
     vit,
 )

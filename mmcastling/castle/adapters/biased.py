@@ -35,9 +35,8 @@ class CastledBEiTAttention(CastledBiasedAttention):
 
 @register_adapter("mmpretrain.models.utils.attention.BEiTAttention")
 @register_adapter("mmseg.models.backbones.beit.BEiTAttention")
-@register_adapter("timm.models.beit.Attention")
 def castle_beit_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
-    """BEiT's attention in mmpretrain and timm, and BEiT's and MAE's in mmseg."""
+    """BEiT's attention in mmpretrain, and BEiT's and MAE's in mmseg."""
     build.note_dropout(old.attn_drop)
     build.drop_shared("rel_pos_bias")
     return CastledBEiTAttention(

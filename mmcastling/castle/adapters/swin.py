@@ -9,12 +9,14 @@ token attends to is the same as under the mask, exactly, for every kind of atten
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor, nn
 
 from mmcastling.attention.local_conv import Grid
+from mmcastling.attention.mixer import Bias
 from mmcastling.attention.opaque import OpaqueModule
 from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
 from mmcastling.castle.adapters.biased import CastledBiasedAttention
@@ -62,48 +64,82 @@ class CastledShiftWindowMSA(OpaqueModule):
         x = nn.functional.pad(x, pad)
         if shift:
             x = torch.roll(x, (-shift, -shift), (1, 2))
-        x = self._attend(x, shift)
+        attention = self.w_msa
+        x = attend_in_windows(attention, x, (window, window), (shift, shift))
+        x = attention.proj_drop(attention.proj(x))
         if shift:
             x = torch.roll(x, (shift, shift), (1, 2))
         return self.drop(x[:, :height, :width].flatten(1, 2))
 
-    def _attend(self, x: Tensor, shift: int) -> Tensor:
-        """Attend on a shifted map ``(B, H, W, C)`` of whole windows."""
-        attention, grid = self.w_msa, x.shape[1:3]
-        qkv = [t.unflatten(2, grid) for t in attention.project(x.flatten(1, 2))]
-        branch = getattr(attention.mixer, "branch", None)
-        densities, num_pairs = [], 0
-        rows, top = [], 0
-        for height, window_height in _bands(grid[0], self.window_size, shift):
-            columns, left = [], 0
-            for width, window_width in _bands(grid[1], self.window_size, shift):
-                window = (window_height, window_width)
-                down, across = slice(top, top + height), slice(left, left + width)
-                block = [_to_windows(t[:, :, down, across], window) for t in qkv]
-                y = attention.mix(*block, grid=window)
-                columns.append(_from_windows(y, (height, width), window))
-                pairs = height * width * window_height * window_width
-                num_pairs += pairs
-                if branch is not None:
-                    densities.append(pairs * branch.density)
-                left += width
-            rows.append(torch.cat(columns, dim=2))
-            top += height
-        if branch is not None and attention.training:
-            # Each call has left the density of its own rectangles.
-            branch.density = sum(densities) / num_pairs
-        return attention.proj_drop(attention.proj(torch.cat(rows, dim=1)))
+
+def attend_in_windows(
+    attention: CastledAttention,
+    x: Tensor,
+    window: Grid,
+    shift: Grid = (0, 0),
+    bias: Bias | None = None,
+) -> Tensor:
+    """Project and mix a shifted map ``(B, H, W, C)`` of whole windows.
+
+    Args:
+        attention: The castled attention of the windows.
+        x: The map, rolled by the shift.
+        window: Rows and columns of a window.
+        shift: By how much the map was rolled; what it brought round attends apart.
+        bias: Of the logits of a whole window, ``(1, h, N, N)``.
+
+    Returns:
+        ``(B, H, W, h * e)``, not yet projected back.
+    """
+    grid = x.shape[1:3]
+    qkv = [t.unflatten(2, grid) for t in attention.project(x.flatten(1, 2))]
+    branch = getattr(attention.mixer, "branch", None)
+    densities, num_pairs = [], 0
+    rows, top = [], 0
+    for height, tall, first_row in _bands(grid[0], window[0], shift[0]):
+        columns, left = [], 0
+        for width, wide, first_column in _bands(grid[1], window[1], shift[1]):
+            part = (tall, wide)
+            down, across = slice(top, top + height), slice(left, left + width)
+            block = [_to_windows(t[:, :, down, across], part) for t in qkv]
+            part_bias = None
+            if bias is not None:
+                corner = (first_row, first_column)
+                part_bias = functools.partial(_bias_of_part, bias, window, corner, part)
+            y = attention.mix(*block, grid=part, bias=part_bias)
+            columns.append(_from_windows(y, (height, width), part))
+            pairs = height * width * tall * wide
+            num_pairs += pairs
+            if branch is not None:
+                densities.append(pairs * branch.density)
+            left += width
+        rows.append(torch.cat(columns, dim=2))
+        top += height
+    if branch is not None and attention.training:
+        # Each call has left the density of its own rectangles.
+        branch.density = sum(densities) / num_pairs
+    return torch.cat(rows, dim=1)
 
 
-def _bands(size: int, window: int, shift: int) -> list[Grid]:
-    """Lengths of the bands a shifted axis is cut into, and of windows within each.
+def _bias_of_part(bias: Bias, window: Grid, corner: Grid, part: Grid) -> Tensor:
+    """What a window's bias says about the tokens of one of its rectangles."""
+    whole = bias()
+    tokens = torch.arange(window[0] * window[1], device=whole.device).view(window)
+    (top, left), (height, width) = corner, part
+    tokens = tokens[top : top + height, left : left + width].flatten()
+    return whole[..., tokens[:, None], tokens]
+
+
+def _bands(size: int, window: int, shift: int) -> list[tuple[int, int, int]]:
+    """Bands a shifted axis is cut into: length, length of windows, where in a window.
 
     The last window holds what the shift has brought round from the other side: its last
     ``shift`` tokens are a region of their own.
     """
     if not shift:
-        return [(size, window)]
-    bands = [(size - window, window), (window - shift, window - shift), (shift, shift)]
+        return [(size, window, 0)]
+    rest = window - shift
+    bands = [(size - window, window, 0), (rest, rest, 0), (shift, shift, rest)]
     return [band for band in bands if band[0]]
 
 
@@ -127,7 +163,7 @@ class CastledCosineAttention(CastledBiasedAttention):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().project(x)
-        factor = self.logit_scale.clamp_max(_LARGEST_LOG_SCALE).exp()
+        factor = self.logit_scale.view(-1, 1, 1).clamp_max(_LARGEST_LOG_SCALE).exp()
         normalize = nn.functional.normalize
         return normalize(q, dim=-1) * factor, normalize(k, dim=-1), v
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.attention.local_conv import Grid, merge_heads
-from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
+from mmcastling.castle.adapter_registry import register_adapter
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
-from mmcastling.errors import OptionError
 
 
 class CastledMultiheadAttention(CastledAttention):
@@ -42,94 +41,25 @@ def castle_multihead_attention(old: nn.Module, build: MixerBuilder) -> nn.Module
     )
 
 
-class CastledNormedAttention(CastledAttention):
-    """An attention that may norm queries and keys and gate its output, castled."""
-
-    def attend(self, x: Tensor, grid: Grid | None = None) -> Tensor:
-        q, k, v = self.project(x)
-        y = merge_heads(self.mix(self.q_norm(q), self.k_norm(k), v, grid))
-        if self.norm is not None:
-            y = self.norm(y)
-        return y if self.gate is None else y * self.gate(x).sigmoid()
-
-
-_NORMED = ("qkv", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop")
-
-
-class CastledTimmAttention(CastledNormedAttention):
-    """timm's ``Attention``, castled."""
-
-    def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        """Attend, without a mask.
-
-        Raises:
-            ValueError: If a mask is asked for.
-        """
-        if attn_mask is not None or is_causal:
-            raise OptionError(
-                "a castled attention takes no attn_mask and is not causal: linear "
-                "attention sums over all tokens before it sees a query"
-            )
-        return self.proj_drop(self.proj(self.attend(x)))
-
-
-@register_adapter("timm.models.vision_transformer.Attention")
-def castle_timm_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
-    """The attention of timm's ViT and DeiT; releases of timm differ in its options."""
-    build.note_dropout(old.attn_drop)
-    return CastledTimmAttention(
-        build, old.num_heads, old.head_dim, scale=old.scale, keep=_NORMED
-    )
-
-
-class CastledRelPosAttention(CastledNormedAttention):
-    """timm's ``RelPosAttention``, castled; without relative position bias."""
-
-    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
-        """Attend; a bias that all blocks share is not applied."""
-        return self.proj_drop(self.proj(self.attend(x)))
-
-
-@register_adapter("timm.models.vision_transformer_relpos.RelPosAttention")
-def castle_rel_pos_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
-    """The attention of timm's ``vit_relpos_*``."""
-    build.note_dropout(old.attn_drop)
-    build.drop_shared("shared_rel_pos")
-    return CastledRelPosAttention(
-        build, old.num_heads, old.head_dim, scale=old.scale, keep=_NORMED
-    )
-
-
-class CastledMapAttention(CastledNormedAttention):
+class CastledMapAttention(CastledAttention):
     """SAM's attention, castled; without relative positions."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend, a map or windows of it ``(B, H, W, C)`` to the same."""
         grid = (x.shape[1], x.shape[2])
-        y = self.proj_drop(self.proj(self.attend(x.flatten(1, 2), grid)))
-        return y.unflatten(1, grid)
+        y = merge_heads(self.mix(*self.project(x.flatten(1, 2)), grid))
+        return self.proj(y).unflatten(1, grid)
 
 
 @register_adapter("mmpretrain.models.backbones.vit_sam.Attention")
-@register_adapter("timm.models.vision_transformer_sam.Attention")
 def castle_map_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
     """The attention of SAM's encoder, global or in windows that the layer cuts."""
-    if getattr(old, "rope", None) is not None:
-        raise CannotCastle("it rotates queries and keys, which no adapter does yet")
-    build.note_dropout(getattr(old, "attn_drop", 0.0))
-    layers = {
-        name: getattr(old, name, nn.Identity())
-        for name in ("q_norm", "k_norm", "proj_drop")
-    }
     return CastledMapAttention(
         build,
         old.num_heads,
         old.proj.in_features // old.num_heads,
         scale=old.scale,
-        keep=("qkv", "norm", "gate", "proj"),
-        **layers,
+        keep=("qkv", "proj"),
     )
 
 
