@@ -7,7 +7,6 @@ import torch
 from known_models import (
     BIASES,
     MODELS,
-    SIZES,
     build,
     images,
     mmpretrain_beit,
@@ -16,10 +15,9 @@ from known_models import (
     mmpretrain_swin,
     mmpretrain_vit,
     output,
-    timm_small,
-    timm_vit,
     torchvision_vit,
 )
+from known_timm import LONG, SIZES, timm_small, timm_vit
 from torch import nn
 from torch.testing import assert_close
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -30,7 +28,12 @@ from mmcastling.castle import CastledAttention
 from mmcastling.deploy import tensors_in
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.long] if name in LONG else [])
+        for name in MODELS
+    ]
+)
 def case(request):
     _, sizes, count = MODELS[request.param]
     return build(request.param), sizes, count
@@ -56,20 +59,20 @@ def test_weights_that_keep_a_meaning_are_the_same_parameters(case):
 
 def test_as_softmax_attention_the_model_computes_what_it_did(case):
     model, sizes, _ = case
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if any(bias in name for bias in BIASES):
-                weight.zero_()
-    x = images(sizes[-1])
     model.eval()  # mmpretrain's returns None
-    expected = output(model, x)
-    if (mvit := getattr(model, "downscale_indices", None)) is not None:
-        assert mvit  # its keys and values are no longer subsampled: see below
-        castle(model, type="softmax")
-        assert output(model, x).shape == expected.shape
-        return
-    castle(model, type="softmax")
-    assert_close(output(model, x), expected, atol=1e-5, rtol=0)
+    castled, report = castle(copy.deepcopy(model), type="softmax", return_report=True)
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in report.dropped:  # what the report says is gone
+            if name in weights:
+                weights[name].zero_()
+    subsamples = any("no longer subsampled" in note for note in report.notes)
+    for size in sizes:
+        expected, y = output(model, images(size)), output(castled, images(size))
+        if subsamples and (y - expected).abs().max() > 1e-4:
+            assert y.shape == expected.shape  # see below
+            continue
+        assert_close(y, expected, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -128,7 +131,11 @@ def test_checkpoints_of_a_castled_model_load_into_a_deployed_one(case):
     castle(fresh, deploy=True)
     fresh.load_state_dict(model.state_dict())
     x = images(sizes[0])
-    assert_close(output(fresh, x), output(model, x), atol=0, rtol=0)
+    assert_close(output(fresh, x), output(model, x), atol=1e-5, rtol=1e-5)
+    fresh, again = switch_to_deploy(fresh), switch_to_deploy(model)
+    again.load_state_dict(fresh.state_dict())  # and nothing else is in it
+    assert again.state_dict().keys() == fresh.state_dict().keys()
+    assert_close(output(again, x), output(fresh, x), atol=1e-5, rtol=1e-5)
 
 
 def test_features_are_extracted_by_torchvisions_graphs():

@@ -7,7 +7,8 @@ import threading
 
 import pytest
 import torch
-from known_models import build, images, output, timm_vit
+from known_models import build, images, output
+from known_timm import timm_vit
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint

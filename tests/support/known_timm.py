@@ -189,7 +189,9 @@ TIMM_MODELS = {
     ),
     "timm-visformer": _row(
         *("visformer_tiny", FIXED, 2),
-        **dict(img_size=64, embed_dim=24, depth=(1, 1, 1), num_heads=3, init_channels=8),
+        **dict(
+            img_size=64, embed_dim=24, depth=(1, 1, 1), num_heads=3, init_channels=8
+        ),
     ),
     "timm-fastvit": _row(
         *("fastvit_sa12", SIZES, 2),
@@ -201,7 +203,7 @@ TIMM_MODELS = {
     ),
     "timm-nextvit": _row(
         *("nextvit.NextViT", SIZES, 1),
-        **dict(depths=(1, 1, 1, 1), stem_chs=(8, 8, 8), in_chans=3),
+        **dict(depths=(1, 1, 5, 1), stem_chs=(8, 8, 8), in_chans=3),
     ),
     "timm-mobilevit": _row("mobilevit_xxs", SIZES, 9),
     "timm-convit": _row(
@@ -220,3 +222,7 @@ for _name in ("relpos", "beit", "sam", "levit", "tnt", "maxvit-tf", "visformer")
         [(64, 128)],
         _count,
     )
+
+# Of each kind of adapter, those that every run of the tests tries.
+QUICK = ("", "-beit", "-sam", "-dinov3", "-swin", "-levit", "-maxvit-tf", "-hiera")
+LONG = TIMM_MODELS.keys() - {f"timm{name}" for name in QUICK}

@@ -66,7 +66,7 @@ def _sizes(old: nn.Module, build: MixerBuilder) -> tuple[int, int, int, float]:
 
 
 class CastledAttentionDownsample(CastledTimmAttention):
-    """timm's ``AttentionDownsample``, castled: as :class:`CastledAttentionSubsample`."""
+    """timm's ``AttentionDownsample``, castled as :class:`CastledAttentionSubsample`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend and subsample tokens ``(B, H * W, C)`` or a map ``(B, C, H, W)``."""

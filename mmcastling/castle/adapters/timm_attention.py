@@ -135,7 +135,11 @@ class CastledTimmAttention(CastledAttention):
             bias = functools.partial(self.logits_bias, q, grid, given)
         y = self.mix(q, k, v, grid, bias)
         # NesT leaves the heads innermost.
-        y = merge_heads(y) if self.kind.layout != "groups" else y.movedim(1, 3).flatten(2)
+        y = (
+            merge_heads(y)
+            if self.kind.layout != "groups"
+            else y.movedim(1, 3).flatten(2)
+        )
         if (
             "norm" in self.kind.keep
             and self.norm is not None
