@@ -28,6 +28,28 @@ logger = logging.getLogger("mmcastling")
 AUTOMATIC_KEEP: list[Callable[..., list[str]]] = []
 """What chooses for ``keep='auto'``; it stands above, and puts itself here."""
 
+
+class NothingToCastle(OptionError):
+    """Raised where a model has no attention that castle can swap.
+
+    Args:
+        model: The model.
+        left_alone: The reason for each attention that is known, by name.
+    """
+
+    def __init__(self, model: nn.Module, left_alone: dict[str, str]) -> None:
+        unknown = _without_adapter(model, list(left_alone))
+        self.left_alone = {**left_alone, **unknown}
+        modules = dict(model.named_modules())
+        kinds = {name: type(modules[name]).__name__ for name in unknown}
+        said = ", ".join(f"{n} ({what})" for n, what in {**left_alone, **kinds}.items())
+        super().__init__(
+            f"castle knows no attention in {type(model).__name__}. Modules that "
+            f"resemble one: {said or 'none'}. Make a class known with "
+            "mmcastling.register_adapter"
+        )
+
+
 _LIKE_ATTENTION = re.compile(r"attention|attn|msa", re.IGNORECASE)
 
 
@@ -57,8 +79,8 @@ def castle(
     """Swap the softmax attentions of a model for castling ones, in place.
 
     Knows the attentions of mmpretrain's, mmdet's and mmseg's vision transformers (plain
-    ones, BEiT, EVA-02, SAM, Swin, MViT, LeViT, T2T-ViT, TNT), of timm's ViT, BEiT and
-    SAM, and of torchvision's ViT; others are made known by :func:`register_adapter`.
+    ones, BEiT, EVA-02, SAM, Swin, MViT, LeViT, T2T-ViT, TNT), of timm's families
+    and of torchvision's ViT; others are made known by :func:`register_adapter`.
     All weights that keep a meaning are kept, as the same parameters. What was done is
     logged by the logger ``mmcastling``, as a warning where something of the original (a
     relative position bias, say) is lost. On an error the model is left as it was.
@@ -103,6 +125,7 @@ def castle(
             raise OptionError("keep='auto' needs images, batches (B, 3, H, W) to scan")
         options = dict(attention, stages=stages, predicate=predicate, grid=grid)
         keep = AUTOMATIC_KEEP[0](model, images, budget, **options)
+        raise NothingToCastle(model, declined)
     unchosen = _unchosen(found, stages, predicate, keep)
 
     options = {"type": "castling", **attention}
@@ -141,7 +164,7 @@ def castle(
             Castled(item.name, type(item.module).__name__, item.stage, (*build.notes,))
         )
     if not swaps:
-        raise OptionError(_nothing_found(model, report.left_alone))
+        raise NothingToCastle(model, report.left_alone)
 
     optimizers = optimizers_of(model)
     before = model.state_dict(keep_vars=True)
@@ -163,10 +186,7 @@ def castle(
     report.new = [name for name, t in after.items() if id(t) not in kept]
     report.num_kept = len(kept)
     gone = [item.name for item in report.castled]
-    for name in softmax_attentions(model):
-        known = [*gone, *report.left_alone]
-        if not any(_holds(other, name) or _holds(name, other) for other in known):
-            report.left_alone[name] = "no adapter"
+    report.left_alone.update(_without_adapter(model, [*gone, *report.left_alone]))
 
     if optimizers and any(isinstance(after[name], nn.Parameter) for name in report.new):
         logger.warning(
@@ -319,10 +339,10 @@ def softmax_attentions(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _nothing_found(model: nn.Module, left_alone: dict[str, str]) -> str:
-    met = {n: type(module).__name__ for n, module in softmax_attentions(model).items()}
-    said = ", ".join(f"{name} ({what})" for name, what in {**met, **left_alone}.items())
-    return (
-        f"castle knows no attention in {type(model).__name__}. Modules that resemble "
-        f"one: {said or 'none'}. Make a class known with mmcastling.register_adapter"
-    )
+def _without_adapter(model: nn.Module, known: Sequence[str]) -> dict[str, str]:
+    """What resembles an attention, and is not among the known ones."""
+    return {
+        name: "no adapter"
+        for name in softmax_attentions(model)
+        if not any(_holds(other, name) or _holds(name, other) for other in known)
+    }

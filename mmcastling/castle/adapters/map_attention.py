@@ -24,7 +24,7 @@ class CastledMapAttention(CastledAttention):
         """Attend, ``(B, H, W, C)`` to the same."""
         grid = (x.shape[1], x.shape[2])
         q, k, v = self.project(x.flatten(1, 2))
-        bias = functools.partial(_decomposed_bias, self, q, grid)
+        bias = functools.partial(decomposed_bias, self, q, grid)
         return self.proj(merge_heads(self.mix(q, k, v, grid, bias))).unflatten(1, grid)
 
 
@@ -52,7 +52,7 @@ def check_output_attentions(asked: bool | None) -> None:
         )
 
 
-def _decomposed_bias(attention: CastledAttention, q: Tensor, grid: Grid) -> Tensor:
+def decomposed_bias(attention: CastledAttention, q: Tensor, grid: Grid) -> Tensor:
     """The bias for queries ``(B, h, H * W, d)``, ``(B, h, H * W, H * W)``."""
     q = q.unflatten(2, grid)  # (B, h, H, W, d)
     rows = _by_distance(attention.rel_pos_h, grid[0])  # (H, H, d)
@@ -75,6 +75,7 @@ def _by_distance(table: Tensor, size: int) -> Tensor:
     return table[place[:, None] - place + size - 1]
 
 
+@register_adapter("mmpretrain.models.backbones.vit_sam.Attention")
 @register_adapter("segment_anything.modeling.image_encoder.Attention")
 def castle_map_attention(
     old: nn.Module,

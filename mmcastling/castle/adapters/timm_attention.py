@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mmcastling.attention.local_conv import Grid, merge_heads, split_heads
 from mmcastling.attention.peers.softmax import SoftmaxMixer
 from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
+from mmcastling.castle.adapters.map_attention import decomposed_bias
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
 from mmcastling.errors import OptionError
 
@@ -113,9 +114,7 @@ class CastledTimmAttention(CastledAttention):
             return y if y.ndim == 4 else y.transpose(1, 2).unflatten(2, grid)
         if layout == "units" and self.use_mask_unit_attn:
             return y.unflatten(0, (shape[0], -1)).transpose(1, 2).flatten(1, 2)
-        return (
-            y if layout in ("tokens", "units") else y.reshape(*shape[:-1], y.shape[-1])
-        )
+        return y.reshape(*shape[:-1], y.shape[-1])
 
     def _attend(self, x: Tensor, grid: Grid | None, given: dict[str, Any]) -> Tensor:
         if self.kind.pre_norm:
@@ -134,18 +133,10 @@ class CastledTimmAttention(CastledAttention):
         if self.bias_names:
             bias = functools.partial(self.logits_bias, q, grid, given)
         y = self.mix(q, k, v, grid, bias)
-        # NesT leaves the heads innermost.
-        y = (
-            merge_heads(y)
-            if self.kind.layout != "groups"
-            else y.movedim(1, 3).flatten(2)
-        )
-        if (
-            "norm" in self.kind.keep
-            and self.norm is not None
-            and not self.kind.pre_norm
-        ):
-            y = self.norm(y)
+        inner = self.kind.layout == "groups"  # NesT leaves the heads innermost
+        y = y.movedim(1, 3).flatten(2) if inner else merge_heads(y)
+        if "norm" in self.kind.keep and not self.kind.pre_norm:
+            y = y if self.norm is None else self.norm(y)
         return y if self.gate is None else y * self.gate(x).sigmoid()
 
     def logits_bias(
@@ -259,12 +250,6 @@ def _of_offsets(attention: CastledAttention, q: Tensor, grid: Grid | None) -> Te
     return attention.attention_biases[:, attention.attention_bias_idxs].unsqueeze(0)
 
 
-def _of_queries(attention: CastledAttention, q: Tensor, grid: Grid) -> Tensor:
-    """SAM's, of the distances in rows and in columns."""
-    sizes = (attention.rel_pos_h, attention.rel_pos_w, grid, grid)
-    return attention.bias_method(q.flatten(0, 1), *sizes).unflatten(0, q.shape[:2])
-
-
 def _of_positions(attention: CastledAttention, q: Tensor, grid: Grid | None) -> Tensor:
     """BoTNet's."""
     bias = attention.pos_embed(q.flatten(0, 1)).unflatten(0, q.shape[:2])
@@ -339,7 +324,7 @@ KINDS = {
         layout="map",
         keep=("rope",),
         bias=("rel_pos_h", "rel_pos_w"),
-        bias_of=_of_queries,
+        bias_of=decomposed_bias,
     ),
     "timm.models.visformer.Attention": Kind(layout="image"),
     "timm.models.volo.Attention": Kind(layout="map"),
@@ -358,8 +343,6 @@ def castle_timm_attention(
     layers: dict[str, Any] = dict(rotate=names.get("apply_rot_embed_cat"))
     if kind.bias_of is _of_method:
         layers["bias_method"] = type(old)._get_rel_pos_bias
-    elif kind.bias_of is _of_queries:
-        layers["bias_method"] = names["get_decomposed_rel_pos_bias"]
     if getattr(old, "head_first", False):
         kind = replace(kind, heads_first=True)
     if getattr(old, "use_conv", False):

@@ -41,28 +41,6 @@ def castle_multihead_attention(old: nn.Module, build: MixerBuilder) -> nn.Module
     )
 
 
-class CastledMapAttention(CastledAttention):
-    """SAM's attention, castled; without relative positions."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend, a map or windows of it ``(B, H, W, C)`` to the same."""
-        grid = (x.shape[1], x.shape[2])
-        y = merge_heads(self.mix(*self.project(x.flatten(1, 2)), grid))
-        return self.proj(y).unflatten(1, grid)
-
-
-@register_adapter("mmpretrain.models.backbones.vit_sam.Attention")
-def castle_map_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
-    """The attention of SAM's encoder, global or in windows that the layer cuts."""
-    return CastledMapAttention(
-        build,
-        old.num_heads,
-        old.proj.in_features // old.num_heads,
-        scale=old.scale,
-        keep=("qkv", "proj"),
-    )
-
-
 class CastledRotaryAttention(CastledAttention):
     """EVA-02's ``AttentionWithRoPE``, castled; queries and keys are rotated."""
 
