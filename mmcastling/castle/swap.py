@@ -118,7 +118,7 @@ def castle(
     _check_not_castled(model)
     found, declined = _find(model)
     if not found:
-        raise OptionError(_nothing_found(model, declined))
+        raise NothingToCastle(model, declined)
     if keep == "auto":
         images = list(images)
         if not images:
