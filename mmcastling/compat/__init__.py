@@ -13,7 +13,8 @@ module                      what it mends or adds             can go when
                             after ``import mmcastling``
 ``registrations``           registries, inferencers and       toolboxes read entry
                             ``get_model`` find what is ours;  points of packages
-                            debug messages stay off screen;
+                            debug messages, and warnings to
+                            torchao, stay off screen;
                             thop and ptflops count our layers;
                             mmpretrain's multimodal part,
                             broken by transformers 5, is out;

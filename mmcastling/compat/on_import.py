@@ -31,6 +31,7 @@ AFTER_IMPORT = {
     "timm.models._helpers": "keep_metadata_in_timm",
     "timm.utils.model_ema": "let_averages_follow",
     "torch.optim.swa_utils": "let_averages_follow",
+    "transformers.utils": "drop_warnings_for_torchao",
 }
 """Functions of :mod:`mmcastling.compat.registrations`, by the module they are given."""
 

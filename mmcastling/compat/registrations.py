@@ -163,6 +163,12 @@ def drop_debug_messages(module: ModuleType) -> None:
     _wrap(module, "print_log", but_debug)
 
 
+def drop_warnings_for_torchao(module: ModuleType) -> None:
+    """Keep off the screen what torch says to torchao, which transformers imports."""
+    log = logging.getLogger("torch.utils._pytree")
+    log.addFilter(lambda record: "register_constant() on Enum" not in str(record.msg))
+
+
 def allow_history_in_checkpoints(module: ModuleType) -> None:
     """Let :func:`mmcastling.checkpoint.load_checkpoint` read MMEngine's history."""
     history = module.HistoryBuffer
