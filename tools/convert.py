@@ -3,7 +3,7 @@
 import argparse
 
 from mmcastling.run import convert, run_cli
-from mmcastling.run.config import (
+from mmcastling.run.arguments import (
     add_config_arguments,
     add_precision_argument,
     config_from_arguments,

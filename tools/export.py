@@ -8,7 +8,7 @@ import argparse
 
 from mmcastling.export import DEFAULT_OPSET, FORMAT_PRECISIONS, FORMATS
 from mmcastling.run import run_cli
-from mmcastling.run.config import add_config_arguments, config_from_arguments
+from mmcastling.run.arguments import add_config_arguments, config_from_arguments
 from mmcastling.run.exporting import export
 
 

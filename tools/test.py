@@ -5,7 +5,7 @@ import argparse
 from mmengine.dist import is_main_process
 
 from mmcastling.run import evaluate, run_cli
-from mmcastling.run.config import (
+from mmcastling.run.arguments import (
     add_config_arguments,
     add_precision_argument,
     add_run_arguments,

@@ -3,7 +3,7 @@
 import argparse
 
 from mmcastling.run import run_cli, train
-from mmcastling.run.config import (
+from mmcastling.run.arguments import (
     add_config_arguments,
     add_run_arguments,
     config_from_arguments,

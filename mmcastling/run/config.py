@@ -6,26 +6,22 @@ is touched or a model is built.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, ConfigDict
 from mmengine.fileio import list_from_file
 from mmengine.registry import DATASETS, init_default_scope
 
 from mmcastling.compat.coco_eval import read_byte_order_marks
 from mmcastling.data import DatasetError, check_coco
 from mmcastling.data.image_sizes import is_upright
-from mmcastling.deploy import PRECISIONS
 from mmcastling.errors import ConfigError
+from mmcastling.run.arguments import DATA_VARIABLE
 from mmcastling.run.label_maps import check_label_maps, loading_of
-
-DATA_VARIABLE = "MMCASTLING_DATA"
-"""Environment variable that names the folder standing for ``data/`` in all configs."""
 
 HOW_TO_GET = {
     "ADEChallengeData2016": "get ADE20K (images/, annotations/) from the MIT Scene "
@@ -273,63 +269,3 @@ def _missing_root(root: str) -> str:
         f"to yours with --cfg-options data_root=FOLDER, or with {DATA_VARIABLE}=FOLDER "
         f"where FOLDER/{name} is it"
     )
-
-
-# -- options that the commands in tools/ share -----------------------------------------
-
-
-class KeyValueAction(DictAction):
-    """MMEngine's reading of ``KEY=VALUE``, with a usage error for what is not."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            super().__call__(*args, **kwargs)
-        except (ValueError, AssertionError) as error:
-            message = f"expected KEY=VALUE with balanced brackets ({error})"
-            raise argparse.ArgumentError(self, message) from error
-
-
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the config file and ``--cfg-options``."""
-    parser.add_argument("config", help="config file, of any OpenMMLab toolbox")
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=KeyValueAction,
-        metavar="KEY=VALUE",
-        help="override settings of the config; data_root=FOLDER moves its data. The "
-        f"environment variable {DATA_VARIABLE} stands for the folder data/",
-    )
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the work directory and the launcher."""
-    parser.add_argument(
-        "--work-dir", help="folder for logs and checkpoints (work_dirs/CONFIG)"
-    )
-    parser.add_argument(
-        "--launcher",
-        choices=["none", "pytorch", "slurm", "mpi"],
-        default="none",
-        help="job launcher (none)",
-    )
-    # torch.distributed.launch passes it; torchrun sets the variable instead.
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0)
-
-
-def add_precision_argument(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add ``--precision``; ``default`` says what happens without it."""
-    parser.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        help=f"what the layers of the deployed model compute in ({default})",
-    )
-
-
-def config_from_arguments(args: argparse.Namespace) -> Config:
-    """Load the config that the arguments name, with their options."""
-    cfg = load_config(args.config, args.cfg_options, getattr(args, "work_dir", None))
-    if hasattr(args, "launcher"):
-        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-        cfg.launcher = args.launcher
-    return cfg

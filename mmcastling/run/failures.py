@@ -10,16 +10,13 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-import mmengine.registry
 import torch.distributed
-from mmengine.dist import barrier, get_dist_info, is_distributed
 from torch.distributed import DistError, TCPStore
 
 from mmcastling.errors import UserError
 
 TRACEBACK_VARIABLE = "MMCASTLING_TRACEBACK"
 
-_REGISTRY = str(Path(mmengine.registry.__file__).resolve().parent)
 # How many processes a launcher has started. Among several, one that waits for another
 # has to end at once.
 _SIZES = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
@@ -34,10 +31,12 @@ def is_meant_for_the_user(error: BaseException | None) -> bool:
     arguments. Some releases raise what a constructor raised anew with the class's name
     in front, so the chain of causes is searched. Anything else is a defect.
     """
+    registry = sys.modules.get("mmengine.registry")  # imported where a config is
+    folder = str(Path(registry.__file__).resolve().parent) if registry else None
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
         # Registries have no error of their own.
-        by_registry = frames and frames[-1].filename.startswith(_REGISTRY)
+        by_registry = folder and frames and frames[-1].filename.startswith(folder)
         if isinstance(error, UserError) or (
             isinstance(error, (KeyError, TypeError)) and by_registry
         ):
@@ -46,10 +45,21 @@ def is_meant_for_the_user(error: BaseException | None) -> bool:
     return False
 
 
+def rank_and_size() -> tuple[int, int]:
+    """Which of how many processes this is."""
+    if not _is_distributed():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _has_lost_contact(error: Exception) -> bool:
     """Whether another process of this run ended first, so that this one had to."""
     lost = any(text in str(error) for text in _LOST_CONTACT)
-    return get_dist_info()[1] > 1 and (lost or isinstance(error, DistError))
+    return rank_and_size()[1] > 1 and (lost or isinstance(error, DistError))
 
 
 def _is_said_already(error: Exception) -> bool:
@@ -87,15 +97,15 @@ def run_cli(main: Callable[[], None]) -> None:
         main()
         # A process that ends while another still reads from it, or with its threads
         # running, can abort at exit, and launchers then report the run as failed.
-        if is_distributed():
-            barrier()
+        if _is_distributed():
+            torch.distributed.barrier()
             torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        rank, size = get_dist_info()
+        rank, size = rank_and_size()
         if _has_lost_contact(error):
             text = (
                 "lost contact to another process: the reason is what that one says, or "

@@ -256,7 +256,7 @@ def test_a_process_that_lost_contact_leaves_the_word_to_the_other(
     error, monkeypatch, capsys
 ):
     assert ends(error) is None  # of a single process it is its own error
-    monkeypatch.setattr("mmcastling.run.failures.get_dist_info", lambda: (0, 2))
+    monkeypatch.setattr("mmcastling.run.failures.rank_and_size", lambda: (0, 2))
     assert ends(error) == 1
     text = capsys.readouterr().err
     assert text.startswith("error: [process 1 of 2] lost contact to another process")
@@ -264,7 +264,7 @@ def test_a_process_that_lost_contact_leaves_the_word_to_the_other(
 
 
 def test_a_message_names_its_process(monkeypatch, capsys):
-    monkeypatch.setattr("mmcastling.run.failures.get_dist_info", lambda: (0, 4))
+    monkeypatch.setattr("mmcastling.run.failures.rank_and_size", lambda: (0, 4))
 
     def main():
         raise ConfigError("wrong")

@@ -31,7 +31,7 @@ from mmcastling.analysis import ComplexityReport, count_model_macs, input_channe
 from mmcastling.checkpoint import write_json_atomically
 from mmcastling.models.common import CastlingBackbone
 from mmcastling.run import run_cli
-from mmcastling.run.config import add_config_arguments, config_from_arguments
+from mmcastling.run.arguments import add_config_arguments, config_from_arguments
 from mmcastling.verbs import castling_modules, switch_to_deploy
 
 TRAINING, DEPLOYED, TWIN = "training graph", "deployed graph", "softmax twin"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mmcastling.files import check_writable
 from mmcastling.run import run_cli
-from mmcastling.run.config import (
+from mmcastling.run.arguments import (
     add_config_arguments,
     config_from_arguments,
 )

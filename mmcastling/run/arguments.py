@@ -1,0 +1,73 @@
+"""Options that the commands in ``tools/`` share, read without OpenMMLab."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from mmcastling.deploy import PRECISIONS
+
+DATA_VARIABLE = "MMCASTLING_DATA"
+"""Environment variable that names the folder standing for ``data/`` in all configs."""
+
+
+class KeyValueAction(argparse.Action):
+    """MMEngine's reading of ``KEY=VALUE``, with a usage error for what is not."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        from mmengine.config import DictAction
+
+        try:
+            DictAction(self.option_strings, self.dest)(*args, **kwargs)
+        except (ValueError, AssertionError) as error:
+            message = f"expected KEY=VALUE with balanced brackets ({error})"
+            raise argparse.ArgumentError(self, message) from error
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the config file and ``--cfg-options``."""
+    parser.add_argument("config", help="config file, of any OpenMMLab toolbox")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=KeyValueAction,
+        metavar="KEY=VALUE",
+        help="override settings of the config; data_root=FOLDER moves its data. The "
+        f"environment variable {DATA_VARIABLE} stands for the folder data/",
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the work directory and the launcher."""
+    parser.add_argument(
+        "--work-dir", help="folder for logs and checkpoints (work_dirs/CONFIG)"
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm", "mpi"],
+        default="none",
+        help="job launcher (none)",
+    )
+    # torch.distributed.launch passes it; torchrun sets the variable instead.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0)
+
+
+def add_precision_argument(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add ``--precision``; ``default`` says what happens without it."""
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help=f"what the layers of the deployed model compute in ({default})",
+    )
+
+
+def config_from_arguments(args: argparse.Namespace) -> Any:
+    """Load the config that the arguments name, with their options."""
+    from mmcastling.run.config import load_config
+
+    cfg = load_config(args.config, args.cfg_options, getattr(args, "work_dir", None))
+    if hasattr(args, "launcher"):
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+        cfg.launcher = args.launcher
+    return cfg
