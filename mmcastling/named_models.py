@@ -11,12 +11,13 @@ import importlib
 import inspect
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from mmcastling.analysis import input_channels
 from mmcastling.castle import castle as castle_model
 from mmcastling.checkpoint import load_checkpoint, load_weights, read_safetensors
 from mmcastling.deploy import is_deployed
@@ -90,6 +91,20 @@ def build_named_model(
         restore_mask(model, state)
         load_weights(model, state, str(checkpoint))
     return model.eval()
+
+
+def image_shape(
+    model: nn.Module, size: Sequence[int] | None = None
+) -> tuple[int, int, int]:
+    """``(C, H, W)`` of an image for a model: of this size, or its own, or 224x224."""
+    if size is None:
+        timms = (getattr(model, "default_cfg", None) or {}).get("input_size")
+        others = getattr(getattr(model, "config", None), "image_size", None)
+        own = timms[-2:] if timms else others or getattr(model, "image_size", 224)
+        size = (own, own) if isinstance(own, int) else own
+    if len(size) != 2 or min(size) < 1:
+        raise OptionError(f"size {tuple(size)}: give a height and a width, above 0")
+    return input_channels(model), int(size[0]), int(size[1])
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

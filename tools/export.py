@@ -1,15 +1,25 @@
 """Export a model to a file that a stock runtime runs, and check it against torch.
 
-The file is run on a real image at two sizes and compared with torch; it is kept only
-if they agree.
+A config's model is run on a real image at two sizes; a model of timm, torchvision or
+transformers (timm:NAME, torchvision:NAME, hf:FOLDER) at several sizes and batches. The
+file is kept only if what it computes agrees with torch.
 """
 
 import argparse
+from pathlib import Path
 
+import torch
+
+import mmcastling
+from mmcastling.errors import OptionError
 from mmcastling.export import DEFAULT_OPSET, FORMAT_PRECISIONS, FORMATS
+from mmcastling.named_models import build_named_model, image_shape, is_model_name
 from mmcastling.run import run_cli
-from mmcastling.run.arguments import add_config_arguments, config_from_arguments
-from mmcastling.run.exporting import export
+from mmcastling.run.arguments import (
+    add_config_arguments,
+    add_named_arguments,
+    config_from_arguments,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -17,15 +27,26 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_config_arguments(parser)
-    parser.add_argument("checkpoint", help="training or deployed checkpoint")
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        help="training or deployed checkpoint; may be left out of a named model",
+    )
     parser.add_argument(
         "out", nargs="?", help="file to write (the checkpoint's name, another ending)"
     )
+    add_named_arguments(parser)
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="of a named model's example (its own size)",
+    )
     parser.add_argument(
         "--format",
-        default="onnx",
         metavar="FORMAT",
-        help=f"one of {', '.join(FORMATS)} (onnx)",
+        help=f"one of {', '.join(FORMATS)} (onnx, or as OUT ends)",
     )
     parser.add_argument(
         "--part",
@@ -61,11 +82,18 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if is_model_name(args.config):
+        print(export_named(args))
+        return
+    if args.checkpoint is None:
+        raise OptionError("a config's model needs its checkpoint: CONFIG CHECKPOINT")
+    from mmcastling.run.exporting import export
+
     export(
         config_from_arguments(args),
         args.checkpoint,
         args.out,
-        format=args.format,
+        format=args.format or "onnx",
         part=args.part,
         opset=args.opset,
         image=args.image,
@@ -73,6 +101,29 @@ def main() -> None:
         ema=args.ema,
         precision=args.precision,
     )
+
+
+def export_named(args: argparse.Namespace) -> mmcastling.export.ExportReport:
+    """Export a model of a library by its name."""
+    for name, usual in dict(
+        image=None, ema=None, part="model", precision="fp32"
+    ).items():
+        if getattr(args, name) != usual:
+            raise OptionError(f"--{name} is for configs, not for {args.config}")
+    checkpoint, out = args.checkpoint, args.out
+    if out is None and checkpoint and Path(checkpoint).suffix in FORMATS.values():
+        checkpoint, out = None, checkpoint  # NAME OUT
+    if out is None:
+        if checkpoint is None:
+            raise OptionError(f"name the file to write: {args.config} OUT")
+        out = Path(checkpoint).with_suffix(FORMATS[args.format or "onnx"])
+    if args.format and Path(out).suffix != FORMATS.get(args.format):
+        raise OptionError(f"OUT {out} is no file of --format {args.format}")
+    model = build_named_model(
+        args.config, checkpoint, castle=args.castle, **args.model_options
+    )
+    example = torch.randn(1, *image_shape(model, args.size))
+    return mmcastling.export(model, out, example, opset=args.opset, force=args.force)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ from torch.export import Dim
 from mmcastling.analysis import input_channels
 from mmcastling.analysis.data_sample import DataSample
 from mmcastling.deploy.verify import tensors_in
-from mmcastling.export.detectors import detector_graph
 from mmcastling.export.formats import (
     DEFAULT_FORMAT,
     DEFAULT_OPSET,
     UnsupportedModelError,
     write,
 )
+from mmcastling.export.pools import replace_pools
 from mmcastling.runtime import ExportMetadata
 
 
@@ -102,37 +102,6 @@ class SegmentorGraph(nn.Module):
         return (logits,)
 
 
-class AnySizeAdaptivePool(nn.Module):
-    """``nn.AdaptiveAvgPool2d`` as two matrix products, for maps of any size.
-
-    ONNX has no operator for it unless the size is known at export. Row ``i`` averages
-    the rows from ``floor(i H / out)`` up to ``ceil((i + 1) H / out)``.
-    """
-
-    def __init__(self, output_size: int | tuple[int, int]) -> None:
-        super().__init__()
-        if isinstance(output_size, int):
-            output_size = (output_size, output_size)
-        self.output_size = output_size
-
-    def forward(self, x: Tensor) -> Tensor:
-        """From ``(B, C, H, W)`` to ``(B, C, *output_size)``."""
-        height, width = self.output_size
-        rows, columns = _bins(x, 2, height), _bins(x, 3, width)
-        return rows @ x @ columns.transpose(0, 1)
-
-
-def _bins(x: Tensor, axis: int, count: int) -> Tensor:
-    length = x.shape[axis]
-    cells = torch.arange(length, device=x.device)
-    bins = torch.arange(count, device=x.device)[:, None]
-    inside = (cells >= bins * length // count) & (
-        cells < ((bins + 1) * length + count - 1) // count
-    )
-    weights = inside.to(x.dtype)
-    return weights / weights.sum(dim=1, keepdim=True)
-
-
 def export_graph(model: nn.Module, part: str = "model") -> nn.Module:
     """A copy of a deployed model, in the form that is exported.
 
@@ -156,6 +125,8 @@ def export_graph(model: nn.Module, part: str = "model") -> nn.Module:
                 f"{model_name} has no backbone: export it with --part model"
             )
     elif hasattr(model, "bbox_head") or hasattr(model, "roi_head"):
+        from mmcastling.export.detectors import detector_graph  # needs torchvision
+
         make = detector_graph
     elif hasattr(model, "decode_head"):
         make = SegmentorGraph
@@ -167,19 +138,8 @@ def export_graph(model: nn.Module, part: str = "model") -> nn.Module:
             "its backbone with --part backbone"
         )
     graph = make(copy.deepcopy(model)).requires_grad_(False)
-    _replace_pools(graph)
+    replace_pools(graph)
     return graph.train(False)
-
-
-def _replace_pools(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, nn.AdaptiveAvgPool2d) and child.output_size not in (
-            1,
-            (1, 1),
-        ):
-            setattr(module, name, AnySizeAdaptivePool(child.output_size))
-        else:
-            _replace_pools(child)
 
 
 def describe(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 from typing import Any
 
@@ -25,9 +26,12 @@ class KeyValueAction(argparse.Action):
             raise argparse.ArgumentError(self, message) from error
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_config_arguments(
+    parser: argparse.ArgumentParser,
+    what: str = "config file, of any OpenMMLab toolbox",
+) -> None:
     """Add the config file and ``--cfg-options``."""
-    parser.add_argument("config", help="config file, of any OpenMMLab toolbox")
+    parser.add_argument("config", help=what)
     parser.add_argument(
         "--cfg-options",
         nargs="+",
@@ -35,6 +39,41 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="override settings of the config; data_root=FOLDER moves its data. The "
         f"environment variable {DATA_VARIABLE} stands for the folder data/",
+    )
+
+
+class LiteralAction(argparse.Action):
+    """``KEY=VALUE``, a value of Python or else a text, without OpenMMLab."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any) -> None:
+        found = dict(getattr(namespace, self.dest) or {})
+        for text in values:
+            key, equals, value = text.partition("=")
+            if not equals:
+                raise argparse.ArgumentError(self, f"expected KEY=VALUE, got {text!r}")
+            try:
+                found[key] = ast.literal_eval(value)
+            except (SyntaxError, ValueError):
+                found[key] = value
+        setattr(namespace, self.dest, found)
+
+
+def add_named_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what models by name take, see :mod:`mmcastling.named_models`."""
+    parser.add_argument(
+        "--castle",
+        nargs="*",
+        action=LiteralAction,
+        metavar="KEY=VALUE",
+        help="castle a named model with these options (those in its checkpoint)",
+    )
+    parser.add_argument(
+        "--model-options",
+        nargs="+",
+        action=LiteralAction,
+        default={},
+        metavar="KEY=VALUE",
+        help="arguments of a named model, such as num_classes=10",
     )
 
 

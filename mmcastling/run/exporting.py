@@ -18,10 +18,9 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS
 from torch import nn
 
-from mmcastling.analysis import paired_medians
 from mmcastling.checkpoint import load_checkpoint
 from mmcastling.deploy import set_precision
-from mmcastling.errors import CheckpointError, ConfigError, UserError
+from mmcastling.errors import ConfigError, UserError
 from mmcastling.export import (
     DEFAULT_FORMAT,
     DEFAULT_OPSET,
@@ -38,7 +37,7 @@ from mmcastling.export import (
     reference_outputs,
     write_graph,
 )
-from mmcastling.files import check_writable, replace_together, temporary_folder
+from mmcastling.export.proving import destination, latency, write_proven
 from mmcastling.run.config import (
     check_data,
     dataset_meta,
@@ -61,7 +60,6 @@ from mmcastling.runtime.model import runtime_library
 from mmcastling.runtime.preprocess import Prepared, prepare
 from mmcastling.version import __version__
 
-ROUNDS = 3  # passes whose median is the latency that is printed
 EXAMPLES = 16  # training images that show a quantizer what inputs are like
 
 
@@ -107,7 +105,7 @@ def export(
     check_export_precision(precision, format)
     runtime = SUFFIXES[FORMATS[format]][0]
     runtime_library(runtime)  # before minutes of work
-    out = _destination(source, out, format)
+    out = destination(out or Path(source).with_suffix(FORMATS[format]), format)
     picture = _image(cfg, image)
     read_image(picture)  # which says so, where it cannot be read
     facts: dict[str, Any] = dict(pipeline=tuple(runtime_steps(cfg)))
@@ -129,56 +127,48 @@ def export(
     from_file = _from_file(cfg, model, meta, picture)
     inputs = list(_inputs(read_image(picture, meta), meta))
     expected = [_in_torch(model, meta, x) for x in inputs]
-    try:
-        with temporary_folder(out) as folder:
-            path = folder / out.name
-            write_graph(graph, path, meta, format, opset)
-            inferencer = ExportedInferencer(path, threads=torch.get_num_threads())
-            agreements = _compare(inferencer, inputs, expected)
-            if from_file is not None:
-                found = inferencer.predict(picture)
-                agreements[f"from {picture.name}"] = _agreement(from_file, found)
-            if not all(agreement.holds for agreement in agreements.values()):
-                apart = "; ".join(f"{at}: {how}" for at, how in agreements.items())
-                raise ConfigError(
-                    f"the exported file disagrees with torch in {runtime} ({apart}) "
-                    "and has been removed: export in another --format or --opset, or "
-                    "the backbone alone with --part backbone"
+
+    def agreements_of(path: Path, rounded: bool = False) -> dict[str, Agreement]:
+        against = f"{precision} against torch in fp32"
+        if not rounded:
+            against = f"{runtime} against torch"
+        inferencer = ExportedInferencer(path, threads=torch.get_num_threads())
+        agreements = _compare(inferencer, inputs, expected, rounded)
+        if from_file is not None and not rounded:
+            found = inferencer.predict(picture)
+            agreements[f"from {picture.name}"] = _agreement(from_file, found)
+        for at, agreement in agreements.items():
+            print(f"{against} {at}: {agreement}")
+        return agreements
+
+    def lower_and_time(path: Path) -> Path:
+        if precision != "fp32":
+            lowered = dataclasses.replace(meta, precision=precision)
+            path = _lower(cfg, model, part, format, lowered, path, inputs)
+            agreements_of(path, rounded=True)
+        inferencer = ExportedInferencer(path, threads=torch.get_num_threads())
+        for x in inputs:
+            print(
+                latency(
+                    "{}x{}".format(*x.batch.shape[2:]),
+                    runtime,
+                    lambda x=x: _in_torch(model, meta, x),
+                    lambda x=x: inferencer.predict_prepared(x),
                 )
-            for at, agreement in agreements.items():
-                print(f"{runtime} against torch {at}: {agreement}")
-            if precision != "fp32":
-                meta = dataclasses.replace(meta, precision=precision)
-                path = _lower(cfg, model, part, format, meta, path, inputs)
-                inferencer = ExportedInferencer(path, threads=torch.get_num_threads())
-                agreements = _compare(inferencer, inputs, expected, rounded=True)
-                for at, agreement in agreements.items():
-                    print(f"{precision} against torch in fp32 {at}: {agreement}")
-            for x in inputs:
-                _print_latency(model, inferencer, x)
-            del inferencer  # it maps the file
-            # All that was written, the file that names the others last.
-            made = sorted(path.parent.iterdir(), key=lambda x: x.name == out.name)
-            replace_together(path.parent, [out.parent / x.name for x in made])
-    except OSError as error:
-        raise CheckpointError(f"cannot write {out}: {error}") from error
+            )
+        return path
+
+    write_proven(
+        out,
+        lambda path: write_graph(graph, path, meta, format, opset),
+        agreements_of,
+        lower_and_time,
+    )
     print(f"wrote {out}: {meta.kind} {meta.name}")
-    return meta
+    return dataclasses.replace(meta, precision=precision)
 
 
 # -- what is read ----------------------------------------------------------------------
-
-
-def _destination(
-    source: str | os.PathLike[str], out: str | os.PathLike[str] | None, format: str
-) -> Path:
-    suffix = FORMATS[format]
-    path = Path(source).with_suffix(suffix) if out is None else Path(out)
-    if path.suffix != suffix:
-        raise ConfigError(f"output {path} must end in {suffix}, as {format} files do")
-    if format == "openvino":
-        check_writable(path.with_suffix(".bin"), option="the weights of OUT")
-    return check_writable(path, option="OUT")
 
 
 def _image(cfg: Config, image: str | os.PathLike[str] | None) -> Path:
@@ -342,18 +332,3 @@ def _lower(
             feed["image_size"] = np.array(x.size, np.int64)
     lower(path, out, meta.precision, meta.to_json(), feeds)
     return out
-
-
-def _print_latency(
-    model: nn.Module, inferencer: ExportedInferencer, x: Prepared
-) -> None:
-    passes = dict(
-        torch=lambda: _in_torch(model, inferencer.metadata, x),
-        runtime=lambda: inferencer.predict_prepared(x),
-    )
-    seconds = paired_medians(passes, ROUNDS)
-    height, width = x.batch.shape[2:]
-    print(
-        f"latency at {height}x{width}: torch {seconds['torch'] * 1e3:.1f} ms, "
-        f"{inferencer.model.runtime} {seconds['runtime'] * 1e3:.1f} ms"
-    )

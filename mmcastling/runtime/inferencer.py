@@ -124,6 +124,11 @@ class ExportedInferencer:
     ) -> None:
         self.model = ExportedModel(path, runtime, threads)
         self.metadata = self.model.metadata
+        if self.metadata.kind == "module":
+            raise ExportedModelError(
+                f"{path} is the module {self.metadata.name}, which says nothing about "
+                "how its images are prepared: give batches to ExportedModel"
+            )
 
     def __call__(self, inputs: Source | Sequence[Source]) -> dict[str, list[Any]]:
         """Predict as the toolboxes' inferencers do.

@@ -11,7 +11,7 @@ from mmcastling.errors import OptionError, UserError
 METADATA_KEY = "mmcastling"
 """Under this key the file holds the metadata, as JSON."""
 
-KINDS = ("backbone", "classifier", "detector", "segmentor")
+KINDS = ("backbone", "classifier", "detector", "module", "segmentor")
 
 
 class ExportedModelError(UserError, RuntimeError):
@@ -30,6 +30,8 @@ class ExportMetadata:
             - detector: ``boxes`` (N, 4) as x1, y1, x2, y2 in pixels of the network's
               input, ``scores`` (N,), ``labels`` (N,), and with masks ``masks`` (N, h,
               w), probabilities within each box; sorted by score, N may be 0
+            - module: what it gives, by the names it has there; how its images are
+              prepared, the file does not say
             - segmentor: ``logits`` (B, classes, H, W), as large as the input
         name: Class of the model, such as ``'MaskRCNN'``.
         outputs: Names of the outputs, in order.

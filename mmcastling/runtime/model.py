@@ -203,7 +203,7 @@ class ExportedModel:
     ) -> None:
         self.path = Path(path)
         self._opened = self.path.absolute(), threads
-        self.runtime, self._session = _open(self.path, runtime, threads)
+        self.runtime, self._session = open_session(self.path, runtime, threads)
         self.metadata = ExportMetadata.from_json(self._session.metadata, str(path))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -268,7 +268,10 @@ class ExportedModel:
             )
 
 
-def _open(path: Path, runtime: str | None, threads: int | None) -> tuple[str, Any]:
+def open_session(
+    path: Path, runtime: str | None = None, threads: int | None = None
+) -> tuple[str, Any]:
+    """The name of what runs a file, and the session; see :class:`ExportedModel`."""
     if runtime not in (None, *RUNTIMES):
         raise ExportedModelError(
             f"runtime {runtime!r} is not known: choose one of {list(RUNTIMES)}"

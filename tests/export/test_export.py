@@ -23,8 +23,8 @@ from mmcastling.export import (
     write_graph,
 )
 from mmcastling.export.detectors import first_rows
-from mmcastling.export.graphs import AnySizeAdaptivePool
 from mmcastling.export.nncf_process import quantize_in_subprocess
+from mmcastling.export.pools import AnySizeAdaptivePool
 from mmcastling.run import load_config
 from mmcastling.run.load import build_model
 from mmcastling.runtime import (
