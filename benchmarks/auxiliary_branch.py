@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 from common import duration, spread
-from machine import PeakMemory, environment
 from torch import Tensor
 
 from mmcastling.analysis import paired_seconds
+from mmcastling.analysis.machine import PeakMemory, environment
 from mmcastling.attention import (
     masked_softmax_attention,
     naive_masked_softmax_attention,

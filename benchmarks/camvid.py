@@ -27,7 +27,6 @@ import mmengine
 import mmseg
 import numpy as np
 import torch
-from machine import environment
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS
@@ -36,6 +35,7 @@ from segmentation_figure import SegmentationLegend, plot_segmentation
 from torch import Tensor, nn
 
 from mmcastling.analysis import count_model_macs
+from mmcastling.analysis.machine import environment
 from mmcastling.checkpoint import (
     load_checkpoint,
     write_json_atomically,

@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import environment
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from mmpretrain.datasets import FashionMNIST
@@ -35,6 +34,7 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from mmcastling.analysis.machine import environment
 from mmcastling.checkpoint import (
     load_checkpoint,
     save_atomically,

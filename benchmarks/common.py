@@ -18,10 +18,10 @@ import mmdet
 import mmpretrain
 import timm
 import torch
-from machine import PeakMemory, environment
 from torch import Tensor, nn
 
 from mmcastling.analysis import count_macs, paired_seconds
+from mmcastling.analysis.machine import PeakMemory, environment
 from mmcastling.checkpoint import write_json_atomically
 
 ROOT = Path(__file__).resolve().parents[1]

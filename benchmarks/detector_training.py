@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import PeakMemory, environment
 
+from mmcastling.analysis.machine import PeakMemory, environment
 from mmcastling.attention import castling, naive_masked_softmax_attention
 from mmcastling.checkpoint import write_json_atomically, write_text_atomically
 from mmcastling.run import load_config, train

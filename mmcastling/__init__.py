@@ -24,6 +24,8 @@ if find_spec("torch") is not None:
         "align",
         "castle",
         "castling_modules",
+        "doctor",
+        "export",
         "find_config",
         "register_adapter",
         "scan",
@@ -33,11 +35,19 @@ if find_spec("torch") is not None:
 
 on_import.install()
 
+_LATER = {
+    "doctor": "mmcastling.analysis",
+    "find_config": "mmcastling.compat.model_index",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """``find_config``, and the package's folders, imported when they are asked for."""
-    if name == "find_config":
-        return importlib.import_module("mmcastling.compat.model_index").find_config
+    """Some functions, and the package's folders, imported when they are asked for.
+
+    The folder ``export`` is the function of that name, too.
+    """
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
     try:
         return importlib.import_module(f"mmcastling.{name}")
     except ModuleNotFoundError as error:

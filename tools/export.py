@@ -26,7 +26,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_config_arguments(parser)
+    add_config_arguments(parser, "config, timm:NAME, torchvision:NAME or hf:FOLDER")
     parser.add_argument(
         "checkpoint",
         nargs="?",

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from machine import environment
-
+from mmcastling.analysis.machine import environment
 from mmcastling.checkpoint import write_json_atomically
 from mmcastling.run import ConfigError
 

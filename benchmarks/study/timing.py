@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import environment
 from mmpretrain.structures import DataSample
 
 from benchmarks.study.fashion import Data, initialised
 from benchmarks.study.variants import TABLE_A, VARIANTS, Recipe
 from mmcastling.analysis import paired_seconds
+from mmcastling.analysis.machine import environment
 from mmcastling.checkpoint import write_json_atomically
 from mmcastling.verbs import set_mask
 

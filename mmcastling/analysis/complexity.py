@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -47,16 +47,21 @@ class ComplexityReport:
     by_module: dict[str, int]
 
 
-def count_macs(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> ComplexityReport:
+def count_macs(
+    model: nn.Module,
+    inputs: Tensor | tuple[Any, ...],
+    parts: Mapping[str, nn.Module] | None = None,
+) -> ComplexityReport:
     """Count the MACs of one forward pass in eval mode, without gradients.
 
     ``training`` and ``requires_grad`` are left as they were found, one by one. Inputs
-    are one tensor, or a tuple of positional arguments.
+    are one tensor, or a tuple of positional arguments. ``parts`` are the modules to
+    report by name, instead of the top-level children.
     """
     args = (inputs,) if isinstance(inputs, Tensor) else inputs
     shapes = [tuple(arg.shape) for arg in args if isinstance(arg, Tensor)]
     with _eval_mode(model):
-        macs = _count(model, lambda model: model(*args))
+        macs = _count(model, lambda model: model(*args), parts)
         return _report(model, macs, shapes[0] if shapes else ())
 
 
@@ -151,11 +156,16 @@ def _report(
     )
 
 
-def _count(model: nn.Module, run: Callable[[nn.Module], Any]) -> Counter[str]:
-    """MACs by top-level child of one call of ``run(model)``."""
+def _count(
+    model: nn.Module,
+    run: Callable[[nn.Module], Any],
+    parts: Mapping[str, nn.Module] | None = None,
+) -> Counter[str]:
+    """MACs by part, or by top-level child, of one call of ``run(model)``."""
     flops: Counter[str] = Counter()
     counter = FlopCounterMode(display=False, custom_mapping=_extra_formulas())
-    children = _attribute_to_children(model, counter, flops)
+    parts = dict(model.named_children()) if parts is None else parts
+    children = _attribute_to_parts(parts, counter, flops)
     with ExitStack() as stack, torch.no_grad(), counter, children:
         # The fused path of nn.MultiheadAttention is a single op that counts as nothing.
         fused = torch.backends.mha.get_fastpath_enabled()
@@ -168,10 +178,10 @@ def _count(model: nn.Module, run: Callable[[nn.Module], Any]) -> Counter[str]:
 
 
 @contextmanager
-def _attribute_to_children(
-    model: nn.Module, counter: FlopCounterMode, flops: Counter[str]
+def _attribute_to_parts(
+    parts: Mapping[str, nn.Module], counter: FlopCounterMode, flops: Counter[str]
 ) -> Iterator[None]:
-    """Book what each top-level child of ``model`` computes in ``flops``.
+    """Book what each of some modules computes in ``flops``.
 
     Detectors and segmentors call ``head.forward(x)``, past all hooks.
     """
@@ -192,7 +202,7 @@ def _attribute_to_children(
         return wrapped
 
     with ExitStack() as stack:
-        for name, child in model.named_children():
+        for name, child in parts.items():
             for module in _called_modules(child):
                 wrapped = wrap(name, module.forward)
                 stack.enter_context(patch.object(module, "forward", wrapped))

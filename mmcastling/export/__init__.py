@@ -30,6 +30,7 @@ from mmcastling.export.graphs import (
     reference_outputs,
     write_graph,
 )
+from mmcastling.export.proving import DisagreementError
 
 __all__ = [
     "DEFAULT_FORMAT",
@@ -38,6 +39,7 @@ __all__ = [
     "FORMAT_PRECISIONS",
     "OPSETS",
     "Agreement",
+    "DisagreementError",
     "ExportReport",
     "UnsupportedModelError",
     "check_export_precision",

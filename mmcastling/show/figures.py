@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mmcastling.analysis import Diagnosis
 from mmcastling.checkpoint import write_atomically
 from mmcastling.errors import OptionError
 from mmcastling.show.run_log import MaskHistory
@@ -75,6 +76,42 @@ def _draw_threshold(axes: Axes, history: MaskHistory) -> None:
         axes.plot(history.steps, values, color=colour, ls=style, label=label)
     axes.set_ylim(bottom=-0.03)
     axes.set_ylabel("state of the mask")
+
+
+def plot_latency(found: Diagnosis, path: str | Path, title: str) -> None:
+    """Draw latency against resolution, before castling and after, as a PNG file."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    sides = [one.pixels**0.5 for one in found.measured]
+    names = ("before, softmax", "castled and deployed")
+    for index, (name, colour) in enumerate(
+        zip(names, ("tab:red", "tab:blue"), strict=True)
+    ):
+        times = [one.milliseconds[index] for one in found.measured]
+        axes.plot(sides, times, color=colour, marker="o", ms=4, label=name)
+    if (size := found.crossing_size) is not None:
+        side = found.crossing**0.5
+        axes.axvline(side, color="black", ls="--", lw=1)
+        left = side < (sides[0] + sides[-1]) / 2
+        axes.annotate(
+            f" faster from {size[0]}x{size[1]} on ",
+            (side, 0.03),
+            xycoords=("data", "axes fraction"),
+            ha="left" if left else "right",
+        )
+    axes.set_xticks(
+        sides, ["{}x{}".format(*one.size) for one in found.measured], rotation=45
+    )
+    axes.set_yscale("log")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis("{x:,.0f}")
+    axes.set_ylabel("milliseconds per image")
+    axes.set_xlabel("size of the image, spaced by the root of its pixels")
+    axes.set_title(f"{title}\n{found.machine_line}", loc="left", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False, loc="upper left")
+    save_figure(figure, path, dpi=130)
 
 
 def draw_rows(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str]) -> Figure:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machine import PeakMemory
 from torch import library
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from mmcastling.analysis.machine import PeakMemory
 from mmcastling.attention import (
     Attention,
     masked_softmax_attention,

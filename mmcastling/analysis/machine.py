@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mmcastling.errors import UnavailableError
 from mmcastling.version import __version__
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -38,11 +39,11 @@ class PeakMemory:
         self.device = torch.device(device)
         self.bytes = 0
         if self.device.type not in ("cpu", "cuda"):
-            raise RuntimeError(
+            raise UnavailableError(
                 f"peak memory on {device!r} is not known: measure on 'cpu' or 'cuda'"
             )
         if self.device.type == "cpu" and not _CLEAR_REFS.exists():
-            raise RuntimeError(
+            raise UnavailableError(
                 f"peak resident memory can be reset on Linux only, not on "
                 f"{sys.platform}: measure there, or on 'cuda'"
             )

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from machine import PeakMemory, environment
+
+from mmcastling.analysis.machine import PeakMemory, environment
 
 linux = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak memory"

@@ -1,0 +1,273 @@
+"""Whether castling a model pays, measured on the machine at hand."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmcastling.analysis.complexity import SELF, count_macs
+from mmcastling.analysis.data_sample import input_channels
+from mmcastling.analysis.diagnosis import Diagnosis, Measured, Size, Stage, size_text
+from mmcastling.analysis.machine import PeakMemory, environment
+from mmcastling.analysis.timing import paired_medians, synchronize
+from mmcastling.attention import TokenMixer
+from mmcastling.castle import CastleReport, castle
+from mmcastling.errors import OptionError, UnavailableError
+from mmcastling.verbs import switch_to_deploy
+
+logger = logging.getLogger("mmcastling")
+
+DEFAULT_SIZES: tuple[Size, ...] = ((224, 224), (512, 512), (800, 1344))
+BETWEEN = (0.25, 0.375, 0.5, 0.75)
+"""Sides of further images, for the curve, as shares of the largest's."""
+SECONDS = 5.0
+"""For the passes of one size, beyond the fewest that make a median."""
+FEWEST, MOST = 3, 15
+
+
+def doctor(
+    model: nn.Module,
+    sizes: Sequence[Size] = (),
+    *,
+    say: Callable[[str], Any] | None = None,
+    **attention: Any,
+) -> Diagnosis:
+    """Measure whether castling a model pays, and what it would change.
+
+    The model is not changed: a copy is castled and deployed, whose weights are not
+    trained, which times do not depend on. Times are medians of forward passes of one
+    image, before and after in turns. Peak memory is that of the process in a pass after
+    the first, beyond what it held before, or of the allocator on a GPU.
+
+    Args:
+        model: Takes images ``(B, C, H, W)``. Of a detector or segmentor of OpenMMLab
+            the backbone alone is measured.
+        sizes: Pairs ``(H, W)``. Further ones are added for the curve, where the model
+            takes them. Defaults to none (224x224, 512x512 and 800x1344, those of them
+            that it takes).
+        say: Called with a line on what is being done. Defaults to None (it is
+            logged).
+        **attention: As in :func:`mmcastling.castle`, ``stages`` and ``keep`` too.
+
+    Raises:
+        OptionError: If a size is not positive, or the model refuses it.
+        UnavailableError: If there is nothing in the model to castle.
+    """
+    for size in sizes:
+        if len(size) != 2 or any(int(n) != n or n < 1 for n in size):
+            raise OptionError(f"size {size}: give a height and a width, above 0")
+    name = type(model).__name__
+    if hasattr(model, "data_preprocessor") and hasattr(model, "backbone"):
+        model, name = model.backbone, f"{type(model.backbone).__name__} of {name}"
+    before = copy.deepcopy(model).eval().requires_grad_(False)
+    after = copy.deepcopy(before)
+    try:
+        _, report = castle(after, return_report=True, **{"deploy": True, **attention})
+    except OptionError as error:
+        raise UnavailableError(f"do not castle this: {error}") from error
+    switch_to_deploy(after, inplace=True)
+    models = (before, after.eval())
+    machine = environment(_device(model).type)
+    with contextlib.suppress(OSError, AttributeError):
+        machine["load"] = round(os.getloadavg()[0], 1)
+    with torch.inference_mode():
+        asked = _accepted(before, sizes or DEFAULT_SIZES, strict=bool(sizes))
+        largest = max(asked, key=math.prod)
+        extra = [_scaled(largest, share) for share in BETWEEN]
+        extra = [s for s in dict.fromkeys(extra) if s not in asked]
+        measured = []
+        for size in sorted({*asked, *extra}, key=math.prod):
+            (say or logger.info)(f"measuring at {size_text(size)}")
+            try:
+                measured.append(_measure(models, size, size in asked, report))
+            except Exception:
+                if size in asked:
+                    raise
+    return Diagnosis(name, machine, report, measured, _crossing(measured))
+
+
+def _accepted(model: nn.Module, sizes: Sequence[Size], strict: bool) -> list[Size]:
+    accepted, refusal = [], ""
+    for size in dict.fromkeys((int(height), int(width)) for height, width in sizes):
+        try:
+            model(_image(model, size))
+            accepted.append(size)
+        except Exception as error:  # the model's own
+            words = (str(error).strip().splitlines() or [""])[0][:300]
+            refusal = (
+                f"{type(model).__name__} refuses an image of {size_text(size)}: "
+                f"{type(error).__name__}: {words}"
+            )
+            if strict:
+                raise OptionError(f"{refusal}. Choose another size") from error
+    if not accepted:
+        raise OptionError(f"{refusal}. Name a size that it takes")
+    return accepted
+
+
+def _scaled(size: Size, share: float) -> Size:
+    height, width = (max(64, round(side * share / 32) * 32) for side in size)
+    return height, width
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _image(model: nn.Module, size: Size) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, input_channels(model), *size, generator=generator)
+    return image.to(next(model.parameters()))
+
+
+def _measure(
+    models: tuple[nn.Module, nn.Module], size: Size, asked: bool, report: CastleReport
+) -> Measured:
+    image = _image(models[0], size)
+    passes = {side: partial(m, image) for side, m in enumerate(models)}
+    peaks: list[int] = []
+    seconds = 0.0
+    for run in passes.values():
+        run()  # oneDNN and the allocator settle
+        start = time.perf_counter()
+        try:
+            with PeakMemory(image.device.type) as peak:
+                run()
+            peaks.append(peak.bytes)
+        except UnavailableError:
+            run()
+        seconds += time.perf_counter() - start
+    rounds = min(MOST, max(FEWEST, int(SECONDS / seconds)))
+    medians = paired_medians({str(k): run for k, run in passes.items()}, rounds)
+    times = (medians["0"] * 1e3, medians["1"] * 1e3)
+    found = Measured(size, asked, times, peak_bytes=_pair(peaks))
+    if asked:
+        _add_stages(found, models, image, report)
+    return found
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int] | None:
+    return (values[0], values[1]) if len(values) == 2 else None
+
+
+def _add_stages(
+    found: Measured,
+    models: tuple[nn.Module, nn.Module],
+    image: Tensor,
+    report: CastleReport,
+) -> None:
+    names = [item.name for item in report.castled]
+    attentions = [{name: m.get_submodule(name) for name in names} for m in models]
+    shares = _shares_of_time(models[0], attentions[0], image)
+    counts = [_macs(m, image, a) for m, a in zip(models, attentions, strict=True)]
+    with _tokens_of(attentions[1]) as tokens:
+        models[1](image)
+    found.macs = (sum(counts[0].values()), sum(counts[1].values()))
+    for item in report.castled:
+        stage = found.stages.setdefault(item.stage, Stage())
+        stage.attentions += 1
+        groups = tokens.get(item.name, [(1, 0)])
+        stage.tokens = max(stage.tokens, max(count for _, count in groups))
+        stage.windows = max(stage.windows, sum(batch for batch, _ in groups))
+        for side in (0, 1):
+            stage.macs[side] += counts[side].get(item.name, 0)
+        stage.share_of_macs += counts[0].get(item.name, 0) / max(found.macs[0], 1)
+        stage.share_of_time += shares.get(item.name, 0.0)
+
+
+def _macs(
+    model: nn.Module, image: Tensor, parts: dict[str, nn.Module]
+) -> dict[str, int]:
+    """MACs by part, and by :data:`SELF` what is left."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import
+
+    try:  # without contents, any resolution is counted at once
+        copied = copy.deepcopy(model)
+        inside = {name: copied.get_submodule(name) for name in parts}
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fake = torch.empty(image.shape, device=image.device, dtype=image.dtype)
+            found = count_macs(copied, fake, inside)
+    except Exception:  # what the model does depends on them
+        found = count_macs(model, image, parts)
+    return {SELF: 0, **found.by_module}
+
+
+def _shares_of_time(
+    model: nn.Module, parts: dict[str, nn.Module], image: Tensor
+) -> dict[str, float]:
+    """The share of a pass that each of some modules takes, median of three."""
+    running: dict[str, float] = {}
+    since: dict[str, float] = {}
+
+    def enter(name: str, *_: Any) -> None:
+        synchronize()
+        since[name] = time.perf_counter()
+
+    def leave(name: str, *_: Any) -> None:
+        synchronize()
+        running[name] = running.get(name, 0.0) + time.perf_counter() - since[name]
+
+    shares: list[dict[str, float]] = []
+    with contextlib.ExitStack() as stack:
+        for name, part in parts.items():
+            for register, function in (
+                (part.register_forward_pre_hook, enter),
+                (part.register_forward_hook, leave),
+            ):
+                stack.callback(register(partial(function, name)).remove)
+        for _ in range(3):
+            running.clear()
+            synchronize()
+            start = time.perf_counter()
+            model(image)
+            synchronize()
+            whole = time.perf_counter() - start
+            shares.append({name: value / whole for name, value in running.items()})
+    return {name: statistics.median(s.get(name, 0.0) for s in shares) for name in parts}
+
+
+@contextlib.contextmanager
+def _tokens_of(
+    parts: dict[str, nn.Module],
+) -> Iterator[dict[str, list[tuple[int, int]]]]:
+    """Groups of tokens ``(how many, of how many)`` in each castled attention's pass."""
+    seen: dict[str, list[tuple[int, int]]] = {}
+
+    def keep(name: str, _: nn.Module, args: tuple[Any, ...], __: Any) -> None:
+        if args and isinstance(args[0], Tensor):
+            seen.setdefault(name, []).append((args[0].shape[0], args[0].shape[2]))
+
+    with contextlib.ExitStack() as stack:
+        for name, part in parts.items():
+            for mixer in part.modules():
+                if isinstance(mixer, TokenMixer):
+                    handle = mixer.register_forward_hook(partial(keep, name))
+                    stack.callback(handle.remove)
+        yield seen
+
+
+def _crossing(measured: Sequence[Measured]) -> float | None:
+    """Pixels beyond which castling is faster, between sizes on straight lines.
+
+    Lines are those of logarithms, of pixels and of how many times as fast it is.
+    """
+    gains = [(m.pixels, math.log(m.times_as_fast)) for m in measured]
+    if gains[-1][1] <= 0:
+        return None
+    for (pixels, gain), (more, next_gain) in reversed(list(pairwise(gains))):
+        if gain <= 0:
+            share = -gain / (next_gain - gain)
+            return math.exp(math.log(pixels) * (1 - share) + math.log(more) * share)
+    return 0.0

@@ -1,0 +1,118 @@
+"""Any module as a file: what stays free, what is compared, what is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+import mmcastling
+from mmcastling.errors import OptionError, UserError
+from mmcastling.export import DisagreementError, any_module
+from mmcastling.runtime import ExportedInferencer, ExportedModel, ExportedModelError
+
+
+def castled_vit(**options):
+    vit = pytest.importorskip("timm.models.vision_transformer").VisionTransformer
+    torch.manual_seed(0)
+    size = dict(img_size=64, dynamic_img_size=True, num_classes=5)
+    model = vit(embed_dim=24, depth=2, num_heads=3, **{**size, **options}).eval()
+    model = mmcastling.castle(model, local_conv="grid")
+    mmcastling.set_mask(model, 1.0)
+    return model
+
+
+class Named(nn.Module):
+    """Two inputs, a dict of outputs, and a size that is fixed."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 8, 8)
+
+    def forward(self, images, shift):
+        x = self.conv(images).reshape(images.shape[0], 4, 16) + shift[:, None, None]
+        return dict(maps=x, more=(x.mean(2), shift * 2))
+
+
+@pytest.mark.slow
+def test_a_castled_model_is_free_in_all_and_knows_its_grid(tmp_path):
+    model, path = castled_vit(), tmp_path / "m.onnx"
+    example = torch.randn(1, 3, 64, 64)
+    report = mmcastling.export(model, path, example)
+    assert report.dynamic == ("batch", "height", "width")
+    # 8 x 32 tokens are as many as 16 x 16
+    assert {"1x3x128x512", "3x3x64x64", "3x3x128x512"} <= set(report.agreements)
+    assert str(report).count("latency at") == len(report.agreements) == 5
+    assert [item.name for item in tmp_path.iterdir()] == ["m.onnx"]
+    assert any(True for _ in mmcastling.castling_modules(model))  # a copy is deployed
+    images = torch.randn(2, 3, 32, 80)
+    with torch.no_grad():
+        (got,) = ExportedModel(path)(images).values()
+        torch.testing.assert_close(
+            torch.from_numpy(got), model(images), atol=1e-4, rtol=0
+        )
+    with pytest.raises(ExportedModelError, match="give batches to ExportedModel"):
+        ExportedInferencer(path)
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_what_cannot_be_free_is_said(tmp_path, ending):
+    path = tmp_path / f"m.{ending}"
+    example = (torch.randn(2, 3, 32, 32), torch.randn(2))
+    report = mmcastling.export(Named().eval(), path, example)
+    assert report.dynamic == ("batch",)
+    assert report.outputs == ("maps", "more_0", "more_1")
+    assert "the model refuses other images than 32x32" in str(report)
+    assert set(report.agreements) == {"2x3x32x32", "1x3x32x32", "3x3x32x32"}
+    assert path.is_file()
+
+
+def test_a_format_that_fixes_the_batch_is_fallen_back_from(tmp_path, monkeypatch):
+    write, tried = any_module.write, []
+
+    def stubborn(*args, dynamic_shapes, **options):
+        tried.append(dynamic_shapes[0][0])
+        if tried[-1]:
+            raise any_module.UnsupportedModelError("no")
+        write(*args, dynamic_shapes=dynamic_shapes, **options)
+
+    monkeypatch.setattr(any_module, "write", stubborn)
+    example = (torch.randn(2, 3, 32, 32), torch.randn(2))
+    report = mmcastling.export(Named().eval(), tmp_path / "m.pt2", example)
+    assert len(tried) == 2 and report.dynamic == ()
+    assert "not with free batch: no" in str(report)
+
+
+def test_what_disagrees_leaves_nothing(tmp_path, monkeypatch):
+    in_torch = any_module._in_torch
+    monkeypatch.setattr(
+        any_module,
+        "_in_torch",
+        lambda *args: {name: x + 1 for name, x in in_torch(*args).items()},
+    )
+    example = (torch.randn(2, 3, 32, 32), torch.randn(2))
+    with pytest.raises(DisagreementError, match="disagrees with torch in torch"):
+        mmcastling.export(Named().eval(), tmp_path / "m.pt2", example)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "example", "words"),
+    [
+        ("m.engine", torch.randn(1, 3, 64, 64), "must end in one of"),
+        ("none/m.onnx", torch.randn(1, 3, 64, 64), "does not exist"),
+        ("m.onnx", torch.randn(1, 3, 60, 64), "does not take the example"),
+        ("m.onnx", [1, 2], "must be a tensor or several"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    tmp_path, name, example, words
+):
+    with pytest.raises(UserError, match=words):
+        mmcastling.export(castled_vit(), tmp_path / name, example)
+    assert not list(tmp_path.iterdir())
+
+
+def test_masks_that_are_on_are_refused(tmp_path):
+    model = castled_vit()
+    mmcastling.set_mask(model, "4/N")
+    with pytest.raises(OptionError, match=r"not decayed \(blocks.0.attn.mixer and 1"):
+        mmcastling.export(model, tmp_path / "m.onnx", torch.randn(1, 3, 64, 64))
