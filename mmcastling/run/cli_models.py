@@ -7,7 +7,8 @@ import argparse
 from mmengine.config import Config
 
 from mmcastling.named_models import is_model_name
-from mmcastling.run.config import KeyValueAction, load_config
+from mmcastling.run.arguments import KeyValueAction
+from mmcastling.run.config import load_config
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
