@@ -18,6 +18,7 @@ from known_models import (
     torchvision_vit,
 )
 from known_timm import LONG, SIZES, timm_small, timm_vit
+from known_transformers import LONG as LONG_TRANSFORMERS
 from torch import nn
 from torch.testing import assert_close
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -30,7 +31,9 @@ from mmcastling.deploy import tensors_in
 
 @pytest.fixture(
     params=[
-        pytest.param(name, marks=[pytest.mark.long] if name in LONG else [])
+        pytest.param(
+            name, marks=[pytest.mark.long] if name in LONG | LONG_TRANSFORMERS else []
+        )
         for name in MODELS
     ]
 )

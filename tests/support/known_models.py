@@ -3,6 +3,7 @@
 import pytest
 import torch
 from known_timm import SIZES, TIMM_MODELS
+from known_transformers import TRANSFORMERS
 from torch import nn
 
 PLAIN = dict(embed_dims=24, num_layers=2, num_heads=3, feedforward_channels=48)
@@ -181,6 +182,7 @@ MODELS = {
     "tnt": (mmpretrain_tnt, SIZES[:1], 4),
     "mmseg-vit": (mmseg_vit, SIZES, 2),
     **TIMM_MODELS,
+    **TRANSFORMERS,
 }
 
 # Names, where the model has them, of what linear attention has no place for.

@@ -20,7 +20,7 @@ SMALL = dict(
     patch_size=16,
 )
 # What the last states do not depend on.
-UNUSED = ("pooler", "mask_token", "post_layernorm", "vision_model.head")
+UNUSED = ("pooler", "mask_token", "post_layernorm", "head.")
 
 
 class LastState(nn.Module):
@@ -42,21 +42,21 @@ def with_effect(model):
         if isinstance(layer, nn.Linear | nn.Conv2d):
             nn.init.normal_(layer.weight, std=0.2)
     for name, weight in model.named_parameters():
-        if any(part in name for part in UNUSED):
+        if name.startswith(UNUSED) or any(f".{part}" in name for part in UNUSED):
             weight.requires_grad_(False)
         elif any(part in name for part in ("rel_pos", "relative_position_bias")):
             nn.init.normal_(weight)
     return model.eval()
 
 
-def transformers_model(kind, config, **options):
+def transformers_model(kind, config, small=True, **options):
     """The model of that class, as transformers builds it."""
     transformers = pytest.importorskip(
         "transformers",
         minversion="5",
         reason="transformers is not installed: pip install -r requirements-dev.txt",
     )
-    options = {**SMALL, **options}
+    options = {**(SMALL if small else {}), **options}
     return with_effect(
         getattr(transformers, kind)(getattr(transformers, config)(**options))
     )
@@ -88,6 +88,11 @@ def rfdetr_backbone():
     return LastState(with_effect(library.WindowedDinov2WithRegistersModel(config)))
 
 
+# Of each kind of adapter, those that every run of the tests tries.
+LONG = ("deit", "dinov2", "dinov2-registers", "clip", "siglip", "dpt", "vitdet")
+LONG = {f"hf-{name}" for name in LONG}
+
+
 def row(name, sizes=SIZES, count=2, **options):
     def build():
         return LastState(transformers_model(f"{name}Model", f"{name}Config", **options))
@@ -116,6 +121,16 @@ TRANSFORMERS = {
         window_size=3,
         mlp_dim=48,
         mlp_ratio=2.0,
+    ),
+    "hf-swin": row(
+        *("Swin", [(64, 64), (72, 100)], 4),
+        small=False,
+        image_size=64,
+        embed_dim=12,
+        depths=[2, 2],
+        num_heads=[1, 2],
+        window_size=4,
+        drop_path_rate=0.0,
     ),
     "segment-anything": (segment_anything_encoder, SIZES, 2),
     "rfdetr": (rfdetr_backbone, [(64, 64), (96, 32)], 2),

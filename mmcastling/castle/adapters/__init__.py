@@ -6,6 +6,7 @@ No library is imported: classes are named by path, modules are asked for what th
 from mmcastling.castle.adapters import (  # noqa: F401
     biased,
     hugging_face,
+    hugging_face_layers,
     levit,
     map_attention,
     mvit,

@@ -15,21 +15,21 @@ import inspect
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from mmcastling.attention.local_conv import merge_heads, split_heads
 from mmcastling.attention.opaque import OpaqueModule
-from mmcastling.attention.peers.softmax import SoftmaxMixer
-from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
+from mmcastling.castle.adapter_registry import (
+    CannotCastle,
+    leave_alone,
+    register_adapter,
+)
 from mmcastling.castle.adapters.map_attention import check_output_attentions
 from mmcastling.castle.castled_attention import (
     CastledAttention,
     MixerBuilder,
-    forget,
-    note_bias,
 )
 from mmcastling.castle.swap import castle
 from mmcastling.errors import OptionError
@@ -40,7 +40,7 @@ INTERFACE = "mmcastling"
 # Arguments of a forward by which it attends to other tokens than its own.
 _OTHER_KEYS = {
     *("key", "value", "key_value_states", "encoder_hidden_states", "past_key_values"),
-    *("key_states", "current_states", "memory", "context"),
+    *("key_states", "current_states", "memory", "context", "inputs_kv"),
 }
 # Settings by which an attention differs, and how.
 _UNLIKE = {
@@ -49,7 +49,7 @@ _UNLIKE = {
     "query_stride": "its queries are pooled",
     "sliding_window": "it slides a window",
 }
-_NO_MASK = (
+NO_MASK = (
     "a castled attention takes no attention_mask: linear attention sums over all "
     "tokens before it sees a query. Leave the mask out, or keep the attention softmax "
     "by castle's keep or predicate"
@@ -69,7 +69,14 @@ def uses_interface(kind: type[nn.Module]) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
-class CastledInterfaceAttention(CastledAttention):
+class CastledCopy:
+    """What is of a class made of ours and the original's, which copies find again."""
+
+    def __reduce__(self) -> Any:
+        return _revive, (type(self).__bases__,), vars(self)
+
+
+class CastledInterfaceAttention(CastledCopy, CastledAttention):
     """What castling adds to an attention that uses the interface, whatever its class.
 
     Instances are of classes that derive from this one and the attention's own.
@@ -90,7 +97,7 @@ class CastledInterfaceAttention(CastledAttention):
     ) -> Tensor:
         """Mix what was projected, ``(B, h, N, d)`` each, to ``(B, N, h, d)``."""
         if mask is not None and not self.mask_is_bias:
-            raise OptionError(_NO_MASK)
+            raise OptionError(NO_MASK)
         factor = 1.0 if scaling is None else scaling * math.sqrt(self.key_dims)
         if not math.isclose(factor, 1.0):
             q = q * factor
@@ -106,9 +113,6 @@ class CastledInterfaceAttention(CastledAttention):
         if self.training and not getattr(self.mixer, "mask_is_on", False):
             y = y + 0.0 * bias.sum()  # distributed training waits for its gradient
         return y
-
-    def __reduce__(self) -> Any:
-        return _revive, (type(self).__bases__,), vars(self)
 
 
 def mix_states(
@@ -142,7 +146,7 @@ def castle_interface_attention(old: nn.Module, build: MixerBuilder) -> nn.Module
     build.extra_tokens, trailing = _count_extra_tokens(build.holders)
     heads, width = _first(old, *_HEADS), _first(old, *_WIDTHS)
     frame = CastledAttention(build, heads, width)
-    new = _copy_as((CastledInterfaceAttention, type(old)), old)
+    new = copy_as((CastledInterfaceAttention, type(old)), old)
     ordinary = vars(nn.Module())
     vars(new).update({k: v for k, v in vars(frame).items() if k not in ordinary})
     new.mixer, new.num_trailing = frame.mixer, trailing
@@ -195,7 +199,7 @@ def _count_extra_tokens(holders: Sequence[nn.Module]) -> tuple[int, int]:
     return 0, 0
 
 
-def _copy_as(bases: tuple[type[nn.Module], ...], old: nn.Module) -> nn.Module:
+def copy_as(bases: tuple[type[nn.Module], ...], old: nn.Module) -> nn.Module:
     """A module of those classes that holds what another does, in dicts of its own."""
     new = _revive(bases)
     own = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
@@ -284,62 +288,26 @@ def castle_windowed_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
     return new
 
 
-# -- layers that hand a bias of relative positions on as a mask ------------------------
-
-
-class CastledBiasedLayer(nn.Module):
-    """What castling adds to a layer of BEiT, whatever its class."""
-
-    has_shared_bias = False
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        **options: Any,
-    ) -> Tensor:
-        """What the layer did before.
-
-        Raises:
-            ValueError: If it is given a mask.
-        """
-        if attention_mask is not None and not self.has_shared_bias:
-            raise OptionError(_NO_MASK)
-        return super().forward(hidden_states, attention_mask, **options)
-
-    def switch_to_deploy(self) -> None:
-        """Remove the bias, unless the attention is softmax."""
-        if not isinstance(self.attention.mixer, SoftmaxMixer):
-            self.relative_position_bias = None
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, *args: Any
-    ) -> None:
-        if self.relative_position_bias is None:
-            forget(state_dict, prefix, ["relative_position_bias"])
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def __reduce__(self) -> Any:
-        return _revive, (type(self).__bases__,), vars(self)
-
-
-@register_adapter("transformers.models.beit.modeling_beit.BeitLayer")
-def castle_biased_layer(old: nn.Module, build: MixerBuilder) -> nn.Module:
-    """A layer of BEiT, which computes the bias that its attention takes as a mask."""
-    holders = [old, *build.holders]
-    inner = replace(build, attention=old.attention, holders=holders)
-    new = _copy_as((CastledBiasedLayer, type(old)), old)
-    new.attention = castle_interface_attention(old.attention, inner)
-    new.attention.mask_is_bias = True
-    mixer = new.attention.mixer
-    new.has_shared_bias = any(
-        getattr(holder, "shared_position_bias", None) is not None
-        for holder in build.holders
-    )
-    if not isinstance(mixer, SoftmaxMixer):
-        build.drop_shared("shared_position_bias")
-    if old.relative_position_bias is not None:
-        note_bias(build, mixer)
-        if not mixer.uses_bias:
-            new.relative_position_bias = None
-    return new
+# What transformers calls attention and castling leaves alone, by the reason.
+_LEFT_ALONE = {
+    "its keys and values are fewer than its queries (spatially reduced)": (
+        "cvt.modeling_cvt.CvtAttention",
+        "glpn.modeling_glpn.GLPNAttention",
+        "pvt.modeling_pvt.PvtAttention",
+        "pvt_v2.modeling_pvt_v2.PvtV2SelfAttention",
+    ),
+    "attention pooling: one query, or a few that are learned": (
+        "siglip.modeling_siglip.SiglipMultiheadAttentionPoolingHead",
+        "siglip2.modeling_siglip2.Siglip2MultiheadAttentionPoolingHead",
+    ),
+    "it attends to a neighbourhood": ("dinat.modeling_dinat.NeighborhoodAttention",),
+    "already linear in tokens": (
+        "mobilevitv2.modeling_mobilevitv2.MobileViTV2LinearSelfAttention",
+    ),
+    "channel attention: it mixes channels, at a cost linear in tokens": (
+        "florence2.modeling_florence2.Florence2VisionChannelAttention",
+    ),
+}
+for _reason, _names in _LEFT_ALONE.items():
+    for _name in _names:
+        leave_alone(f"transformers.models.{_name}", _reason)
