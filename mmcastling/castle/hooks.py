@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
@@ -37,6 +41,23 @@ def lost_hooks(old: nn.Module, new: nn.Module) -> list[str]:
         for name, module in old.named_modules()
         if module not in kept and any(getattr(module, hooks) for hooks in _HOOKS)
     ]
+
+
+def drop_on_load(model: nn.Module, names: Iterable[str]) -> None:
+    """Let weights of the original load: without those that castling has dropped.
+
+    They go before hooks of the model's own see them, which may look for their places.
+    """
+    hook = partial(_drop, tuple(names))
+    handle = model._register_load_state_dict_pre_hook(hook)
+    model._load_state_dict_pre_hooks.move_to_end(handle.id, last=False)
+
+
+def _drop(
+    names: tuple[str, ...], state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    for name in names:
+        state_dict.pop(f"{prefix}{name}", None)
 
 
 def check_own_weights(attention: nn.Module) -> None:

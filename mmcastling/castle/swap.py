@@ -15,7 +15,12 @@ from mmcastling.attention.peers.softmax import SoftmaxMixer
 from mmcastling.castle.adapter_registry import CannotCastle, find_adapter
 from mmcastling.castle.castled_attention import MixerBuilder
 from mmcastling.castle.grid import GridSource, layers_with_maps
-from mmcastling.castle.hooks import check_own_weights, lost_hooks, take_hooks
+from mmcastling.castle.hooks import (
+    check_own_weights,
+    drop_on_load,
+    lost_hooks,
+    take_hooks,
+)
 from mmcastling.castle.optimizers import optimizers_of
 from mmcastling.castle.report import Castled, CastleReport
 from mmcastling.errors import OptionError
@@ -183,6 +188,7 @@ def castle(
     after = model.state_dict(keep_vars=True)
     kept = {id(t) for t in before.values()} & {id(t) for t in after.values()}
     report.dropped = [name for name, t in before.items() if id(t) not in kept]
+    drop_on_load(model, report.dropped)
     report.new = [name for name, t in after.items() if id(t) not in kept]
     report.num_kept = len(kept)
     gone = [item.name for item in report.castled]

@@ -1,5 +1,6 @@
 """Castled backbones, and what a config names beside them: necks, heads, classifiers."""
 
+from mmcastling.models.castled import Castled
 from mmcastling.models.castling_levit import CastlingLeViT
 from mmcastling.models.castling_mvit import CastlingMViT
 from mmcastling.models.castling_vit import CastlingViT
@@ -12,6 +13,7 @@ from mmcastling.models.simple_feature_pyramid import (
 from mmcastling.models.teacher import Teacher
 
 __all__ = [
+    "Castled",
     "CastlingLeViT",
     "CastlingMViT",
     "CastlingViT",

@@ -3,7 +3,8 @@
 A pre-trained layer ``n`` steps below the top gets the learning rate times ``rate ** n``
 (BEiT, MAE, ViTDet). Of the toolboxes' own constructors mmpretrain's asks the whole
 model for its depths, which a detector cannot answer, and mmdet's and mmseg's know a few
-backbones by name. This one asks the backbone it finds inside the model.
+backbones by name. This one asks the backbone it finds inside the model, or counts the
+blocks with attentions of one that was castled.
 """
 
 import logging
@@ -11,17 +12,24 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from mmengine.logging import MMLogger, print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 
+from mmcastling.attention import TokenMixer
+from mmcastling.castle.swap import softmax_attentions
 from mmcastling.errors import OptionError
 from mmcastling.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 #: Parameters without weight decay wherever they are: class and distillation tokens and
 #: absolute position embeddings, by the last part of their name (as BEiT and ViTDet).
 NO_DECAY_NAMES = ("cls_token", "dist_token", "pos_embed", "absolute_pos_embed")
+
+
+# The name of a block begins that of an attention and ends with a number.
+_BLOCK = re.compile(r"(.*\.)?\w*\d(?=\.|$)")
 
 
 def layer_scale(name: str, depth: int, num_layers: int, rate: float) -> float:
@@ -40,21 +48,52 @@ def layer_scale(name: str, depth: int, num_layers: int, rate: float) -> float:
     return rate ** (num_layers - 1 - depth)
 
 
-def find_layered_backbones(model: nn.Module) -> dict[str, nn.Module]:
+class AttentionBlocks:
+    """The layers of a castled backbone that does not number them itself.
+
+    One for each block that holds an attention, in their order; what lies between two
+    blocks is of the first of them.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        mixers = [n for n, m in backbone.named_modules() if isinstance(m, TokenMixer)]
+        attentions = [*mixers, *softmax_attentions(backbone)]
+        blocks = {m[0] for m in map(_BLOCK.match, attentions) if m}
+        self._depths: dict[str, int] = {}
+        begun: list[str] = []
+        for name, _ in backbone.named_parameters():
+            name = _unwrapped(name)
+            block = (m := _BLOCK.match(name)) and m[0]
+            while block and block not in blocks:  # a number inside of a block
+                block = (m := _BLOCK.match(block.rpartition(".")[0])) and m[0]
+            if block and block not in begun:
+                begun.append(block)
+            after = not block and len(begun) == len(blocks)
+            self._depths[name] = len(begun) + after
+        self._count = len(blocks) + 2
+
+    def get_layer_depth(self, param_name: str, prefix: str) -> tuple[int, int]:
+        """The layer of a parameter and the number of layers, as mmpretrain's."""
+        return self._depths[param_name.removeprefix(prefix)], self._count
+
+
+def find_layered_backbones(model: nn.Module) -> dict[str, Any]:
     """The outermost modules called ``backbone`` that have ``get_layer_depth``.
 
     By the prefix of their parameters (``'backbone.'``), which is ``''`` if the model is
-    itself a backbone. Raises OptionError if there is none.
+    itself a backbone; of a castled one without that method its
+    :class:`AttentionBlocks`. Raises OptionError if there is none.
     """
-    found: dict[str, nn.Module] = {}
+    found: dict[str, Any] = {}
     for name, module in model.named_modules():
         # named_modules comes parents first, so the outermost one is met first.
-        if (
-            name.rpartition(".")[2] == "backbone"
-            and callable(getattr(module, "get_layer_depth", None))
-            and not _unwrapped(name).startswith(tuple(found))
+        if name.rpartition(".")[2] == "backbone" and not _unwrapped(name).startswith(
+            tuple(found)
         ):
-            found[f"{_unwrapped(name)}."] = module
+            if callable(getattr(module, "get_layer_depth", None)):
+                found[f"{_unwrapped(name)}."] = module
+            elif any(isinstance(part, TokenMixer) for part in module.modules()):
+                found[f"{_unwrapped(name)}."] = AttentionBlocks(module)
     if found:
         return found
     # Last, because an image classifier has the method too, but only passes it on.
@@ -147,9 +186,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         num_frozen = sum(not p.requires_grad for p in module.parameters())
         print_log(_table(groups, num_frozen), logger="current")
 
-    def _set_scale(
-        self, group: dict, name: str, backbones: dict[str, nn.Module]
-    ) -> None:
+    def _set_scale(self, group: dict, name: str, backbones: dict[str, Any]) -> None:
         """Set learning rate, scale and weight decay of a group of one parameter."""
         scale = 1.0
         prefix = next((p for p in backbones if name.startswith(p)), None)

@@ -29,6 +29,7 @@ from torch._subclasses import fake_tensor
 
 from mmcastling.analysis import ComplexityReport, count_model_macs, input_channels
 from mmcastling.checkpoint import write_json_atomically
+from mmcastling.models import Castled
 from mmcastling.models.common import CastlingBackbone
 from mmcastling.run import run_cli
 from mmcastling.run.arguments import add_config_arguments, config_from_arguments
@@ -177,14 +178,20 @@ def softmax_twin(model: dict[str, Any]) -> dict[str, Any]:
     """The same config with plain softmax in every castled backbone.
 
     Of an attention's options none is kept: those of the mixers belong to castling, the
-    local convolution that it has by default among them.
+    local convolution that it has by default among them. A backbone of others is what it
+    was before it was castled.
     """
     twin = copy.deepcopy(model)
     stack: list[Any] = [twin]
     while stack:
         node = stack.pop()
         if isinstance(node, dict):
-            if _is_castled(node):
+            kind = _class_of(node)
+            if kind is Castled:
+                original = node["backbone"]
+                node.clear()
+                node.update(original)
+            elif isinstance(kind, type) and issubclass(kind, CastlingBackbone):
                 node["attention"] = dict(type="softmax")
             stack.extend(node.values())
         elif isinstance(node, (list, tuple)):
@@ -192,11 +199,9 @@ def softmax_twin(model: dict[str, Any]) -> dict[str, Any]:
     return twin
 
 
-def _is_castled(node: dict[str, Any]) -> bool:
+def _class_of(node: dict[str, Any]) -> Any:
     kind = node.get("type")
-    if isinstance(kind, str):
-        kind = MODELS.get(kind)
-    return isinstance(kind, type) and issubclass(kind, CastlingBackbone)
+    return MODELS.get(kind) if isinstance(kind, str) else kind
 
 
 def print_table(

@@ -26,6 +26,7 @@ PAPER = dict(
     URL="https://arxiv.org/abs/2211.10526",
 )
 COLLECTIONS = {
+    "Castled": "Castled backbones",
     "CastlingViT": "Castling-ViT",
     "CastlingLeViT": "Castling-LeViT",
     "CastlingMViT": "Castling-MViTv2",

@@ -10,8 +10,30 @@ from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
 from mmcastling.errors import OptionError
 
+_NAMES = {
+    "in_proj_weight": "qkv.weight",
+    "in_proj_bias": "qkv.bias",
+    "out_proj.weight": "proj.weight",
+    "out_proj.bias": "proj.bias",
+}
 
-class CastledSelfAttention(CastledAttention):
+
+class _FromMultiheadAttention(CastledAttention):
+    """Takes weights under the names of ``nn.MultiheadAttention`` too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._register_load_state_dict_pre_hook(_rename_on_load)
+
+
+def _rename_on_load(state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    for was, name in _NAMES.items():
+        for inside in (prefix, f"{prefix}attn."):  # torch's module, or mmcv's
+            if f"{inside}{was}" in state_dict:
+                state_dict[f"{prefix}{name}"] = state_dict.pop(f"{inside}{was}")
+
+
+class CastledSelfAttention(_FromMultiheadAttention):
     """``nn.MultiheadAttention`` as self-attention, castled."""
 
     def forward(
@@ -26,7 +48,7 @@ class CastledSelfAttention(CastledAttention):
         return self.proj(self.attend(query)), None
 
 
-class CastledResidualAttention(CastledAttention):
+class CastledResidualAttention(_FromMultiheadAttention):
     """mmcv's ``MultiheadAttention`` as self-attention, castled."""
 
     def forward(
