@@ -113,7 +113,7 @@ def _build(config: dict[str, Any]) -> nn.Module:
             "dict(type='mmdet.SwinTransformer')"
         )
     scope = kind.partition(".")[0] if isinstance(kind, str) and "." in kind else None
-    if scope in _PACKAGES and importlib.util.find_spec(scope) is None:
+    if scope in _PACKAGES and not importlib.util.find_spec(scope):
         raise UnavailableError(
             f"Castled: {kind} needs {scope}: pip install {_PACKAGES[scope]}"
         )

@@ -24,7 +24,7 @@ CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.py"))
 # Trained elsewhere: the demo, and what test_detectors.py and test_segmentors.py train
 # and evaluate.
 ELSEWHERE = ("nuclei", "mask_rcnn_castling_mvit_t", "mask_rcnn_softmax_mvit_t")
-ELSEWHERE += ("retinanet_", "ade20k", "camvid")
+ELSEWHERE += ("retinanet_", "ade20k", "camvid", "castling_swin", "castling_timm")
 NAMES = [p.stem for p in CONFIGS if not any(part in p.stem for part in ELSEWHERE)]
 
 # Trained at the depth that they are published with, one of each family; their siblings

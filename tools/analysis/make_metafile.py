@@ -70,6 +70,8 @@ def entry(cfg: Config) -> dict[str, Any]:
     """What the metafile says of one config."""
     name = Path(cfg.filename).stem
     shape = test_shape(cfg)
+    if "pretrained" in (original := cfg.model.backbone.get("backbone", {})):
+        original.pretrained = False  # its weights would be downloaded
     graphs = count_graphs(cfg.model, shape)
     report = graphs.get(DEPLOYED) or graphs[AS_BUILT]
     backbone = type_name(cfg.model.backbone.type)
