@@ -126,7 +126,7 @@ def _build(config: dict[str, Any]) -> nn.Module:
             )
     try:
         return MODELS.build(config)
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # a package, or weights to start from
         raise UnavailableError(f"Castled: {kind} cannot be built: {error}") from error
 
 

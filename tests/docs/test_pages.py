@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 import mmcastling
+from mmcastling.registry import MODELS
 from mmcastling.train import MaskDecayHook
+from mmcastling.verbs import castling_modules
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -52,7 +54,7 @@ def test_named_commands_and_configs_exist(page):
 def test_castling_pages_code_runs(tmp_path, monkeypatch):
     text = (DOCS / "castle.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", text, re.S)
-    timm_model, of_transformers, ours, attention = snippets
+    timm_model, of_transformers, config, ours, attention = snippets
     scope = {}
     exec(timm_model, scope)
     assert len(scope["report"].castled) == 12
@@ -60,6 +62,9 @@ def test_castling_pages_code_runs(tmp_path, monkeypatch):
     assert scope["features"].shape == (1, 128, 4, 6)
     exec(attention, scope)
     assert scope["tokens"].shape == (2, 196, 384)
+    exec(config, scope)
+    backbone = MODELS.build(scope["model"]["backbone"])
+    assert len(list(castling_modules(backbone))) == 4  # of two stages
     pytest.importorskip("transformers", reason="pip install -r requirements-dev.txt")
     monkeypatch.chdir(tmp_path)
     exec(of_transformers, scope)
