@@ -288,7 +288,7 @@ def test_a_deployed_form_can_be_built():
     ("make", "options", "message"),
     [
         (lambda: castle(ToyModel()), {}, "castled already"),
-        (lambda: nn.Sequential(Attention(8, 2, type="softmax")), {}, "castled already"),
+        (lambda: nn.Sequential(Attention(8, 2, type="hydra")), {}, "castled already"),
         (lambda: switch_to_deploy(castle(ToyModel())), {}, "deployed form already"),
         (ToyModel, dict(type="mean"), "'mean' is not known: choose one of.*castling"),
         (ToyModel, dict(window=7), "unexpected keyword argument 'window'"),
