@@ -1,0 +1,288 @@
+"""Castle DINOv2-S and align it without labels: how much of its features is kept.
+
+python tools/data/fetch_dinov2_s.py data/dinov2_s
+python benchmarks/align_dinov2.py data/dinov2_s PICTURES          # hours; resumable
+python benchmarks/align_dinov2.py data/dinov2_s PICTURES --rows all two-kept
+python benchmarks/align_dinov2.py --docs                          # the page's tables
+
+Every tenth picture is held out, and all features are compared on these. ``--fashion``
+names the folder of Fashion-MNIST for the nearest neighbours (Debian's package
+``dataset-fashion-mnist`` has it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from castle_and_distil import Pictures, find_data
+from common import ROOT
+from machine import environment
+from mmpretrain.datasets import FashionMNIST
+from torch import Tensor, nn
+
+from mmcastling import align, castle, set_mask, switch_to_deploy
+from mmcastling.alignment import PictureBatches, attention_errors
+from mmcastling.analysis import paired_medians
+from mmcastling.checkpoint import (
+    load_checkpoint,
+    write_json_atomically,
+    write_text_atomically,
+)
+from mmcastling.decay import MaskDecay
+from mmcastling.files import temporary_folder
+from mmcastling.models import CastlingViT
+from mmcastling.run import ConfigError, run_cli
+from mmcastling.weights.importing import import_checkpoint
+
+STORED = ROOT / "benchmarks" / "results" / "align_dinov2"
+PAGE = ROOT / "docs" / "align.md"
+BEGIN, END = "<!-- dinov2-table -->\n", "<!-- /dinov2-table -->"
+PATCH = 14
+SIZES = ((224, 224), (448, 448), (336, 560))
+MEAN, STD = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+NEIGHBOURS, FASHION_SIDE = 20, 112
+
+LEARNED = dict(form="learned", center_keys=True, mask_threshold="4/N")
+GRID = dict(type="grid", kernel_size=3, init="zero")
+RECIPE = dict(steps=(150, 300), learning_rates=(3e-4, 4e-5), batch_size=8)
+NO_BRANCH = dict(start=1.0)
+# What each row castles with, what it keeps, and how it is aligned.
+ROWS: dict[str, dict[str, Any]] = {
+    "softmax": dict(title="softmax (the teacher)"),
+    "released": dict(
+        title="castled in the released form, not aligned",
+        attention=dict(form="released", local_conv=None),
+    ),
+    "untrained": dict(
+        title="castled in the learned form, not aligned",
+        attention=dict(LEARNED, local_conv=GRID),
+    ),
+    "all": dict(
+        title="all 12 castled, aligned",
+        attention=dict(LEARNED, local_conv=GRID),
+        mask=NO_BRANCH,
+        **RECIPE,
+    ),
+    "all-branch": dict(
+        title="the same with the decaying branch",
+        attention=dict(LEARNED, local_conv=GRID),
+        mask=dict(start="4/N"),
+        **RECIPE,
+    ),
+    "two-kept": dict(
+        title="two blocks kept softmax, aligned",
+        attention=dict(LEARNED, local_conv=GRID),
+        keep=2,
+        mask=NO_BRANCH,
+        **RECIPE,
+    ),
+}
+
+
+def features(model: nn.Module, images: Tensor) -> Tensor:
+    """The last layer's tokens ``(B, 1 + N, C)``, normalised."""
+    return model(images)[-1]
+
+
+def teacher_of(folder: Path) -> nn.Module:
+    """DINOv2-S with its weights, as our softmax network."""
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise ConfigError(
+            f"{weights} does not exist: python tools/data/fetch_dinov2_s.py {folder}"
+        )
+    with temporary_folder(folder / "imported.pth") as scratch:
+        path = scratch / "imported.pth"
+        report = import_checkpoint(weights, path, "vit", "small")
+        state = load_checkpoint(path)["state_dict"]
+    options = {k: v for k, v in report.backbone.items() if k != "type"}
+    model = CastlingViT(**options, attention=dict(type="softmax"), out_type="raw")
+    model.load_state_dict(
+        {n.removeprefix("backbone."): v for n, v in state.items()}, False
+    )
+    return model.eval()
+
+
+def pictures_of(folder: Path, batch_size: int = 8) -> tuple[PictureBatches, ...]:
+    """Pictures to train on, and those that are held out."""
+    return PictureBatches(folder, SIZES[:1], batch_size, MEAN, STD).split(0.1)
+
+
+@torch.no_grad()
+def compare(student: nn.Module, teacher: nn.Module, held_out: Any) -> dict[str, Any]:
+    """Cosines of patch and class features on held-out pictures, by size."""
+    found = {}
+    for size, count in zip(SIZES, (4, 1, 1), strict=True):
+        patches, classes = [], []
+        for step in range(count):
+            x = held_out.batch(step, size)
+            cosine = nn.functional.cosine_similarity(
+                features(student, x), features(teacher, x), dim=-1
+            )
+            patches.append(cosine[:, 1:].mean().item())
+            classes.append(cosine[:, 0].mean().item())
+        name = f"{size[0]}x{size[1]}"
+        found[name] = dict(patch=sum(patches) / count, cls=sum(classes) / count)
+    return found
+
+
+@torch.no_grad()
+def nearest_neighbours(model: nn.Module, data: Path, train: int, test: int) -> float:
+    """Accuracy in percent of 20 neighbours by the class token on Fashion-MNIST."""
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+
+    def embed(pictures: Pictures) -> Tensor:
+        found = []
+        for images in pictures.images.split(32):
+            x = (images.float().expand(-1, 3, -1, -1) - mean) / std
+            side = (FASHION_SIDE, FASHION_SIDE)
+            x = nn.functional.interpolate(x, side, mode="bicubic")
+            found.append(nn.functional.normalize(features(model, x)[:, 0], dim=1))
+        return torch.cat(found)
+
+    known = Pictures(data, FashionMNIST.train_list, train)
+    asked = Pictures(data, FashionMNIST.test_list, test)
+    near = (embed(asked) @ embed(known).T).topk(NEIGHBOURS)
+    votes = torch.zeros(test, 10).scatter_add_(
+        1, known.labels[near.indices], near.values
+    )
+    return 100.0 * (votes.argmax(1) == asked.labels).float().mean().item()
+
+
+@torch.no_grad()
+def milliseconds(model: nn.Module, teacher: nn.Module) -> dict[str, list[float]]:
+    """Medians of the teacher and of the model, by size and at twice 448 pixels."""
+    found = {}
+    for height, width in (*SIZES, (896, 896)):
+        x = torch.randn(1, 3, height, width)
+        passes = {"softmax": lambda x=x: teacher(x), "castled": lambda x=x: model(x)}
+        seconds = paired_medians(passes, repeats=5)
+        found[f"{height}x{width}"] = [1000 * s for s in seconds.values()]
+    return found
+
+
+def carry_out(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One row: castle, align where it says so, deploy, compare."""
+    row, teacher = ROWS[name], teacher_of(args.weights)
+    batches, held_out = pictures_of(args.pictures, row.get("batch_size", 8))
+    result: dict[str, Any] = dict(settings={**row, "seed": args.seed})
+    started, student = time.process_time(), copy.deepcopy(teacher)
+    if "attention" in row:
+        torch.manual_seed(args.seed)
+        keep = dict(keep="auto", budget=row["keep"]) if "keep" in row else {}
+        scanned = [held_out.batch(10, SIZES[0])] if keep else ()
+        student, report = castle(
+            student, images=scanned, return_report=True, **keep, **row["attention"]
+        )
+        result["kept"] = [n for n, why in report.left_alone.items() if why == "kept"]
+    if "steps" in row:
+        align(
+            student,
+            teacher,
+            batches,
+            steps=row["steps"],
+            learning_rates=row["learning_rates"],
+            mask=MaskDecay(**row["mask"]),
+            features=features,
+            folder=args.work_dir / name,
+        )
+    result["cpu_seconds"] = time.process_time() - started
+    if "attention" in row:
+        set_mask(student, 1.0)
+        student = switch_to_deploy(student)
+        result["errors"] = attention_errors(
+            student, teacher, [held_out.batch(0, SIZES[0])], features
+        )
+    result["cosine"] = compare(student, teacher, held_out)
+    if args.fashion is not None:
+        result["knn"] = nearest_neighbours(student, args.fashion, 2000, 1000)
+    if name == "all":
+        result["milliseconds"] = milliseconds(student, teacher)
+    return dict(result, environment=environment("cpu"))
+
+
+def write_page() -> None:
+    """Put the table of stored rows into the page."""
+    lines = [
+        "| DINOv2-S | patch cosine 224 | 448 | 336x560 | class cosine 224 | k-NN % |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    stored = {}
+    for name, row in ROWS.items():
+        if not (STORED / f"{name}.json").is_file():
+            continue
+        stored[name] = found = json.loads((STORED / f"{name}.json").read_text())
+        cells = [f"{found['cosine'][f'{h}x{w}']['patch']:.3f}" for h, w in SIZES]
+        cells.append(f"{found['cosine']['224x224']['cls']:.3f}")
+        cells.append(f"{found['knn']:.1f}" if "knn" in found else "")
+        title = row["title"]
+        if kept := found.get("kept"):
+            title += f" ({', '.join(kept)})"
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    text = "\n".join(lines) + "\n"
+    if measured := stored.get("all"):
+        steps = measured["settings"]["steps"]
+        batch = measured["settings"]["batch_size"]
+        text += (
+            f"\n{steps[0]} steps of per-attention and {steps[1]} of feature matching, "
+            f"{batch} pictures of 224x224 each, {measured['cpu_seconds'] / 60:.0f} "
+            f"minutes of one core ({measured['environment']['device']}, torch "
+            f"{measured['environment']['torch']}), one seed. k-NN: 20 neighbours by "
+            "the class token, 2,000 training and 1,000 test images of Fashion-MNIST at "
+            "112x112. Milliseconds of an image, softmax and deployed: "
+            + ", ".join(
+                f"{size}: {softmax:.0f} and {castled:.0f}"
+                for size, (softmax, castled) in measured["milliseconds"].items()
+            )
+            + ".\n"
+        )
+    page = PAGE.read_text()
+    head, rest = page.split(BEGIN)
+    _, tail = rest.split(END)
+    write_text_atomically(PAGE, head + BEGIN + text + END + tail)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("weights", type=Path, nargs="?", help="folder of fetch_dinov2_s.py")
+    add("pictures", type=Path, nargs="?", help="folder of pictures")
+    add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    add("--fashion", type=Path, help="folder of Fashion-MNIST")
+    add("--work-dir", type=Path, default=Path("work_dirs/align_dinov2"))
+    add("--seed", type=int, default=0)
+    add("--docs", action="store_true", help="only write the page's table")
+    args = parser.parse_args()
+    if not args.docs and args.pictures is None:
+        parser.error("give WEIGHTS and PICTURES, or --docs")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if args.docs:
+        write_page()
+        return
+    if args.fashion is not None:
+        args.fashion = find_data(args.fashion, download=False)
+    STORED.mkdir(parents=True, exist_ok=True)
+    for name in args.rows:
+        path = STORED / f"{name}.json"
+        if path.is_file():
+            print(f"{name}: stored already")
+            continue
+        result = carry_out(name, args)
+        write_json_atomically(path, result)
+        print(name, json.dumps(result["cosine"]), result.get("knn"))
+
+
+if __name__ == "__main__":
+    run_cli(main)
