@@ -149,7 +149,7 @@ def _match_attentions(
         error.backward()  # blocks are independent: no two graphs live at once
         errors[name] = error.item()
 
-    with torch.no_grad(), on_each_attention(pairs, learn, gradients=True):
+    with torch.no_grad(), on_each_attention(student, teacher, learn, gradients=True):
         features(teacher, x)
     return errors
 

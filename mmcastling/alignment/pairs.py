@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmcastling.attention import TokenMixer
 from mmcastling.attention.peers.softmax import SoftmaxMixer
+from mmcastling.castle.grid import noted_by
 from mmcastling.deploy.verify import tensors_in
 from mmcastling.errors import UserError
 
@@ -87,7 +88,10 @@ def default_features(model: nn.Module, images: Tensor) -> Any:
 
 @contextmanager
 def on_each_attention(
-    pairs: Pairs, matched: Callable[[str, Tensor, Tensor], None], gradients: bool
+    student: nn.Module,
+    teacher: nn.Module,
+    matched: Callable[[str, Tensor, Tensor], None],
+    gradients: bool,
 ) -> Iterator[None]:
     """Run each student's attention on what its teacher's is given, with both outputs.
 
@@ -104,11 +108,12 @@ def on_each_attention(
         return hook
 
     handles = [
-        teacher.register_forward_hook(hook_of(name, student), with_kwargs=True)
-        for name, (student, teacher) in pairs.items()
+        original.register_forward_hook(hook_of(name, castled), with_kwargs=True)
+        for name, (castled, original) in attention_pairs(student, teacher).items()
     ]
     try:
-        yield
+        with noted_by(student, teacher):
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -149,14 +154,14 @@ def attention_errors(
     features: Features = default_features,
 ) -> dict[str, float]:
     """Relative squared error of each castled attention on the teacher's tokens."""
-    pairs, errors = attention_pairs(student, teacher), {}
+    errors: dict[str, list[float]] = {}
 
     def note(name: str, found: Tensor, expected: Tensor) -> None:
         errors.setdefault(name, []).append(float(relative_error(found, expected)))
 
     with in_evaluation(student, teacher):
         for images in batches:
-            with on_each_attention(pairs, note, gradients=False):
+            with on_each_attention(student, teacher, note, gradients=False):
                 features(teacher, images)
     return {name: sum(values) / len(values) for name, values in errors.items()}
 

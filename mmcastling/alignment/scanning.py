@@ -20,6 +20,7 @@ from mmcastling.alignment.pairs import (
 )
 from mmcastling.analysis import paired_medians
 from mmcastling.castle import castle
+from mmcastling.castle.grid import noted_by
 from mmcastling.castle.swap import AUTOMATIC_KEEP
 from mmcastling.errors import OptionError
 from mmcastling.verbs import castling_modules, set_mask, switch_to_deploy
@@ -77,22 +78,23 @@ def scan(
     deployed = switch_to_deploy(deployed, inplace=True)
     expected = [features_of(hybrid, images, features) for images in batches]
     rows = []
-    for name in pairs:
-        original, castled = hybrid.get_submodule(name), deployed.get_submodule(name)
-        args, kwargs = _call_of(original, hybrid, batches[0], features)
-        seconds = paired_medians(
-            {
-                kind: functools.partial(attention, *args, **kwargs)
-                for kind, attention in (("softmax", original), ("castled", castled))
-            },
-            rounds,
-        )
-        hybrid.set_submodule(name, castled)
-        found = (features_of(hybrid, images, features) for images in batches)
-        kept = min(mean_cosines(zip(found, expected, strict=True)))
-        hybrid.set_submodule(name, original)
-        softmax_ms, castled_ms = (1000 * seconds[k] for k in ("softmax", "castled"))
-        rows.append(ScanRow(name, 1 - kept, softmax_ms, castled_ms))
+    with noted_by(deployed, hybrid):
+        for name in pairs:
+            original, castled = hybrid.get_submodule(name), deployed.get_submodule(name)
+            args, kwargs = _call_of(original, hybrid, batches[0], features)
+            seconds = paired_medians(
+                {
+                    "softmax": functools.partial(original, *args, **kwargs),
+                    "castled": functools.partial(castled, *args, **kwargs),
+                },
+                rounds,
+            )
+            hybrid.set_submodule(name, castled)
+            found = (features_of(hybrid, images, features) for images in batches)
+            kept = min(mean_cosines(zip(found, expected, strict=True)))
+            hybrid.set_submodule(name, original)
+            milliseconds = (1000 * value for value in seconds.values())
+            rows.append(ScanRow(name, 1 - kept, *milliseconds))
     return rows
 
 

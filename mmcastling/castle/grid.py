@@ -8,7 +8,8 @@ attentions behind it read the note.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -81,6 +82,27 @@ class GridSource:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_last": None, "_of_thread": {}, "_of_count": {}}
+
+
+@contextmanager
+def noted_by(castled: nn.Module, passing: nn.Module) -> Iterator[None]:
+    """Let attentions of one model know the grids of images that pass through another.
+
+    Both have the same names: attentions of the one are run with tokens of the other.
+    """
+    others, handles = dict(passing.named_modules()), []
+    for name, layer in castled.named_modules():
+        for hook in layer._forward_hooks.values():
+            if isinstance(hook, GridSource):
+                handles.append(others[name].register_forward_hook(hook))
+        for hook in layer._forward_pre_hooks.values():
+            if isinstance(hook, GridSource):
+                handles.append(others[name].register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def layers_with_maps(path: Sequence[nn.Module]) -> list[nn.Module]:
