@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from castle_and_distil import Pictures, find_data
 from common import ROOT
-from machine import environment
 from mmpretrain.datasets import FashionMNIST
 from torch import Tensor, nn
 
 from mmcastling import align, castle, set_mask, switch_to_deploy
 from mmcastling.alignment import PictureBatches, attention_errors
 from mmcastling.analysis import paired_medians
+from mmcastling.analysis.machine import environment
 from mmcastling.checkpoint import (
     load_checkpoint,
     write_json_atomically,
@@ -50,7 +50,7 @@ NEIGHBOURS, FASHION_SIDE = 20, 112
 
 LEARNED = dict(form="learned", center_keys=True, mask_threshold="4/N")
 GRID = dict(type="grid", kernel_size=3, init="zero")
-RECIPE = dict(steps=(150, 300), learning_rates=(3e-4, 4e-5), batch_size=8)
+RECIPE = dict(steps=(150, 300), learning_rates=(3e-4, 4e-5), batch_size=4)
 NO_BRANCH = dict(start=1.0)
 # What each row castles with, what it keeps, and how it is aligned.
 ROWS: dict[str, dict[str, Any]] = {

@@ -26,15 +26,15 @@ def parse_args() -> argparse.Namespace:
         "--steps",
         **two,
         type=int,
-        default=(120, 240),
-        help="of the two stages: attentions, then features (120 240)",
+        default=(150, 300),
+        help="of the two stages: attentions, then features (150 300)",
     )
     add(
         "--lr",
         **two,
         type=float,
-        default=(1e-3, 4e-5),
-        help="peaks of the two stages (1e-3 4e-5)",
+        default=(3e-4, 4e-5),
+        help="peaks of the two stages (3e-4 4e-5)",
     )
     add(
         "--keep",

@@ -130,7 +130,6 @@ def castle(
             raise OptionError("keep='auto' needs images, batches (B, 3, H, W) to scan")
         options = dict(attention, stages=stages, predicate=predicate, grid=grid)
         keep = AUTOMATIC_KEEP[0](model, images, budget, **options)
-        raise NothingToCastle(model, declined)
     unchosen = _unchosen(found, stages, predicate, keep)
 
     options = {"type": "castling", **attention}

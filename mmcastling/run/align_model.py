@@ -115,9 +115,9 @@ def align_model(
     out: str | Path,
     *,
     sizes: Sequence[tuple[int, int]] = ((224, 224),),
-    steps: tuple[int, int] = (120, 240),
-    learning_rates: tuple[float, float] = (1e-3, 4e-5),
-    batch_size: int = 8,
+    steps: tuple[int, int] = (150, 300),
+    learning_rates: tuple[float, float] = (3e-4, 4e-5),
+    batch_size: int = 4,
     attention: dict[str, Any] | None = None,
     keep: Sequence[int | str] | str = (),
     budget: int | float = 2,
@@ -138,7 +138,7 @@ def align_model(
             ``errors.png``.
         sizes: ``(H, W)`` that steps have in turn. Defaults to 224x224.
         steps: See :func:`mmcastling.align`; so are ``learning_rates`` and ``amp``.
-        batch_size: Pictures of a step. Defaults to 8.
+        batch_size: Pictures of a step. Defaults to 4.
         attention: Options of :func:`mmcastling.castle` beside :data:`RECOMMENDED`.
         keep: See :func:`mmcastling.castle`; ``'auto'`` scans held-out pictures.
         budget: See there.

@@ -31,7 +31,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("H", "W"),
         help="of the pictures; may be given several times (224 224)",
     )
-    add("--batch-size", type=int, default=8, metavar="N", help="pictures a step (8)")
+    add("--batch-size", type=int, default=4, metavar="N", help="pictures a step (4)")
     add(
         "--attention",
         nargs="+",
