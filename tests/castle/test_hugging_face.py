@@ -65,6 +65,7 @@ def test_copies_pickles_and_graphs_of_a_castled_model_compute_the_same(name):
         copy.deepcopy(model),
         torch.load(file, weights_only=False),
         torch.compile(model, backend="eager"),
+        torch.export.export(model, (IMAGE,)).module(),
     ):
         assert_close(other(IMAGE), expected)
     own = {id(module) for module in model.modules()}

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mmcastling.attention.local_conv import merge_heads, split_heads
@@ -49,11 +50,6 @@ _UNLIKE = {
     "query_stride": "its queries are pooled",
     "sliding_window": "it slides a window",
 }
-NO_MASK = (
-    "a castled attention takes no attention_mask: linear attention sums over all "
-    "tokens before it sees a query. Leave the mask out, or keep the attention softmax "
-    "by castle's keep or predicate"
-)
 # A config that has one of these is of a model that cuts images into patches.
 _OF_PATCHES = ("patch_size", "patch_sizes")
 _HEADS = ("num_attention_heads", "num_heads")
@@ -67,6 +63,18 @@ def uses_interface(kind: type[nn.Module]) -> bool:
     """Whether a class of attention leaves mixing to what its config names."""
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def refuse_mask(mask: Tensor | None) -> None:
+    """Raise OptionError if an attention is given a mask."""
+    # Where a graph is exported, transformers makes one that masks nothing if it was given
+    # none; values, which could tell, are not there yet.
+    if mask is not None and not torch.compiler.is_exporting():
+        raise OptionError(
+            "a castled attention takes no attention_mask: linear attention sums over "
+            "all tokens before it sees a query. Leave the mask out, or keep the "
+            "attention softmax by castle's keep or predicate"
+        )
 
 
 class CastledCopy:
@@ -96,8 +104,8 @@ class CastledInterfaceAttention(CastledCopy, CastledAttention):
         self, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, mask: Any
     ) -> Tensor:
         """Mix what was projected, ``(B, h, N, d)`` each, to ``(B, N, h, d)``."""
-        if mask is not None and not self.mask_is_bias:
-            raise OptionError(NO_MASK)
+        if not self.mask_is_bias:
+            mask = refuse_mask(mask)
         factor = 1.0 if scaling is None else scaling * math.sqrt(self.key_dims)
         if not math.isclose(factor, 1.0):
             q = q * factor

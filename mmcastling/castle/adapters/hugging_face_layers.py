@@ -11,10 +11,10 @@ from mmcastling.attention.local_conv import Grid, split_heads
 from mmcastling.attention.peers.softmax import SoftmaxMixer
 from mmcastling.castle.adapter_registry import register_adapter
 from mmcastling.castle.adapters.hugging_face import (
-    NO_MASK,
     CastledCopy,
     castle_interface_attention,
     copy_as,
+    refuse_mask,
 )
 from mmcastling.castle.adapters.swin import attend_in_windows
 from mmcastling.castle.castled_attention import (
@@ -42,8 +42,8 @@ class CastledBiasedLayer(CastledCopy, nn.Module):
         Raises:
             ValueError: If it is given a mask.
         """
-        if attention_mask is not None and not self.has_shared_bias:
-            raise OptionError(NO_MASK)
+        if not self.has_shared_bias:
+            attention_mask = refuse_mask(attention_mask)
         return super().forward(hidden_states, attention_mask, **options)
 
     def switch_to_deploy(self) -> None:
