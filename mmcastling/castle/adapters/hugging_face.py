@@ -67,8 +67,8 @@ def uses_interface(kind: type[nn.Module]) -> bool:
 
 def refuse_mask(mask: Tensor | None) -> None:
     """Raise OptionError if an attention is given a mask."""
-    # Where a graph is exported, transformers makes one that masks nothing if it was given
-    # none; values, which could tell, are not there yet.
+    # Where a graph is exported, transformers passes one that masks nothing if it is
+    # given none; values, which could tell, are not there yet.
     if mask is not None and not torch.compiler.is_exporting():
         raise OptionError(
             "a castled attention takes no attention_mask: linear attention sums over "
