@@ -45,8 +45,10 @@ class GridSource:
 
         That is ``(B, H, W, C)``.
         """
-        if output is None:
+        if output is None and isinstance(args[0], Tensor):
             self.note((args[0].shape[1], args[0].shape[2]))
+        elif output is None:  # recorded by torch.fx, it has no sizes
+            return
         elif isinstance(layer, nn.Unfold):
             self.note(_unfolded(layer, args[0]))
         else:

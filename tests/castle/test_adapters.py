@@ -27,6 +27,7 @@ from mmcastling import castle, castling_modules, set_mask, switch_to_deploy
 from mmcastling.attention import MIXERS
 from mmcastling.castle import CastledAttention
 from mmcastling.deploy import tensors_in
+from mmcastling.export.formats import write
 
 
 @pytest.fixture(
@@ -139,6 +140,22 @@ def test_checkpoints_of_a_castled_model_load_into_a_deployed_one(case):
     again.load_state_dict(fresh.state_dict())  # and nothing else is in it
     assert again.state_dict().keys() == fresh.state_dict().keys()
     assert_close(output(again, x), output(fresh, x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["-dinov3", "-beit", "-sam", "-levit", "-maxvit-tf"])
+def test_the_deployed_model_runs_as_onnx(name, tmp_path):
+    runtime = pytest.importorskip("onnxruntime", reason="pip install onnxruntime")
+    model = build(f"timm{name}").eval()
+    model = switch_to_deploy(castle(model, mask_threshold=1.0))
+    x = images((64, 64))
+    sizes = ({0: torch.export.Dim.AUTO},)
+    options = dict(format="onnx", outputs=["y"], dynamic_shapes=sizes)
+    write(model, tmp_path / "m.onnx", (x,), **options)
+    session = runtime.InferenceSession(str(tmp_path / "m.onnx"))
+    for batch in (x, x[:1]):
+        (y,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
+        assert_close(torch.from_numpy(y), output(model, batch), atol=1e-4, rtol=1e-4)
 
 
 def test_features_are_extracted_by_torchvisions_graphs():

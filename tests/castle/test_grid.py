@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 from known_models import build, images, output
-from known_timm import timm_vit
+from known_timm import TIMM_MODELS, timm_vit
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -202,3 +202,19 @@ def test_where_the_grid_cannot_be_known_it_must_be_given():
     assert output(model, images((96, 48))).isfinite().all()
     with pytest.raises(ValueError, match=r"grid=\(6, 3\), but there are 17 tokens"):
         model(images((64, 64)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "name", sorted(TIMM_MODELS.keys() - {"timm-hiera", "timm-naflex"})
+)
+def test_every_family_of_timm_tells_its_grid(name, grids):
+    model = castled(name)
+    for size in TIMM_MODELS[name][1]:
+        assert output(model, images(size)).isfinite().all()
+    assert grids
+
+
+def test_tokens_that_lie_in_no_order_of_a_grid_have_no_convolution_on_it():
+    with pytest.raises(ValueError, match="not in the order of a grid"):
+        castled("timm-hiera")

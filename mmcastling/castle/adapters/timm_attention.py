@@ -369,6 +369,7 @@ def _know_grid(old: nn.Module, build: MixerBuilder) -> None:
         branches = inside["MultiScaleBlock"].blocks
         (index,) = (i for i, b in enumerate(branches) if b in build.holders)
         build.listen_to(inside["CrossVit"].patch_embed[index].proj)
+        build.extra_tokens = 1
     if size is not None:
         build.grid, build.extra_tokens = tuple(size), 0
 

@@ -40,7 +40,9 @@ class CastledTimmWindow(CastledCosineAttention):
             keep=(*_LAYERS, "window_area"),
             bias=bias,
         )
-        self.shift_size = build.holders[0].shift_size
+        block = build.holders[0]
+        self.shift_size = block.shift_size
+        self.usual_size = getattr(block, "input_resolution", None) or block.feat_size
         names = ("_get_rel_pos_bias", "_relative_positional_encodings")
         methods = [getattr(type(old), name, None) for name in names]
         self.bias_method = methods[0] or methods[1]
@@ -60,7 +62,8 @@ class CastledTimmWindow(CastledCosineAttention):
             y = merge_heads(self.mix(*self.project(x), self.window_size, bias))
         else:
             tall, wide = self.window_size
-            height, width = self.grid_source.find(0)
+            # A graph of torch.fx calls no hook of a block.
+            height, width = self.grid_source.find(0) or self.usual_size
             grid = (-(-height // tall), -(-width // wide))
             x = x.unflatten(0, (-1, *grid)).unflatten(3, self.window_size)
             x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, H, W, C)
