@@ -56,6 +56,8 @@ import mmdet.datasets, mmpretrain.datasets, mmseg.datasets  # print nothing
 # Their registry has been asked before, so that its places will not be read again.
 THEIRS_FIRST = f"""
 import mmengine.hooks, timm
+import mmpretrain.utils.dependency as dependency
+dependency.WITH_MULTIMODAL = False  # beside transformers 5 we must be first
 from mmpretrain.registry import HOOKS, MODELS
 assert MODELS.get("LeViT") and HOOKS.get("EMAHook")
 import mmcastling

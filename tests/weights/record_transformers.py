@@ -1,6 +1,6 @@
 """Record small networks of transformers and their features, for ``test_vit.py``.
 
-mmpretrain cannot be imported beside transformers 5, so the suite reads what this script
+Releases of transformers differ in their features, so the suite reads what this script
 has written where that is installed, such as a folder of its own::
 
     pip install --target FOLDER transformers
