@@ -7,7 +7,6 @@ import copy
 import logging
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -32,7 +31,7 @@ logger = logging.getLogger("mmcastling")
 DEFAULT_SIZES: tuple[Size, ...] = ((224, 224), (512, 512), (800, 1344))
 BETWEEN = (0.25, 0.375, 0.5, 0.75)
 """Sides of further images, for the curve, as shares of the largest's."""
-SECONDS = 5.0
+SECONDS = 2.0
 """For the passes of one size, beyond the fewest that make a median."""
 FEWEST, MOST = 3, 15
 
@@ -48,8 +47,8 @@ def doctor(
 
     The model is not changed: a copy is castled and deployed, whose weights are not
     trained, which times do not depend on. Times are medians of forward passes of one
-    image, before and after in turns. Peak memory is that of the process in a pass after
-    the first, beyond what it held before, or of the allocator on a GPU.
+    image, before and after in turns. Peak memory is that of the process in its first pass
+    at a size, beyond what it held before, or of the allocator on a GPU.
 
     Args:
         model: Takes images ``(B, C, H, W)``. Of a detector or segmentor of OpenMMLab
@@ -102,7 +101,7 @@ def _accepted(model: nn.Module, sizes: Sequence[Size], strict: bool) -> list[Siz
     accepted, refusal = [], ""
     for size in dict.fromkeys((int(height), int(width)) for height, width in sizes):
         try:
-            model(_image(model, size))
+            _without_contents(model, size) or model(_image(model, size))
             accepted.append(size)
         except Exception as error:  # the model's own
             words = (str(error).strip().splitlines() or [""])[0][:300]
@@ -115,6 +114,15 @@ def _accepted(model: nn.Module, sizes: Sequence[Size], strict: bool) -> list[Siz
     if not accepted:
         raise OptionError(f"{refusal}. Name a size that it takes")
     return accepted
+
+
+def _without_contents(model: nn.Module, size: Size) -> bool:
+    """Whether a pass at a size is known to work, which costs nothing to find out."""
+    try:
+        _macs(model, _image(model, size), {})
+    except Exception:
+        return False
+    return True
 
 
 def _scaled(size: Size, share: float) -> Size:
@@ -136,22 +144,20 @@ def _measure(
     models: tuple[nn.Module, nn.Module], size: Size, asked: bool, report: CastleReport
 ) -> Measured:
     image = _image(models[0], size)
-    passes = {side: partial(m, image) for side, m in enumerate(models)}
+    passes = {name: partial(m, image) for name, m in zip("ab", models, strict=True)}
     peaks: list[int] = []
-    seconds = 0.0
+    start = time.perf_counter()
     for run in passes.values():
-        run()  # oneDNN and the allocator settle
-        start = time.perf_counter()
         try:
             with PeakMemory(image.device.type) as peak:
                 run()
             peaks.append(peak.bytes)
         except UnavailableError:
             run()
-        seconds += time.perf_counter() - start
+    seconds = time.perf_counter() - start
     rounds = min(MOST, max(FEWEST, int(SECONDS / seconds)))
-    medians = paired_medians({str(k): run for k, run in passes.items()}, rounds)
-    times = (medians["0"] * 1e3, medians["1"] * 1e3)
+    medians = paired_medians(passes, rounds)
+    times = (medians["a"] * 1e3, medians["b"] * 1e3)
     found = Measured(size, asked, times, peak_bytes=_pair(peaks))
     if asked:
         _add_stages(found, models, image, report)
@@ -171,7 +177,12 @@ def _add_stages(
     names = [item.name for item in report.castled]
     attentions = [{name: m.get_submodule(name) for name in names} for m in models]
     shares = _shares_of_time(models[0], attentions[0], image)
-    counts = [_macs(m, image, a) for m, a in zip(models, attentions, strict=True)]
+    counts = []
+    for one, parts in zip(models, attentions, strict=True):
+        try:
+            counts.append(_macs(one, image, parts))
+        except Exception:  # what the model does depends on its input
+            counts.append(_macs(one, image, parts, real=True))
     with _tokens_of(attentions[1]) as tokens:
         models[1](image)
     found.macs = (sum(counts[0].values()), sum(counts[1].values()))
@@ -188,26 +199,25 @@ def _add_stages(
 
 
 def _macs(
-    model: nn.Module, image: Tensor, parts: dict[str, nn.Module]
+    model: nn.Module, image: Tensor, parts: dict[str, nn.Module], real: bool = False
 ) -> dict[str, int]:
     """MACs by part, and by :data:`SELF` what is left."""
+    if real:
+        return {SELF: 0, **count_macs(model, image, parts).by_module}
     from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import
 
-    try:  # without contents, any resolution is counted at once
-        copied = copy.deepcopy(model)
-        inside = {name: copied.get_submodule(name) for name in parts}
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            fake = torch.empty(image.shape, device=image.device, dtype=image.dtype)
-            found = count_macs(copied, fake, inside)
-    except Exception:  # what the model does depends on them
-        found = count_macs(model, image, parts)
-    return {SELF: 0, **found.by_module}
+    # Without contents, any resolution is counted at once.
+    copied = copy.deepcopy(model)
+    inside = {name: copied.get_submodule(name) for name in parts}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = torch.empty(image.shape, device=image.device, dtype=image.dtype)
+        return {SELF: 0, **count_macs(copied, fake, inside).by_module}
 
 
 def _shares_of_time(
     model: nn.Module, parts: dict[str, nn.Module], image: Tensor
 ) -> dict[str, float]:
-    """The share of a pass that each of some modules takes, median of three."""
+    """The share of a pass that each of some modules takes."""
     running: dict[str, float] = {}
     since: dict[str, float] = {}
 
@@ -219,7 +229,6 @@ def _shares_of_time(
         synchronize()
         running[name] = running.get(name, 0.0) + time.perf_counter() - since[name]
 
-    shares: list[dict[str, float]] = []
     with contextlib.ExitStack() as stack:
         for name, part in parts.items():
             for register, function in (
@@ -227,15 +236,12 @@ def _shares_of_time(
                 (part.register_forward_hook, leave),
             ):
                 stack.callback(register(partial(function, name)).remove)
-        for _ in range(3):
-            running.clear()
-            synchronize()
-            start = time.perf_counter()
-            model(image)
-            synchronize()
-            whole = time.perf_counter() - start
-            shares.append({name: value / whole for name, value in running.items()})
-    return {name: statistics.median(s.get(name, 0.0) for s in shares) for name in parts}
+        synchronize()
+        start = time.perf_counter()
+        model(image)
+        synchronize()
+        whole = time.perf_counter() - start
+    return {name: value / whole for name, value in running.items()}
 
 
 @contextlib.contextmanager
