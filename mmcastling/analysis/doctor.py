@@ -47,8 +47,8 @@ def doctor(
 
     The model is not changed: a copy is castled and deployed, whose weights are not
     trained, which times do not depend on. Times are medians of forward passes of one
-    image, before and after in turns. Peak memory is that of the process in its first pass
-    at a size, beyond what it held before, or of the allocator on a GPU.
+    image, before and after in turns. Peak memory is that of the process in its first
+    pass at a size, beyond what it held before, or of the allocator on a GPU.
 
     Args:
         model: Takes images ``(B, C, H, W)``. Of a detector or segmentor of OpenMMLab
