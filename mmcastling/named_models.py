@@ -19,6 +19,7 @@ from torch import nn
 
 from mmcastling.analysis import input_channels
 from mmcastling.castle import castle as castle_model
+from mmcastling.castle import castled_from_pretrained
 from mmcastling.checkpoint import load_checkpoint, load_weights, read_safetensors
 from mmcastling.deploy import is_deployed
 from mmcastling.errors import OptionError, UnavailableError
@@ -63,7 +64,8 @@ def build_named_model(
             shapes must be the model's. If its ``meta`` has ``castle``, the model is
             castled with these options first; if it has been deployed, deployed.
         castle: Options of :func:`mmcastling.castle` to castle the model with before
-            the weights are loaded. Defaults to None (what the checkpoint says).
+            the weights are loaded, of a folder too. Defaults to None (what the
+            checkpoint says).
         **options: Arguments of the library's model, such as ``num_classes``.
 
     Raises:
@@ -77,6 +79,8 @@ def build_named_model(
             f"{name!r} names no model: give timm:NAME, torchvision:NAME, or hf:FOLDER"
         )
     state = None if checkpoint is None else read_checkpoint(checkpoint)
+    if library == "hf" and state is None and castle is not None:
+        return _hf(rest, options, castle).eval()
     model = _BUILDERS[library](rest, options)
     if state is not None:
         meta = state.get("meta") or {}
@@ -145,7 +149,9 @@ def _torchvision(name: str, options: dict[str, Any]) -> nn.Module:
         raise _refused(name, options, error) from error
 
 
-def _hf(folder: str, options: dict[str, Any]) -> nn.Module:
+def _hf(
+    folder: str, options: dict[str, Any], castle: dict[str, Any] | None = None
+) -> nn.Module:
     transformers = _library("transformers", "hf")
     if not (Path(folder) / "config.json").is_file():
         raise OptionError(
@@ -160,9 +166,11 @@ def _hf(folder: str, options: dict[str, Any]) -> nn.Module:
             kind += "VisionModel"
         if not hasattr(transformers, kind):
             raise OptionError(f"transformers {transformers.__version__} has no {kind}")
-        model = getattr(transformers, kind).from_pretrained(
-            folder, local_files_only=True, **options
-        )
+        kind = getattr(transformers, kind)
+        if castle is None:
+            model = kind.from_pretrained(folder, local_files_only=True, **options)
+        else:
+            model = castled_from_pretrained(kind, folder, **castle)
     except (OSError, TypeError, ValueError) as error:
         raise _refused(f"hf:{folder}", options, error) from error
     if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:

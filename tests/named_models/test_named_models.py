@@ -82,7 +82,14 @@ def test_torchvision_and_hugging_face(tmp_path):
     model = build_named_model(f"hf:{tmp_path}")
     x = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(model(x).logits, saved(x).logits)
-    assert model(torch.randn(1, 3, 48, 64)).logits.shape == (1, 2)
+    wide = torch.randn(1, 3, 48, 64)
+    assert model(wide).logits.shape == (1, 2)
+    model = mmcastling.castle(model, **CASTLE)
+    mmcastling.set_mask(model, 1.0)
+    model.save_pretrained(tmp_path / "castled")
+    options = dict(CASTLE, mask_threshold=1.0)
+    loaded = build_named_model(f"hf:{tmp_path / 'castled'}", castle=options)
+    torch.testing.assert_close(loaded(wide).logits, model(wide).logits)
 
 
 @pytest.mark.parametrize(
