@@ -70,14 +70,16 @@ def doctor(
     name = type(model).__name__
     if hasattr(model, "data_preprocessor") and hasattr(model, "backbone"):
         model, name = model.backbone, f"{type(model.backbone).__name__} of {name}"
-    before = copy.deepcopy(model).eval().requires_grad_(False)
+    before = copy.deepcopy(model).requires_grad_(False)
+    before.eval()  # mmdet's backbones return nothing
     after = copy.deepcopy(before)
     try:
         _, report = castle(after, return_report=True, **{"deploy": True, **attention})
     except OptionError as error:
         raise UnavailableError(f"do not castle this: {error}") from error
     switch_to_deploy(after, inplace=True)
-    models = (before, after.eval())
+    after.eval()
+    models = (before, after)
     machine = environment(_device(model).type)
     with contextlib.suppress(OSError, AttributeError):
         machine["load"] = round(os.getloadavg()[0], 1)

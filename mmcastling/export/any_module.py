@@ -167,7 +167,8 @@ def _prepared(
     model: nn.Module, inputs: tuple[Tensor, ...], report: ExportReport
 ) -> tuple[_Flat, dict[str, _Case]]:
     """The module to trace, and inputs that it takes in torch."""
-    deployed = switch_to_deploy(model).eval().requires_grad_(False)
+    deployed = switch_to_deploy(model).requires_grad_(False)
+    deployed.eval()  # mmdet's backbones return nothing
     try:
         module = _Flat(deployed, inputs)
     except Exception as error:  # the model's own
