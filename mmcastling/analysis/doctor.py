@@ -89,6 +89,8 @@ def doctor(
         extra = [_scaled(largest, share) for share in BETWEEN]
         extra = [s for s in dict.fromkeys(extra) if s not in asked]
         measured = []
+        for one in models:  # what torch sets up once is none of a size's memory
+            one(_image(one, min(asked, key=math.prod)))
         for size in sorted({*asked, *extra}, key=math.prod):
             (say or logger.info)(f"measuring at {size_text(size)}")
             try:
