@@ -14,6 +14,11 @@ from mmcastling.run.align_model import align_model
 from mmcastling.run.cli_models import add_model_arguments, model_from_arguments
 
 
+def budget(text: str) -> int | float:
+    """A number of attentions, or with a point in it a share."""
+    return float(text) if "." in text else int(text)
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -45,7 +50,8 @@ def parse_args() -> argparse.Namespace:
     )
     add(
         "--budget",
-        default="2",
+        default=2,
+        type=budget,
         help="with --keep auto: how many, or the share of the saved time that must "
         "remain, as 0.8 (2)",
     )
@@ -68,7 +74,7 @@ def main() -> None:
         batch_size=args.batch_size,
         attention=args.attention,
         keep="auto" if keep == ["auto"] else keep,
-        budget=float(args.budget) if "." in args.budget else int(args.budget),
+        budget=args.budget,
         seed=args.seed,
         amp=args.amp,
     )

@@ -9,8 +9,8 @@ from dataclasses import asdict
 
 from mmcastling.checkpoint import write_json_atomically
 from mmcastling.files import check_writable
-from mmcastling.run import run_cli
-from mmcastling.run.align_model import scan_figure, scan_model
+from mmcastling.run import ConfigError, run_cli
+from mmcastling.run.align_model import scan_figure, scan_model, scan_table
 from mmcastling.run.cli_models import add_model_arguments, model_from_arguments
 from mmcastling.show.figures import save_figure
 
@@ -35,6 +35,8 @@ def main() -> None:
     for path, suffix in ((args.out, ".png"), (args.json, ".json")):
         if path:
             check_writable(path, suffix)
+    if len(args.size or []) > 1:
+        raise ConfigError("a scan has one --size; call it again for another")
     (size,) = args.size or [(224, 224)]
     rows = scan_model(
         *model_from_arguments(args),
@@ -45,17 +47,13 @@ def main() -> None:
         aligned=args.aligned,
         seed=args.seed,
     )
-    width = max(len(row.name) for row in rows)
-    print(f"{'castled alone':<{width}}  damage  softmax ms  castled ms")
-    for row in rows:
-        print(
-            f"{row.name:<{width}}  {row.damage:6.3f}  {row.softmax_ms:10.1f}  "
-            f"{row.castled_ms:10.1f}"
-        )
+    print(scan_table(rows))
     if args.json:
         write_json_atomically(args.json, [asdict(row) for row in rows])
+        print(f"wrote {args.json}")
     if args.out:
         save_figure(scan_figure(rows), args.out, dpi=130)
+        print(f"drew {args.out}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
@@ -24,6 +25,7 @@ from mmcastling.alignment.pairs import (
     on_each_attention,
     relative_error,
 )
+from mmcastling.attention import TokenMixer
 from mmcastling.checkpoint import load_checkpoint, save_atomically
 from mmcastling.decay import MaskDecay
 from mmcastling.errors import OptionError
@@ -44,7 +46,7 @@ def align(
     mask: MaskDecay | None = None,
     features: Features = default_features,
     folder: str | Path | None = None,
-    save_every: int = 50,
+    save_every: int = 20,
     log_every: int = 20,
     amp: bool = False,
 ) -> nn.Module:
@@ -67,7 +69,7 @@ def align(
             to those of the backbone, or of timm's ``forward_features``.
         folder: Where the state is saved, and from where an alignment goes on that was
             interrupted. Defaults to None (nowhere).
-        save_every: Steps between two savings. Defaults to 50.
+        save_every: Steps between two savings. Defaults to 20.
         log_every: Steps between two lines of the logger ``mmcastling``. Defaults to 20.
 
         amp: Compute layers in bfloat16 (autocast), which pays where the processor
@@ -96,13 +98,17 @@ def align(
     has_branch = any(True for _ in castling_modules(student))
     student.train(False)
     settings = dict(steps=list(steps), learning_rates=list(learning_rates))
-    settings.update(mask=str(mask), amp=amp)
+    settings.update(mask=str(mask), amp=amp, student=_described(student))
+    settings["teacher"] = _fingerprint(teacher)
+    settings["images"] = getattr(images, "described", "")
     device = next(teacher.parameters()).device
     state = _State(Path(folder) / STATE_FILE if folder else None, settings)
     wanted = [parameter.requires_grad for parameter in student.parameters()]
     try:
-        with in_evaluation(teacher):
+        with torch.enable_grad(), in_evaluation(teacher):
             for stage, count in enumerate(steps):
+                if not count:
+                    continue
                 _select(student, pairs, wanted, stage)
                 run = _Stage(stage, count, learning_rates[stage], student)
                 first = state.resume(run, student)
@@ -127,6 +133,23 @@ def align(
     return student
 
 
+def _fingerprint(teacher: nn.Module) -> str:
+    """A short text that differs between networks of other weights."""
+    sums = [f"{n}{v.double().sum().item()!r}" for n, v in teacher.named_parameters()]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()[:16]
+
+
+def _described(student: nn.Module) -> list[str]:
+    """The castled attentions of a student, so that another one is told from it."""
+    return [
+        f"{name} {type(mixer).__name__} {getattr(mixer, 'form', '')} centred="
+        f"{getattr(mixer, 'center_keys', '')} normed={mixer.norm_output} "
+        f"{mixer.local_conv}"
+        for name, mixer in student.named_modules()
+        if isinstance(mixer, TokenMixer)
+    ]
+
+
 def _select(student: nn.Module, pairs: Pairs, wanted: list[bool], stage: int) -> None:
     """Let gradients reach the attentions, and in the second stage everything."""
     inside = {id(p) for attention, _ in pairs.values() for p in attention.parameters()}
@@ -135,6 +158,13 @@ def _select(student: nn.Module, pairs: Pairs, wanted: list[bool], stage: int) ->
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise AlignError(
             "all weights of the student are frozen: nothing can be aligned"
+        )
+    within = [p for p in student.parameters() if stage or id(p) in inside]
+    trained = sum(p.numel() for p in within if p.requires_grad)
+    if trained < 0.5 * (whole := sum(p.numel() for p in within)):
+        logger.warning(
+            "most weights of the student are frozen: %d of %d learn in stage %d",
+            *(trained, whole, stage + 1),
         )
 
 
@@ -146,7 +176,8 @@ def _match_attentions(
 
     def learn(name: str, found: Tensor, expected: Tensor) -> None:
         error = relative_error(found, expected)
-        error.backward()  # blocks are independent: no two graphs live at once
+        if error.requires_grad:  # not all of it is frozen
+            error.backward()  # blocks are independent: no two graphs live at once
         errors[name] = error.item()
 
     with torch.no_grad(), on_each_attention(student, teacher, learn, gradients=True):
@@ -182,6 +213,7 @@ class _Stage:
         self.index, self.steps, self.rate = index, steps, rate
         parameters = [p for p in student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+        self.optimizer.zero_grad()  # of earlier backward passes
         self.started = time.monotonic()
         self.first = 0
 
@@ -232,6 +264,11 @@ class _State:
             raise AlignError(
                 f"{path} is of an alignment with {self.saved['settings']}, not with "
                 f"{settings}: give the same to go on, or take another folder"
+            )
+        if self.saved is not None:
+            logger.info(
+                "going on from stage %d, step %d, in %s",
+                *(self.saved["stage"] + 1, self.saved["step"], path),
             )
 
     def resume(self, stage: _Stage, student: nn.Module) -> int:

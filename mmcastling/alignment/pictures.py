@@ -66,6 +66,10 @@ class PictureBatches:
             path for path in Path(folder).rglob("*") if path.suffix.lower() in PICTURES
         )
         self.folder = folder
+        self.described = (
+            f"{self.sizes} x {batch_size} of {len(self.paths)} pictures in {folder}, "
+            f"seed {seed}, {'BGR' if bgr else 'RGB'} {tuple(mean)} {tuple(std)}"
+        )
         self._skipped: set[Path] = set()
         self._check_readable()
 
@@ -84,7 +88,10 @@ class PictureBatches:
                 f"{self.paths[0]} is the only picture: at least two are needed, one to "
                 "measure on"
             )
-        count = min(len(self.paths) - 1, max(1, round(share * len(self.paths))))
+        # Of few pictures a third, as one alone says little.
+        least = min(8, max(1, len(self.paths) // 3))
+        count = max(least, round(share * len(self.paths)))
+        count = min(len(self.paths) - 1, count)
         order = np.random.default_rng(self.seed).permutation(len(self.paths))
         parts = copy.copy(self), copy.copy(self)
         for part, chosen in zip(parts, (order[count:], order[:count]), strict=True):

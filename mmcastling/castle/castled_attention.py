@@ -171,7 +171,8 @@ class CastledAttention(OpaqueModule):
         """
         if not isinstance(self.mixer, SoftmaxMixer):
             for name in self.bias_names:
-                delattr(self, name)
+                if hasattr(self, name):  # not what a caller has given
+                    delattr(self, name)
             self.gone_names, self.bias_names = self.bias_names or self.gone_names, []
         for layer in self.children():
             fuse_linear(layer)
@@ -241,7 +242,11 @@ class CastledAttention(OpaqueModule):
         if grid is None:
             grid = self._grid_for_mixer(v.shape[2])
         y = self.mixer(q, k, v, grid, bias if self.bias_names else None)
-        if self.bias_names and self.training and not self.mixer.mask_is_on:
+        if (
+            self.bias_names
+            and self.training
+            and not (getattr(self.mixer, "mask_is_on", False))
+        ):
             # Distributed training waits for the gradient of every parameter.
             names = tuple(self.bias_names)
             unused = [p for n, p in self.named_parameters() if n.startswith(names)]

@@ -48,10 +48,11 @@ class NothingToCastle(OptionError):
         modules = dict(model.named_modules())
         kinds = {name: type(modules[name]).__name__ for name in unknown}
         said = ", ".join(f"{n} ({what})" for n, what in {**left_alone, **kinds}.items())
+        advice = ". Make a class known with mmcastling.register_adapter"
         super().__init__(
-            f"castle knows no attention in {type(model).__name__}. Modules that "
-            f"resemble one: {said or 'none'}. Make a class known with "
-            "mmcastling.register_adapter"
+            f"castle knows no attention in {type(model).__name__} that it can swap. "
+            f"Modules that resemble one: {said or 'none'}"
+            + (advice if kinds or not said else "")
         )
 
 
@@ -120,6 +121,10 @@ def castle(
         ValueError: If the model has been castled or deployed already, nothing in it is
             known or selected, or an option is not known or has a bad value.
     """
+    if grid is not None and not _is_pair(grid):
+        raise OptionError(f"grid={grid!r}: expected (H, W), two numbers above 0")
+    if stages is not None and not isinstance(stages, Iterable):
+        raise OptionError(f"stages={stages!r}: expected a list, such as [{stages!r}]")
     _check_not_castled(model)
     found, declined = _find(model)
     if not found:
@@ -202,6 +207,14 @@ def castle(
     level = logging.WARNING if report.lossy else logging.INFO
     logger.log(level, "castled %s:\n%s", type(model).__name__, report)
     return (model, report) if return_report else model
+
+
+def _is_pair(grid: Any) -> bool:
+    return (
+        isinstance(grid, (tuple, list))
+        and len(grid) == 2
+        and all(isinstance(side, int) and side > 0 for side in grid)
+    )
 
 
 def _check_not_castled(model: nn.Module) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +22,8 @@ from mmcastling.alignment import (
     feature_similarity,
     scan,
 )
-from mmcastling.alignment.scanning import ScanRow
+from mmcastling.alignment.aligning import STATE_FILE
+from mmcastling.alignment.scanning import ScanRow, choose_kept
 from mmcastling.analysis import paired_medians
 from mmcastling.castle import castle
 from mmcastling.checkpoint import (
@@ -29,11 +32,13 @@ from mmcastling.checkpoint import (
     write_json_atomically,
     write_text_atomically,
 )
-from mmcastling.errors import ConfigError, OptionError
+from mmcastling.errors import CheckpointError, ConfigError, OptionError
 from mmcastling.named_models import CASTLE_META_KEY, build_named_model
 from mmcastling.run.load import load_model
 from mmcastling.show.figures import save_figure
-from mmcastling.verbs import set_mask, switch_to_deploy
+from mmcastling.verbs import castling_modules, set_mask, switch_to_deploy
+
+logger = logging.getLogger("mmcastling")
 
 RECOMMENDED = dict(
     form="learned",
@@ -43,6 +48,7 @@ RECOMMENDED = dict(
 )
 """Options of ``castle`` for trained weights, see docs/align.md."""
 ALIGNED, CONFIG, REPORT = "aligned.pth", "aligned.py", "report.json"
+SETTINGS = "settings.json"
 _HELD_OUT = 0.1  # of the pictures: what errors are measured on
 _MEASURED = 2  # batches of each size
 
@@ -80,9 +86,11 @@ class AlignmentReport:
                 ", ".join(f"{value:.3f}" for value in values)
                 for values in (self.cosines_before[size], after)
             )
+            slower = " (slower: tools/doctor.py says from where on it pays)"
             lines.append(
                 "{}: cosine of the features {} -> {}; {:.1f} -> {:.1f} ms an image"
                 "".format(size, *shown, softmax, castled)
+                + (slower if castled > softmax else "")
             )
         return "\n".join(lines)
 
@@ -153,18 +161,38 @@ def align_model(
     if options.get("type", "castling") != "castling":
         # Another mixer has none of the options that are recommended for ours.
         options = dict(attention or {})
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file: give the name of a folder")
     batches, held_out = _pictures(whole, pictures, sizes, batch_size, seed)
-    out.mkdir(parents=True, exist_ok=True)
+    given = dict(
+        model=model if isinstance(model, str) else str(model.filename),
+        checkpoint=checkpoint,
+        pictures=batches.described,
+        steps=list(steps),
+        learning_rates=list(learning_rates),
+        attention=options,
+        keep=keep if isinstance(keep, str) else list(keep),
+        budget=budget,
+        seed=seed,
+        amp=amp,
+    )
+    stored = _stored(out, given)
+    if (out / REPORT).is_file() and (out / ALIGNED).is_file() and stored:
+        logger.info("%s is finished: this is its report", out)
+        return AlignmentReport(**json.loads((out / REPORT).read_text()))
+    kept = stored.get("kept")
+    if kept is None:
+        kept = list(keep)
+        if keep == "auto":
+            kept = _chosen(teacher, batches, sizes[0], budget, options)
     torch.manual_seed(seed)
     student, said = castle(
-        copy.deepcopy(teacher),
-        keep=keep,
-        budget=budget,
-        images=_measured(held_out, sizes[:1])[0] if keep == "auto" else (),
-        return_report=True,
-        **options,
+        copy.deepcopy(teacher), keep=kept, return_report=True, **options
     )
     kept = [name for name, reason in said.left_alone.items() if reason == "kept"]
+    out.mkdir(parents=True, exist_ok=True)
+    write_json_atomically(out / SETTINGS, dict(given, kept=kept))
+    logger.info("measuring on %d pictures that are held out", len(held_out.paths))
     before = _measure(student, teacher, held_out, sizes)
     align(
         student,
@@ -183,7 +211,60 @@ def align_model(
     _write(model, whole, teacher, student, {**options, "keep": kept}, out)
     write_json_atomically(out / REPORT, asdict(report))
     save_figure(_errors_figure(report), out / "errors.png", dpi=130)
+    (out / STATE_FILE).unlink(missing_ok=True)  # three times the weights
     return report
+
+
+def _stored(out: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier call for a folder has noted; nothing in a new one."""
+    path = out / SETTINGS
+    if not path.is_file():
+        if any((out / name).exists() for name in (ALIGNED, STATE_FILE)):
+            raise ConfigError(f"{out} is of something else: take another folder")
+        return {}
+    stored = json.loads(path.read_text())
+    given = json.loads(json.dumps(given, default=str))
+    for name, value in given.items():
+        if stored.get(name) != value:
+            raise ConfigError(
+                f"{out} is of an alignment with {name} {stored.get(name)}, not "
+                f"{value}: give the same to go on, or take another folder"
+            )
+    return stored
+
+
+def _chosen(
+    teacher: nn.Module,
+    batches: PictureBatches,
+    size: tuple[int, int],
+    budget: int | float,
+    options: dict[str, Any],
+) -> list[str]:
+    """What a scan of pictures says should stay softmax; the scan is logged."""
+    student = castle(copy.deepcopy(teacher), **options)
+    images = [batches.batch(step, size) for step in range(_MEASURED)]
+    rows = scan(student, teacher, images)
+    kept = choose_kept(rows, budget)
+    logger.info("%s\nkept softmax: %s", scan_table(rows), ", ".join(kept))
+    if 2 * len(kept) > len(rows):
+        logger.warning(
+            "%d of %d attentions stay softmax, as castling them saves next to nothing "
+            "at %dx%d: ask tools/doctor.py whether it pays",
+            *(len(kept), len(rows), *size),
+        )
+    return kept
+
+
+def scan_table(rows: Sequence[ScanRow]) -> str:
+    """A scan as a table."""
+    width = max(len(row.name) for row in rows)
+    lines = [f"{'castled alone':<{width}}  damage  softmax ms  castled ms"]
+    lines += [
+        f"{row.name:<{width}}  {row.damage:6.3f}  {row.softmax_ms:10.1f}  "
+        f"{row.castled_ms:10.1f}"
+        for row in rows
+    ]
+    return "\n".join(lines)
 
 
 def scan_model(
@@ -210,6 +291,11 @@ def scan_model(
         student = castle(copy.deepcopy(teacher), **options)
     else:
         state = load_checkpoint(aligned)
+        if CASTLE_META_KEY not in (state.get("meta") or {}):
+            raise CheckpointError(
+                f"{aligned} does not say how its model was castled: give what "
+                "tools/align.py has written"
+            )
         student = castle(copy.deepcopy(teacher), **state["meta"][CASTLE_META_KEY])
         prefix = "" if whole is teacher else "backbone."
         student.load_state_dict(
@@ -260,7 +346,8 @@ def _measure(
     """Errors of attentions and cosines of features, as deployed."""
     student = copy.deepcopy(student)
     student.train(False)
-    set_mask(student, 1.0)
+    if any(True for _ in castling_modules(student)):
+        set_mask(student, 1.0)
     batches = _measured(held_out, sizes)
     return attention_errors(student, teacher, batches[0]), {
         f"{height}x{width}": feature_similarity(student, teacher, part)
@@ -296,9 +383,8 @@ def _write(
     meta: dict[str, Any] = {CASTLE_META_KEY: options}
     result = student
     if not isinstance(model, str):
-        for key in ("dataset_meta",):
-            if value := getattr(whole, key, None):
-                meta[key] = value
+        if value := getattr(whole, "dataset_meta", None):
+            meta["dataset_meta"] = value
         if whole is not teacher:
             whole.backbone = result = student
             result = whole

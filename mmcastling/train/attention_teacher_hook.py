@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from functools import partial
 from statistics import fmean
@@ -22,6 +23,9 @@ from mmcastling.deploy.verify import tensors_in
 from mmcastling.errors import CheckpointError, OptionError
 from mmcastling.registry import HOOKS
 from mmcastling.train.mask_decay_hook import check_one_loss, loss_factor
+
+# Names of what serves a bias of relative positions.
+_BIAS = re.compile(r"rel_pos|relative_position_bias|attention_bias|cpb_mlp")
 
 
 @MMENGINE_HOOKS.register_module()
@@ -112,6 +116,13 @@ class AttentionTeacherHook(Hook):
             for n, value in weights.items()
             if n.startswith(f"{name}.")
         }
+        lost = [n for n in own.keys() - teacher.state_dict().keys() if _BIAS.search(n)]
+        if lost:
+            raise OptionError(
+                f"{name} has lost {min(lost)}, which its softmax original needs: what "
+                "that gives cannot be computed. Castle with type='castling', whose "
+                "branch keeps biases of relative positions"
+            )
         missing, _ = teacher.load_state_dict(own, strict=False)
         if missing:
             raise CheckpointError(

@@ -53,13 +53,51 @@ def test_a_model_of_timm_is_aligned_and_loaded_again(
     modules = dict(castling_modules(model))
     assert len(modules) == len(report["errors_after"])
     assert not any(module.mask_is_on for module in modules.values())
-    again = run_main("align.py", *arguments)  # it is finished: nothing is trained
-    assert "stage 1" not in again.stdout + again.stderr
-    saved = (
-        load_checkpoint(tmp_path / "out" / "align.pth")["state_dict"],
-        model.state_dict(),
-    )
-    assert all(torch.equal(saved[0][n], v) for n, v in saved[1].items())
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"aligned.pth", "errors.png", "report.json", "settings.json"}
+    # It is finished: the same again says so, and something else is refused.
+    before = (tmp_path / "out" / "aligned.pth").read_bytes()
+    again = run_main("align.py", *arguments)
+    assert again.returncode in (0, None)
+    assert again.stdout.splitlines() == done.stdout.splitlines()
+    for other in (
+        ("--attention", "center_keys=False"),
+        ("--keep", 0),
+        ("--seed", 1),
+        ("--size", "32", "32"),
+    ):
+        refused = run_main("align.py", *arguments, *other)
+        assert refused.returncode == 1
+        assert "is of an alignment with" in refused.stderr
+    assert (tmp_path / "out" / "aligned.pth").read_bytes() == before
+
+
+def test_a_killed_run_goes_on_with_what_it_had_chosen(
+    pictures, weights, run_main, tmp_path, monkeypatch
+):
+    from mmcastling.alignment import aligning
+    from mmcastling.run import align_model as module
+
+    arguments = (NAME, weights, pictures, tmp_path, *SMALL, "--steps", 1, 2)
+    arguments += ("--keep", "auto", "--budget", 3)
+    features = aligning._match_features
+
+    def dying(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(aligning, "_match_features", dying)
+    with pytest.raises(KeyboardInterrupt):
+        module.align_model(
+            *(NAME, str(weights), pictures, tmp_path),
+            **dict(sizes=[(64, 96)], batch_size=2, steps=(1, 2), keep="auto", budget=3),
+        )
+    chosen = json.loads((tmp_path / "settings.json").read_text())["kept"]
+    assert len(chosen) == 3 and (tmp_path / "align.pth").exists()
+    monkeypatch.setattr(aligning, "_match_features", features)
+    monkeypatch.setattr(module, "scan", dying)  # it is not scanned again
+    done = run_main("align.py", *arguments)
+    assert done.returncode in (0, None), done.stderr[-3000:]
+    assert json.loads((tmp_path / "report.json").read_text())["kept"] == chosen
 
 
 @pytest.fixture
@@ -119,6 +157,8 @@ def test_a_scan_prints_draws_and_writes_its_table(
         (("--batch-size", "0"), "batch_size 0"),
         (("--steps", "0", "0"), r"steps (0, 0)"),
         (("--attention", "form=odd"), "'odd'"),
+        (("--attention", "grid=3"), "grid=3"),
+        (("--attention", "stages=1"), "stages=1"),
     ],
 )
 def test_bad_arguments_end_in_a_line_that_names_them(

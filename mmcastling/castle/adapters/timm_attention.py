@@ -189,7 +189,9 @@ class CastledTimmAttention(CastledAttention):
 
     def _rotated(self, x: Tensor, rope: Tensor) -> Tensor:
         """Rotate all tokens but those that lead the grid."""
-        count, half = self.num_prefix_tokens or 0, bool(self.rotate_half)
+        # SAM's has no tokens that lead the grid, and one way to rotate.
+        count = getattr(self, "num_prefix_tokens", None) or 0
+        half = bool(getattr(self, "rotate_half", False))
         rotated = self.rotate(x[:, :, count:], rope, half=half)
         return torch.cat((x[:, :, :count], rotated), dim=2) if count else rotated
 
