@@ -21,7 +21,8 @@ _PACKAGES["mmseg"] = "onedl-mmsegmentation"
 # What makes a backbone load weights, by settings of mmpretrain, mmseg and timm.
 _STARTS = ("init_cfg", "pretrained", "checkpoint_path")
 # Arguments of castle() that stand beside the attention in a config.
-_BESIDE = ("stages", "keep", "grid", "deploy", "predicate", "return_report")
+_BESIDE = ("stages", "keep", "budget", "images", "grid", "deploy", "predicate")
+_BESIDE += ("return_report",)
 
 
 @MODELS.register_module()
@@ -32,22 +33,6 @@ class Castled:
     class and with its own names of parameters: its checkpoints, ``init_cfg``,
     ``frozen_stages`` and the like are what they were. What castling adds to an
     attention that is frozen is frozen too.
-
-    Args:
-        backbone: Config of a backbone that any registry knows, such as
-            ``dict(type='mmdet.SwinTransformer')``.
-        attention: Options of the attention, with ``type``, as of
-            :func:`mmcastling.castle.castle`. Defaults to None (``'castling'``).
-        stages: Which stages to castle, see there. Defaults to None (all).
-        keep: Attentions that stay softmax, by index or name, see there. Defaults to
-            none.
-        grid: ``(H, W)`` of the tokens, see there. Defaults to None.
-        deploy: Whether to build the deployed form. Defaults to False.
-
-    Raises:
-        ValueError: If the backbone is not known, is castled already or holds nothing
-            that can be, or an option has a bad value.
-        UnavailableError: If it needs a package that is not installed.
 
     Example:
         >>> backbone = dict(
@@ -66,6 +51,24 @@ class Castled:
         grid: tuple[int, int] | None = None,
         deploy: bool = False,
     ) -> nn.Module:
+        """Build, castle, and deploy if asked.
+
+        Args:
+            backbone: Config of a backbone that any registry knows, such as
+                ``dict(type='mmdet.SwinTransformer')``.
+            attention: Options of the attention, with ``type``, as of
+                :func:`mmcastling.castle.castle`. Defaults to None (``'castling'``).
+            stages: Which stages to castle, see there. Defaults to None (all).
+            keep: Attentions that stay softmax, by index or name, see there. Defaults to
+                none.
+            grid: ``(H, W)`` of the tokens, see there. Defaults to None.
+            deploy: Whether to build the deployed form. Defaults to False.
+
+        Raises:
+            ValueError: If the backbone is not known, is castled already or holds nothing
+                that can be, or an option has a bad value.
+            UnavailableError: If it needs a package that is not installed.
+        """
         attention = {} if attention is None else attention
         if not isinstance(attention, Mapping) or set(attention) & set(_BESIDE):
             raise OptionError(

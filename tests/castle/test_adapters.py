@@ -228,8 +228,11 @@ def test_a_shared_bias_goes_with_the_last_attention_that_reads_it(name):
 
 
 def test_lost_biases_and_dropouts_are_reported():
-    _, report = castle(mmpretrain_beit(), return_report=True)
+    _, report = castle(mmpretrain_beit(), type="performer", return_report=True)
     assert "layers.0.attn.relative_position_bias_table" in report.dropped
+    _, report = castle(mmpretrain_beit(), return_report=True)
+    assert not report.dropped
+    assert "auxiliary branch alone" in next(iter(report.notes))
     _, report = castle(mmpretrain_beit(shared=True), return_report=True)
     assert "shared by blocks" in next(iter(report.notes))
     vit = mmpretrain_vit(layer_cfgs=dict(attn_drop_rate=0.1))

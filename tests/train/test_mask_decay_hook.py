@@ -336,7 +336,7 @@ def test_a_penalty_acts_with_several_optimizers(tmp_path):
 def test_a_penalty_beside_losses_scaled_apart_is_refused(tmp_path):
     model = TwoOptimizers()
     with pytest.raises(
-        ValueError, match=r"accumulative_counts .*'second': 2.*penalty=0"
+        ValueError, match=r"mask_penalty=0.1 follows .*'second': 2.*leave it out"
     ):
         run(tmp_path, model, optim_wrapper=model.wrappers(2), mask_penalty=0.1)
     run(tmp_path, model, max_iters=1, optim_wrapper=model.wrappers(2))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
-from mmcastling.attention.local_conv import split_qkv
+from mmcastling.attention.local_conv import merge_heads, split_qkv
 from mmcastling.castle.adapter_registry import register_adapter
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
 
@@ -20,8 +22,18 @@ class CastledBiasedAttention(CastledAttention):
         return split_qkv(self.qkv(x) + bias, self.num_heads)
 
 
+def table_bias(attention: CastledAttention) -> Tensor:
+    """The bias of a table of relative positions, ``(1, h, N, N)``."""
+    table = attention.relative_position_bias_table[attention.relative_position_index]
+    return table.permute(2, 0, 1).unsqueeze(0)
+
+
+TABLE = ("relative_position_bias_table", "relative_position_index")
+"""What serves such a bias."""
+
+
 class CastledBEiTAttention(CastledBiasedAttention):
-    """BEiT's attention, castled; without relative position bias."""
+    """BEiT's attention, castled."""
 
     def forward(
         self,
@@ -30,7 +42,9 @@ class CastledBEiTAttention(CastledBiasedAttention):
         shared_rel_pos_bias: Tensor | None = None,
     ) -> Tensor:
         """Attend; a bias that the backbone shares among its blocks is not applied."""
-        return self.proj_drop(self.proj(self.attend(x)))
+        q, k, v = self.project(x)
+        y = self.mix(q, k, v, bias=functools.partial(table_bias, self))
+        return self.proj_drop(self.proj(merge_heads(y)))
 
 
 @register_adapter("mmpretrain.models.utils.attention.BEiTAttention")
@@ -45,4 +59,5 @@ def castle_beit_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
         old.proj.in_features // old.num_heads,
         scale=old.scale,
         keep=("qkv", "q_bias", "v_bias", "proj", "proj_drop"),
+        bias=TABLE,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,11 @@ from mmcastling.attention.local_conv import Grid
 from mmcastling.attention.mixer import Bias
 from mmcastling.attention.opaque import OpaqueModule
 from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
-from mmcastling.castle.adapters.biased import CastledBiasedAttention
+from mmcastling.castle.adapters.biased import (
+    TABLE,
+    CastledBiasedAttention,
+    table_bias,
+)
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
 from mmcastling.errors import OptionError
 
@@ -65,7 +70,10 @@ class CastledShiftWindowMSA(OpaqueModule):
         if shift:
             x = torch.roll(x, (-shift, -shift), (1, 2))
         attention = self.w_msa
-        x = attend_in_windows(attention, x, (window, window), (shift, shift))
+        bias = None
+        if attention.bias_names:
+            bias = functools.partial(window_bias, attention)
+        x = attend_in_windows(attention, x, (window, window), (shift, shift), bias)
         x = attention.proj_drop(attention.proj(x))
         if shift:
             x = torch.roll(x, (shift, shift), (1, 2))
@@ -158,8 +166,18 @@ def _from_windows(y: Tensor, size: Grid, window: Grid) -> Tensor:
     return y.flatten(5, 6).flatten(3, 4).flatten(1, 2)
 
 
+def window_bias(attention: CastledAttention) -> Tensor:
+    """The bias of Swin's table or of SwinV2's network, ``(1, h, N, N)``."""
+    if "cpb_mlp" not in attention.bias_names:
+        return table_bias(attention)
+    # Of the logarithms of distances.
+    table = attention.cpb_mlp(attention.relative_coords_table).flatten(0, 2)
+    bias = table[attention.relative_position_index].permute(2, 0, 1).unsqueeze(0)
+    return 16 * bias.sigmoid()
+
+
 class CastledCosineAttention(CastledBiasedAttention):
-    """SwinV2's attention within a window, castled; without its network of biases."""
+    """SwinV2's attention within a window, castled."""
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().project(x)
@@ -172,7 +190,7 @@ class CastledCosineAttention(CastledBiasedAttention):
 @register_adapter("mmdet.models.backbones.swin.ShiftWindowMSA")
 @register_adapter("mmseg.models.backbones.swin.ShiftWindowMSA")
 def castle_shift_window_msa(old: nn.Module, build: MixerBuilder) -> nn.Module:
-    """Swin's and SwinV2's attention; relative position biases are dropped."""
+    """Swin's and SwinV2's attention."""
     inner = old.w_msa
     kinds = dict(WindowMSA=CastledAttention, WindowMSAV2=CastledCosineAttention)
     kind = kinds.get(type(inner).forward.__qualname__.removesuffix(".forward"))
@@ -182,11 +200,12 @@ def castle_shift_window_msa(old: nn.Module, build: MixerBuilder) -> nn.Module:
         )
     build.note_dropout(inner.attn_drop)
     w_msa = kind(
-        build,
+        replace(build, attention=inner),
         inner.num_heads,
         inner.embed_dims // inner.num_heads,
         scale=getattr(inner, "scale", 1.0),  # a learned one, in SwinV2
-        **{name: getattr(inner, name, None) for name in _KEPT},
+        keep=_KEPT,
+        bias=(*TABLE, "cpb_mlp", "relative_coords_table"),
     )
     w_msa.training = inner.training
     return CastledShiftWindowMSA(old, w_msa)

@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from mmcastling.attention.local_conv import Grid, merge_heads
 from mmcastling.castle.adapter_registry import register_adapter
 from mmcastling.castle.adapters.biased import CastledBiasedAttention
-from mmcastling.castle.adapters.swin import CastledCosineAttention, attend_in_windows
+from mmcastling.castle.adapters.swin import (
+    CastledCosineAttention,
+    attend_in_windows,
+    window_bias,
+)
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
 
 _LAYERS = ("qkv", "q_bias", "v_bias", "logit_scale", "proj", "proj_drop", "window_size")
@@ -76,9 +80,7 @@ class CastledTimmWindow(CastledCosineAttention):
         """The bias of the logits, ``(1, h, N, N)``."""
         if self.bias_method is not None:
             return self.bias_method(self)
-        # SwinV2's network, of the logarithms of distances.
-        table = self.cpb_mlp(self.relative_coords_table).flatten(0, 2)
-        return 16 * table[self.relative_position_index].permute(2, 0, 1)[None].sigmoid()
+        return window_bias(self)
 
 
 _BIASES = {
