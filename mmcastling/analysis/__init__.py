@@ -7,7 +7,7 @@ from mmcastling.analysis.complexity import (
 )
 from mmcastling.analysis.data_sample import input_channels
 from mmcastling.analysis.diagnosis import Diagnosis, Measured, Stage
-from mmcastling.analysis.doctor import doctor
+from mmcastling.analysis.examination import doctor
 from mmcastling.analysis.timing import PARTS, PartTimer, paired_medians, paired_seconds
 
 __all__ = [

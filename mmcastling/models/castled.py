@@ -65,8 +65,8 @@ class Castled:
             deploy: Whether to build the deployed form. Defaults to False.
 
         Raises:
-            ValueError: If the backbone is not known, is castled already or holds nothing
-                that can be, or an option has a bad value.
+            ValueError: If the backbone is not known, is castled already or holds
+                nothing that can be, or an option has a bad value.
             UnavailableError: If it needs a package that is not installed.
         """
         attention = {} if attention is None else attention

@@ -8,7 +8,7 @@ from torch import nn
 
 import mmcastling
 from mmcastling.analysis import Diagnosis, Measured, Stage
-from mmcastling.analysis.doctor import _crossing
+from mmcastling.analysis.examination import _crossing
 from mmcastling.castle import CastleReport
 from mmcastling.errors import OptionError, UnavailableError
 from mmcastling.show.figures import plot_latency
