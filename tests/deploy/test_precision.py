@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from mmcastling import castle, switch_to_deploy
 from mmcastling.attention.fast import apply_then
+from mmcastling.castle.swap import NothingToCastle
 from mmcastling.deploy import precision as module
 from mmcastling.deploy import set_precision, tensors_in
 from mmcastling.deploy.int8 import QuantizedLinear
@@ -244,12 +245,18 @@ def test_a_machine_without_it_is_named_with_what_it_has(monkeypatch):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.long
 def test_whatever_castle_knows_is_lowered_copied_saved_and_loaded(any_machine, name):
+    if name == "timm-convit":
+        pytest.skip("its gated attention mixes precisions by itself: docs/limits.md")
     for part, precisions in (({}, BOUNDS), (dict(stages=[-1]), ["bf16"])):
         model = build(name)
         model.eval()
-        castle(model, mask_threshold=1.0, **part)
+        try:
+            castle(model, mask_threshold=1.0, **part)
+        except NothingToCastle:  # in that stage
+            assert part
+            continue
         model = switch_to_deploy(model).requires_grad_(False)
-        x = images(64, 64)
+        x = images(*MODELS[name][1][0])
         expected = output(model, x)
         for precision in precisions:
             lowered, other = copy.deepcopy(model), copy.deepcopy(model)

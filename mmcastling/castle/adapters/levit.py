@@ -6,12 +6,13 @@ that the tokens have passed since.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
 
-from mmcastling.attention.local_conv import merge_heads, split_heads
+from mmcastling.attention.local_conv import Grid, merge_heads, split_heads
 from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
 from mmcastling.castle.adapters.timm_attention import KINDS, CastledTimmAttention
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
@@ -23,6 +24,20 @@ class CastledLeViTAttention(CastledAttention):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         widths = [self.key_dims, self.key_dims, self.head_dims]
         return split_heads(self.qkv(x), self.num_heads).split(widths, dim=-1)
+
+    def find_grid(self, num_tokens: int) -> Grid:
+        """The grid that the stem made, halved as often as tokens were subsampled.
+
+        Subsampling that is not castled notes no grid.
+        """
+        grid = self._latest_grid(num_tokens)
+        if grid is None or torch.jit.is_tracing():
+            return super().find_grid(num_tokens)
+        while math.prod(grid) > num_tokens:
+            grid = -(-grid[0] // 2), -(-grid[1] // 2)
+        if math.prod(grid) == num_tokens:
+            return grid
+        return super().find_grid(num_tokens)
 
 
 class CastledAttentionSubsample(CastledLeViTAttention):
