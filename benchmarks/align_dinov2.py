@@ -51,6 +51,7 @@ NEIGHBOURS, FASHION_SIDE = 20, 112
 LEARNED = dict(form="learned", center_keys=True, mask_threshold="4/N")
 GRID = dict(type="grid", kernel_size=3, init="zero")
 RECIPE = dict(steps=(150, 300), learning_rates=(3e-4, 4e-5), batch_size=4)
+SHORT = dict(steps=(60, 0), learning_rates=(1e-3, 4e-5), batch_size=4)
 NO_BRANCH = dict(start=1.0)
 # What each row castles with, what it keeps, and how it is aligned.
 ROWS: dict[str, dict[str, Any]] = {
@@ -74,6 +75,18 @@ ROWS: dict[str, dict[str, Any]] = {
         attention=dict(LEARNED, local_conv=GRID),
         mask=dict(start="4/N"),
         **RECIPE,
+    ),
+    "short": dict(
+        title="60 steps of the first stage alone, at 1e-3",
+        attention=dict(LEARNED, local_conv=GRID),
+        mask=NO_BRANCH,
+        **SHORT,
+    ),
+    "short-branch": dict(
+        title="the same with the decaying branch",
+        attention=dict(LEARNED, local_conv=GRID),
+        mask=dict(start="4/N"),
+        **SHORT,
     ),
     "two-kept": dict(
         title="two blocks kept softmax, aligned",
