@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from mmengine.config import Config
-from torch import Tensor, nn
+from torch import nn
 
 from mmcastling.alignment import (
     PictureBatches,
@@ -32,9 +31,10 @@ from mmcastling.checkpoint import (
     write_json_atomically,
     write_text_atomically,
 )
-from mmcastling.errors import CheckpointError, ConfigError, OptionError
+from mmcastling.errors import CheckpointError, ConfigError
 from mmcastling.named_models import CASTLE_META_KEY, build_named_model
 from mmcastling.run.load import load_model
+from mmcastling.show.align_figures import errors_figure
 from mmcastling.show.figures import save_figure
 from mmcastling.verbs import castling_modules, set_mask, switch_to_deploy
 
@@ -210,7 +210,11 @@ def align_model(
     )
     _write(model, whole, teacher, student, {**options, "keep": kept}, out)
     write_json_atomically(out / REPORT, asdict(report))
-    save_figure(_errors_figure(report), out / "errors.png", dpi=130)
+    save_figure(
+        errors_figure(report.errors_before, report.errors_after),
+        out / "errors.png",
+        dpi=130,
+    )
     (out / STATE_FILE).unlink(missing_ok=True)  # three times the weights
     return report
 
@@ -330,13 +334,6 @@ def _pictures(
     return PictureBatches(folder, **options).split(_HELD_OUT)
 
 
-def _measured(
-    held_out: PictureBatches, sizes: Sequence[tuple[int, int]]
-) -> list[list[Tensor]]:
-    """The batches that are measured on, by size."""
-    return [[held_out.batch(step, size) for step in range(_MEASURED)] for size in sizes]
-
-
 def _measure(
     student: nn.Module,
     teacher: nn.Module,
@@ -348,7 +345,7 @@ def _measure(
     student.train(False)
     if any(True for _ in castling_modules(student)):
         set_mask(student, 1.0)
-    batches = _measured(held_out, sizes)
+    batches = [[held_out.batch(i, size) for i in range(_MEASURED)] for size in sizes]
     return attention_errors(student, teacher, batches[0]), {
         f"{height}x{width}": feature_similarity(student, teacher, part)
         for (height, width), part in zip(sizes, batches, strict=True)
@@ -400,43 +397,3 @@ def _write(
         cfg.load_from = str(out / ALIGNED)
         write_text_atomically(out / CONFIG, cfg.pretty_text)
     save_atomically(dict(state_dict=result.state_dict(), meta=meta), out / ALIGNED)
-
-
-def _errors_figure(report: AlignmentReport) -> Figure:
-    """The error of each attention before and after."""
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
-    places = range(len(report.errors_before))
-    for name, values, colour in (
-        ("castled", report.errors_before, "tab:grey"),
-        ("aligned", report.errors_after, "tab:blue"),
-    ):
-        axes.plot(places, list(values.values()), "o-", color=colour, label=name)
-    axes.set_yscale("log")
-    axes.set_xticks(list(places))
-    axes.set_xlabel("castled attention, in the order of the network")
-    axes.set_ylabel("relative squared error")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    axes.set_title("Error of the attentions on pictures not trained on", loc="left")
-    return figure
-
-
-def scan_figure(rows: Sequence[ScanRow]) -> Figure:
-    """Damage and milliseconds saved of each attention castled alone."""
-    if not rows:
-        raise OptionError("there is no row to draw")
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    panels = figure.subplots(2, 1, sharex=True)
-    places = range(len(rows))
-    panels[0].bar(places, [row.damage for row in rows], color="tab:red")
-    panels[0].set_ylabel("damage to features")
-    panels[1].bar(places, [row.saved_ms for row in rows], color="tab:green")
-    panels[1].set_ylabel("ms saved")
-    panels[1].set_xticks(list(places))
-    panels[1].set_xlabel("attention castled alone, in the order of the network")
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    return figure

@@ -404,7 +404,7 @@ def test_hooks_inside_an_attention_are_kept_or_named():
     seen.clear()
     model(torch.randn(1, 3, 32, 32))
     gone = [f"hooks on {name} are gone with it" for name in ("w_msa", "w_msa.softmax")]
-    assert list(report.notes) == gone and report.lossy
+    assert [note for note in report.notes if "hooks" in note] == gone and report.lossy
     assert [kind.__name__ for kind in seen] == [
         *("CastledShiftWindowMSA", "Linear", "CastledShiftWindowMSA"),
         *["CastledShiftWindowMSA"] * 2,
