@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from mmcastling.alignment.scanning import ScanRow
 from mmcastling.errors import OptionError
+from mmcastling.show.figures import tidy
 
 
 def errors_figure(before: dict[str, float], after: dict[str, float]) -> Figure:
@@ -24,8 +25,7 @@ def errors_figure(before: dict[str, float], after: dict[str, float]) -> Figure:
     axes.set_xticks(list(places))
     axes.set_xlabel("castled attention, in the order of the network")
     axes.set_ylabel("relative squared error")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
+    tidy(axes)
     axes.legend(frameon=False)
     axes.set_title("Error of the attentions on pictures not trained on", loc="left")
     return figure
@@ -45,6 +45,5 @@ def scan_figure(rows: Sequence[ScanRow]) -> Figure:
     panels[1].set_xticks(list(places))
     panels[1].set_xlabel("attention castled alone, in the order of the network")
     for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
+        tidy(axes)
     return figure

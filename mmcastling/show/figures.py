@@ -21,6 +21,12 @@ def save_figure(figure: Figure, path: str | Path, dpi: int) -> None:
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 
+def tidy(axes: Axes, which: str = "major") -> None:
+    """Leave out the frame's upper and right side, and draw a pale grid."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, which=which)
+
+
 def plot_mask_density(
     history: MaskHistory, path: str | Path, metrics: Sequence[str] | None = None
 ) -> None:
@@ -47,8 +53,7 @@ def plot_mask_density(
         panels[2].set_ylabel("validation")
         panels[2].set_ylim(bottom=0)  # once all lines are there: it ends autoscaling
     for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
+        tidy(axes)
         axes.legend(frameon=False, loc="best")
     panels[0].set_title("The auxiliary softmax masks over training", loc="left")
     panels[-1].set_xlabel("iteration")
@@ -108,8 +113,7 @@ def plot_latency(found: Diagnosis, path: str | Path, title: str) -> None:
     axes.set_ylabel("milliseconds per image")
     axes.set_xlabel("size of the image, spaced by the root of its pixels")
     axes.set_title(f"{title}\n{found.machine_line}", loc="left", fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, which="both")
+    tidy(axes, which="both")
     axes.legend(frameon=False, loc="upper left")
     save_figure(figure, path, dpi=130)
 
