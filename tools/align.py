@@ -11,7 +11,7 @@ import logging
 
 from mmcastling.run import run_cli
 from mmcastling.run.align_model import align_model
-from mmcastling.run.cli_models import add_model_arguments, model_from_arguments
+from mmcastling.run.arguments import add_model_arguments, model_from_arguments
 
 
 def budget(text: str) -> int | float:

@@ -11,7 +11,7 @@ from mmcastling.checkpoint import write_json_atomically
 from mmcastling.files import check_writable
 from mmcastling.run import ConfigError, run_cli
 from mmcastling.run.align_model import scan_model, scan_table
-from mmcastling.run.cli_models import add_model_arguments, model_from_arguments
+from mmcastling.run.arguments import add_model_arguments, model_from_arguments
 from mmcastling.show.align_figures import scan_figure
 from mmcastling.show.figures import save_figure
 

@@ -162,7 +162,7 @@ def describe(
     Raises:
         UnsupportedModelError: If the runtime does not do what a setting asks for.
     """
-    facts |= _input_of(getattr(model, "data_preprocessor", None))
+    facts |= input_of(getattr(model, "data_preprocessor", None))
     if graph.kind == "detector":
         facts |= _detector_facts(model, facts["pad_divisor"])
     elif graph.kind == "segmentor":
@@ -182,7 +182,7 @@ def describe(
     )
 
 
-def _input_of(preprocessor: Any) -> dict[str, Any]:
+def input_of(preprocessor: Any) -> dict[str, Any]:
     """How a toolbox's data preprocessor normalizes and pads a test image."""
     if preprocessor is None:
         return dict(pad_divisor=1)

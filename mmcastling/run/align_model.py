@@ -32,6 +32,7 @@ from mmcastling.checkpoint import (
     write_text_atomically,
 )
 from mmcastling.errors import CheckpointError, ConfigError
+from mmcastling.export.graphs import input_of
 from mmcastling.named_models import CASTLE_META_KEY, build_named_model
 from mmcastling.run.load import load_model
 from mmcastling.show.align_figures import errors_figure
@@ -324,11 +325,9 @@ def _pictures(
     preprocessor = getattr(whole, "data_preprocessor", None)
     published = getattr(whole, "pretrained_cfg", None)
     if preprocessor is not None:
-        if hasattr(preprocessor, "mean"):
-            options.update(mean=preprocessor.mean.flatten().tolist())
-            options.update(std=preprocessor.std.flatten().tolist())
-        names = ("_channel_conversion", "channel_conversion", "to_rgb")
-        options["bgr"] = not any(getattr(preprocessor, n, False) for n in names)
+        read = input_of(preprocessor)
+        options.update({name: read[name] for name in ("mean", "std") if name in read})
+        options["bgr"] = not read["to_rgb"]
     elif isinstance(published, dict) and "mean" in published:  # timm's, from 0 to 1
         options.update({n: [255 * x for x in published[n]] for n in ("mean", "std")})
     return PictureBatches(folder, **options).split(_HELD_OUT)
