@@ -71,7 +71,6 @@ def align(
             interrupted. Defaults to None (nowhere).
         save_every: Steps between two savings. Defaults to 20.
         log_every: Steps between two lines of the logger ``mmcastling``. Defaults to 20.
-
         amp: Compute layers in bfloat16 (autocast), which pays where the processor
             multiplies it faster. Defaults to False.
 
@@ -180,7 +179,8 @@ def _match_attentions(
             error.backward()  # blocks are independent: no two graphs live at once
         errors[name] = error.item()
 
-    with torch.no_grad(), on_each_attention(student, teacher, learn, gradients=True):
+    run = on_each_attention(student, teacher, pairs, learn, gradients=True)
+    with torch.no_grad(), run:
         features(teacher, x)
     return errors
 

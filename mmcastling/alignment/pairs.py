@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmcastling.attention import TokenMixer
-from mmcastling.attention.peers.softmax import SoftmaxMixer
+from mmcastling.attention import is_castled
 from mmcastling.castle.grid import noted_by
 from mmcastling.deploy.verify import tensors_in
 from mmcastling.errors import UserError
@@ -38,7 +37,7 @@ def attention_pairs(student: nn.Module, teacher: nn.Module) -> Pairs:
     pairs = {}
     originals = dict(teacher.named_modules())
     for path, module in student.named_modules():
-        if not isinstance(module, TokenMixer) or isinstance(module, SoftmaxMixer):
+        if not is_castled(module):
             continue
         name = _parent(path)
         # What was replaced may hold more than the attention: its windows, say.
@@ -90,6 +89,7 @@ def default_features(model: nn.Module, images: Tensor) -> Any:
 def on_each_attention(
     student: nn.Module,
     teacher: nn.Module,
+    pairs: Pairs,
     matched: Callable[[str, Tensor, Tensor], None],
     gradients: bool,
 ) -> Iterator[None]:
@@ -109,7 +109,7 @@ def on_each_attention(
 
     handles = [
         original.register_forward_hook(hook_of(name, castled), with_kwargs=True)
-        for name, (castled, original) in attention_pairs(student, teacher).items()
+        for name, (castled, original) in pairs.items()
     ]
     try:
         with noted_by(student, teacher):
@@ -155,13 +155,14 @@ def attention_errors(
 ) -> dict[str, float]:
     """Relative squared error of each castled attention on the teacher's tokens."""
     errors: dict[str, list[float]] = {}
+    pairs = attention_pairs(student, teacher)
 
     def note(name: str, found: Tensor, expected: Tensor) -> None:
         errors.setdefault(name, []).append(float(relative_error(found, expected)))
 
     with in_evaluation(student, teacher):
         for images in batches:
-            with on_each_attention(student, teacher, note, gradients=False):
+            with on_each_attention(student, teacher, pairs, note, gradients=False):
                 features(teacher, images)
     return {name: sum(values) / len(values) for name, values in errors.items()}
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from mmcastling.attention.attention import Attention
 from mmcastling.attention.autocast import in_full_precision
-from mmcastling.attention.build import MIXERS, build_mixer
+from mmcastling.attention.build import MIXERS, build_mixer, is_castled
 from mmcastling.attention.castling import (
     CastlingMixer,
     LinearAngularMixer,
@@ -39,6 +39,7 @@ __all__ = [
     "angular_similarity_series",
     "build_mixer",
     "in_full_precision",
+    "is_castled",
     "kernel_attention",
     "l2_normalize",
     "linear_angular_attention",

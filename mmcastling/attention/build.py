@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from mmcastling.attention.castling import CastlingMixer, LinearAngularMixer
 from mmcastling.attention.mixer import TokenMixer
 from mmcastling.attention.peers.efficient import EfficientMixer
@@ -24,6 +26,11 @@ MIXERS: dict[str, type[TokenMixer]] = {
     "relu_linear": ReLULinearMixer,
     "softmax": SoftmaxMixer,
 }
+
+
+def is_castled(module: nn.Module) -> bool:
+    """Whether a module mixes tokens in place of softmax attention."""
+    return isinstance(module, TokenMixer) and not isinstance(module, SoftmaxMixer)
 
 
 def build_mixer(

@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from mmcastling.attention import TokenMixer
-from mmcastling.attention.peers.softmax import SoftmaxMixer
+from mmcastling.attention import TokenMixer, is_castled
 from mmcastling.castle.adapter_registry import CannotCastle, find_adapter
 from mmcastling.castle.castled_attention import MixerBuilder
 from mmcastling.castle.grid import GridSource, layers_with_maps
@@ -225,7 +224,7 @@ def _check_not_castled(model: nn.Module) -> None:
                 f"{what} has been switched to its deployed form already: castle a "
                 "model before, not after"
             )
-        if isinstance(module, TokenMixer) and not isinstance(module, SoftmaxMixer):
+        if is_castled(module):
             raise OptionError(
                 f"{what} is castled already ({type(module).__name__}); castle the "
                 "original model once, choosing its parts with stages or predicate"

@@ -15,7 +15,7 @@ from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmcastling.attention import TokenMixer
+from mmcastling.attention import is_castled
 from mmcastling.attention.opaque import OpaqueModule
 from mmcastling.attention.peers.softmax import SoftmaxMixer
 from mmcastling.checkpoint import load_checkpoint, weights_of
@@ -64,7 +64,6 @@ class AttentionTeacherHook(Hook):
         self.checkpoint = checkpoint
         self.weight = weight
         self.interval = interval
-        self._factor = 0.0
         self._errors: list[Tensor] = []
         self._handles: list[Any] = []
 
@@ -80,7 +79,6 @@ class AttentionTeacherHook(Hook):
                 "AttentionTeacherHook found no castled attention: castle the backbone, "
                 "or remove the hook from custom_hooks"
             )
-        self._factor = 1.0 / len(pairs)
         for attention, teacher in pairs:
             hook = partial(self._add_error, teacher)
             handle = attention.register_forward_hook(hook, with_kwargs=True)
@@ -92,7 +90,8 @@ class AttentionTeacherHook(Hook):
 
     def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         self._errors.clear()
-        self._scale = self.weight * self._factor * loss_factor(runner.optim_wrapper)
+        share = self.weight / len(self._handles)
+        self._scale = share * loss_factor(runner.optim_wrapper)
 
     def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         if self._errors and self.every_n_train_iters(runner, self.interval):
@@ -104,12 +103,10 @@ class AttentionTeacherHook(Hook):
     ) -> nn.Module:
         """The attention as it was: softmax, with the original's weights, frozen."""
         teacher = copy.deepcopy(attention)
-        mixers = {n: m for n, m in teacher.named_modules() if _is_castled(m)}
+        mixers = {n: m for n, m in teacher.named_modules() if is_castled(m)}
         for path, mixer in mixers.items():
             sizes = mixer.num_heads, mixer.head_dims
             softmax = SoftmaxMixer(*sizes, key_dims=mixer.key_dims)
-            if not path:
-                return softmax
             teacher.set_submodule(path, softmax)
         own = {
             n.removeprefix(f"{name}."): value
@@ -176,7 +173,7 @@ def castled_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     modules = dict(model.named_modules())
     seen = set()
     for path, module in modules.items():
-        if not _is_castled(module):
+        if not is_castled(module):
             continue
         name = path.rpartition(".")[0]
         while isinstance(modules.get(holder := name.rpartition(".")[0]), OpaqueModule):
@@ -184,7 +181,3 @@ def castled_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if name not in seen:
             seen.add(name)
             yield name.removeprefix("module."), modules[name]
-
-
-def _is_castled(module: nn.Module) -> bool:
-    return isinstance(module, TokenMixer) and not isinstance(module, SoftmaxMixer)
