@@ -139,7 +139,7 @@ class Diagnosis:
                 f"do not castle this: at {where} it would be {how} ({took}), as {why}"
                 f"{since}"
             )
-        lost = ", and loses what is said below" if self.report.lossy else ""
+        lost = ", but what is dropped is lost" if self.report.lossy else ""
         return (
             f"castle this: at {where} it is {times:.1f} times as fast ({took}){since}"
             f"{lost}"

@@ -35,6 +35,9 @@ SECONDS = 2.0
 """For the passes of one size, beyond the fewest that make a median."""
 FEWEST, MOST = 3, 15
 
+Groups = dict[str, list[tuple[int, int]]]
+"""Of each castled attention's passes, how many groups of how many tokens attend."""
+
 
 def doctor(
     model: nn.Module,
@@ -123,7 +126,7 @@ def _accepted(model: nn.Module, sizes: Sequence[Size], strict: bool) -> list[Siz
 def _without_contents(model: nn.Module, size: Size) -> bool:
     """Whether a pass at a size is known to work, which costs nothing to find out."""
     try:
-        _macs(model, _image(model, size), {})
+        _counts(model, _image(model, size), {})
     except Exception:
         return False
     return True
@@ -160,7 +163,7 @@ def _measure(
             run()
     seconds = time.perf_counter() - start
     rounds = min(MOST, max(FEWEST, int(SECONDS / seconds)))
-    medians = paired_medians(passes, rounds)
+    medians = paired_medians(passes, rounds, warm=True)
     times = (medians["a"] * 1e3, medians["b"] * 1e3)
     found = Measured(size, asked, times, peak_bytes=_pair(peaks))
     if asked:
@@ -184,11 +187,10 @@ def _add_stages(
     counts = []
     for one, parts in zip(models, attentions, strict=True):
         try:
-            counts.append(_macs(one, image, parts))
+            macs, tokens = _counts(one, image, parts)
         except Exception:  # what the model does depends on its input
-            counts.append(_macs(one, image, parts, real=True))
-    with _tokens_of(attentions[1]) as tokens:
-        models[1](image)
+            macs, tokens = _counts(one, image, parts, real=True)
+        counts.append(macs)
     found.macs = (sum(counts[0].values()), sum(counts[1].values()))
     for item in report.castled:
         stage = found.stages.setdefault(item.stage, Stage())
@@ -202,20 +204,21 @@ def _add_stages(
         stage.share_of_time += shares.get(item.name, 0.0)
 
 
-def _macs(
+def _counts(
     model: nn.Module, image: Tensor, parts: dict[str, nn.Module], real: bool = False
-) -> dict[str, int]:
-    """MACs by part, and by :data:`SELF` what is left."""
+) -> tuple[dict[str, int], Groups]:
+    """MACs by part, and by :data:`SELF` what is left; and who attends to whom."""
     if real:
-        return {SELF: 0, **count_macs(model, image, parts).by_module}
+        with _groups_of(parts) as groups:
+            return {SELF: 0, **count_macs(model, image, parts).by_module}, groups
     from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import
 
     # Without contents, any resolution is counted at once.
     copied = copy.deepcopy(model)
     inside = {name: copied.get_submodule(name) for name in parts}
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), _groups_of(inside) as groups:
         fake = torch.empty(image.shape, device=image.device, dtype=image.dtype)
-        return {SELF: 0, **count_macs(copied, fake, inside).by_module}
+        return {SELF: 0, **count_macs(copied, fake, inside).by_module}, groups
 
 
 def _shares_of_time(
@@ -249,11 +252,8 @@ def _shares_of_time(
 
 
 @contextlib.contextmanager
-def _tokens_of(
-    parts: dict[str, nn.Module],
-) -> Iterator[dict[str, list[tuple[int, int]]]]:
-    """Groups of tokens ``(how many, of how many)`` in each castled attention's pass."""
-    seen: dict[str, list[tuple[int, int]]] = {}
+def _groups_of(parts: dict[str, nn.Module]) -> Iterator[Groups]:
+    seen: Groups = {}
 
     def keep(name: str, _: nn.Module, args: tuple[Any, ...], __: Any) -> None:
         if args and isinstance(args[0], Tensor):

@@ -29,14 +29,15 @@ def synchronize() -> None:
 
 
 def paired_seconds(
-    passes: dict[str, Callable[[], Any]], repeats: int
+    passes: dict[str, Callable[[], Any]], repeats: int, warm: bool = False
 ) -> dict[str, list[float]]:
     """Seconds of several contenders, timed in turns.
 
     Taking turns lets a machine that grows slower or busier hit all of them alike; the
-    order is reversed every other round. Each is called once unmeasured before.
+    order is reversed every other round. Each is called once unmeasured before, but for
+    those that are ``warm``: that have been called already.
     """
-    for run in passes.values():
+    for run in () if warm else passes.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     for turn in range(repeats):
@@ -50,10 +51,10 @@ def paired_seconds(
 
 
 def paired_medians(
-    passes: dict[str, Callable[[], Any]], repeats: int
+    passes: dict[str, Callable[[], Any]], repeats: int, warm: bool = False
 ) -> dict[str, float]:
     """Medians of :func:`paired_seconds`."""
-    seconds = paired_seconds(passes, repeats)
+    seconds = paired_seconds(passes, repeats, warm)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -299,7 +300,7 @@ def _unchosen(
     if stages is not None:
         stages = list(stages)
         for stage in stages:
-            if not -count <= stage < count:
+            if not _is_index(stage, count):
                 raise OptionError(
                     f"stages {stages!r}: {stage} is not a stage; there are {count} "
                     f"with attentions, numbered 0 to {count - 1} or -{count} to -1"
@@ -330,8 +331,7 @@ def _kept(names: Sequence[str], keep: Iterable[int | str]) -> set[str]:
         if isinstance(which, str):
             meant = [name for name in names if _holds(which, name)]
         else:
-            known = which in range(-len(names), len(names))
-            meant = [names[int(which)]] if known else []
+            meant = [names[which]] if _is_index(which, len(names)) else []
         if not meant:
             raise OptionError(
                 f"keep={keep!r}: {which!r} is none of the {len(names)} attentions, "
@@ -340,6 +340,12 @@ def _kept(names: Sequence[str], keep: Iterable[int | str]) -> set[str]:
             )
         kept.update(meant)
     return kept
+
+
+def _is_index(value: object, count: int) -> bool:
+    """Whether a value numbers one of some things, from the start or the end."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return whole and -count <= value < count
 
 
 def _holds(outer: str, inner: str) -> bool:

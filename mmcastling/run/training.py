@@ -59,7 +59,8 @@ def train(
     Args:
         cfg: A config from :func:`mmcastling.run.load_config`; changed in place.
         resume: A checkpoint to go on from, or ``'auto'`` for the newest whole one in
-            the work directory. Defaults to None (as the config says).
+            the work directory, and where there is none for a start from the config's
+            ``load_from``. Defaults to None (as the config says).
         amp: Automatic mixed precision in ``'float16'`` or ``'bfloat16'``, or with True
             in the config's dtype or else the device's usual one. Defaults to None (as
             the config says).
@@ -68,7 +69,9 @@ def train(
     Raises:
         UserError: If config, data, work directory or what to start from cannot be used.
     """
+    start = None
     if resume is not None:
+        start = cfg.get("load_from")
         cfg.resume = True
         cfg.load_from = None if resume == "auto" else resume
     if amp:
@@ -76,7 +79,7 @@ def train(
     if auto_scale_lr:
         enable_auto_scale_lr(cfg)
     require(cfg, "train_dataloader", "train_cfg", "optim_wrapper")
-    warnings = check_data(cfg, "train", "val") + settle_start(cfg)
+    warnings = check_data(cfg, "train", "val") + settle_start(cfg, start)
     check_work_dir(cfg.work_dir)
     with claimed_work_dir(cfg.work_dir) if is_first_process(cfg) else nullcontext():
         runner = build_runner(cfg)
@@ -152,12 +155,13 @@ class Start:
     warnings: list[str] = field(default_factory=list)
 
 
-def settle_start(cfg: Config) -> list[str]:
+def settle_start(cfg: Config, fresh: str | None = None) -> list[str]:
     """Find and check the checkpoint that training resumes or starts from.
 
     Settles ``resume`` and ``load_from`` of the config: a resume without a path gets the
-    newest checkpoint in the work directory that is whole, or becomes a start anew where
-    there is none. A resumed run without a seed of its own gets that of the checkpoint.
+    newest checkpoint in the work directory that is whole, or becomes a start anew, from
+    ``fresh``, where there is none. A resumed run without a seed of its own gets that of
+    the checkpoint.
     What is resumed fits the model whole; what is only started from fills its backbone
     as far as ``init_cfg`` must (:func:`mmcastling.models.pretrained.check_start`).
     Nothing is written. What comes back are warnings, for when there is a log.
@@ -170,8 +174,8 @@ def settle_start(cfg: Config) -> list[str]:
     else:
         start = newest_usable(cfg.work_dir)
     if start is None:
-        cfg.resume = False
-        return []
+        cfg.resume, cfg.load_from = False, fresh
+        return settle_start(cfg)
     cfg.load_from = start.source
     if resume:
         check_resumable(start.checkpoint, start.source)

@@ -143,14 +143,14 @@ def test_checkpoints_of_a_castled_model_load_into_a_deployed_one(case):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["-dinov3", "-beit", "-sam", "-levit", "-maxvit-tf"])
-def test_the_deployed_model_runs_as_onnx(name, tmp_path):
+def test_the_deployed_model_runs_as_onnx(case, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="pip install onnxruntime")
-    model = build(f"timm{name}").eval()
+    model, sizes, _ = case
+    model.eval()
     model = switch_to_deploy(castle(model, mask_threshold=1.0))
-    x = images((64, 64))
-    sizes = ({0: torch.export.Dim.AUTO},)
-    options = dict(format="onnx", outputs=["y"], dynamic_shapes=sizes)
+    x = images(sizes[0])
+    free = ({0: torch.export.Dim.AUTO},)
+    options = dict(format="onnx", outputs=["y"], dynamic_shapes=free)
     write(model, tmp_path / "m.onnx", (x,), **options)
     session = runtime.InferenceSession(str(tmp_path / "m.onnx"))
     for batch in (x, x[:1]):

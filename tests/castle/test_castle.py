@@ -304,6 +304,9 @@ def test_a_deployed_form_can_be_built():
         (ToyModel, dict(keep="blocks.1"), r"such as keep=\['blocks.1'\]"),
         (ToyModel, dict(keep=1), r"such as keep=\[1\]"),
         (ToyModel, dict(keep=[0.5]), "0.5 is none of the 4 attentions"),
+        (ToyModel, dict(keep=[True]), "True is none of the 4 attentions"),
+        (ToyModel, dict(stages=[True]), "True is not a stage"),
+        (ToyModel, dict(stages=[0.0]), "0.0 is not a stage"),
         (ToyAttention, {}, "castle the module that holds it"),
         (
             lambda: nn.ModuleList([nn.MultiheadAttention(8, 2)]),

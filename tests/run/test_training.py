@@ -108,6 +108,19 @@ def test_auto_resume_of_nothing_starts_anew(trained, tmp_path):
     assert [record["step"] for record in log_of(tmp_path / "new")] == [1]
 
 
+def test_auto_resume_of_nothing_starts_from_the_checkpoint_to_start_from(
+    trained, tmp_path
+):
+    options = {"train_cfg.max_iters": 1, **NO_VALIDATION}
+    options["optim_wrapper.optimizer.lr"] = 0.0
+    options["load_from"] = str(trained.masks_off)
+    cfg = load_config(trained.config, options, work_dir=str(tmp_path / "new"))
+    found = dict(train(cfg, resume="auto").named_parameters())
+    expected = load_checkpoint(trained.masks_off)["state_dict"]
+    for name, weight in found.items():
+        assert torch.equal(weight, expected[name]), name
+
+
 # -- what may not be started from ------------------------------------------------------
 
 
