@@ -48,6 +48,7 @@ SIZES = ((224, 224), (448, 448), (336, 560))
 MEAN, STD = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 NEIGHBOURS, FASHION_SIDE = 20, 112
 
+BACKBONE = dict(arch="small", img_size=518, patch_size=14, layer_scale_init_value=1e-5)
 LEARNED = dict(form="learned", center_keys=True, mask_threshold="4/N")
 GRID = dict(type="grid", kernel_size=3, init="zero")
 RECIPE = dict(steps=(150, 300), learning_rates=(3e-4, 4e-5), batch_size=4)
@@ -103,8 +104,8 @@ def features(model: nn.Module, images: Tensor) -> Tensor:
     return model(images)[-1]
 
 
-def teacher_of(folder: Path) -> nn.Module:
-    """DINOv2-S with its weights, as our softmax network."""
+def imported_weights(folder: Path) -> dict[str, Tensor]:
+    """DINOv2-S with the names of our backbone."""
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise ConfigError(
@@ -112,13 +113,16 @@ def teacher_of(folder: Path) -> nn.Module:
         )
     with temporary_folder(folder / "imported.pth") as scratch:
         path = scratch / "imported.pth"
-        report = import_checkpoint(weights, path, "vit", "small")
+        import_checkpoint(weights, path, "vit", "small")
         state = load_checkpoint(path)["state_dict"]
-    options = {k: v for k, v in report.backbone.items() if k != "type"}
-    model = CastlingViT(**options, attention=dict(type="softmax"), out_type="raw")
-    model.load_state_dict(
-        {n.removeprefix("backbone."): v for n, v in state.items()}, False
-    )
+    return {name.removeprefix("backbone."): value for name, value in state.items()}
+
+
+def teacher_of(folder: Path) -> nn.Module:
+    """DINOv2-S with its weights, as our softmax network."""
+    attention = dict(type="softmax")
+    model = CastlingViT(**BACKBONE, attention=attention, out_type="raw")
+    model.load_state_dict(imported_weights(folder))
     return model.eval()
 
 

@@ -1,0 +1,177 @@
+"""DINOv2-S finetuned alike as softmax, castled and aligned, and castled alone.
+
+python tools/data/fetch_dinov2_s.py data/dinov2_s
+python benchmarks/align_dinov2.py data/dinov2_s PICTURES --rows all
+python benchmarks/dinov2_finetuned.py camvid data/dinov2_s        # hours; resumable
+python benchmarks/dinov2_finetuned.py --docs                      # the page's table
+
+All rows of a task are one config, seed by seed with the same data; they differ in the
+attention and in the weights that they start from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from align_dinov2 import PAGE, imported_weights
+from common import ROOT
+from mmengine.config import Config
+
+from mmcastling.analysis.machine import environment
+from mmcastling.checkpoint import (
+    load_checkpoint,
+    write_json_atomically,
+    write_text_atomically,
+)
+from mmcastling.run import ConfigError, evaluate, load_config, run_cli, train
+
+STORED = ROOT / "benchmarks" / "results" / "dinov2_finetuned"
+BEGIN, END = "<!-- finetuned-table -->\n", "<!-- /finetuned-table -->"
+TASKS = {
+    "camvid": ("upernet_castling_dinov2_s_camvid.py", "data/camvid", ["mIoU"]),
+}
+ROWS = {
+    "softmax": "softmax",
+    "aligned": "castled and aligned",
+    "castled": "castled, not aligned",
+}
+
+
+def start_weights(row: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The backbone's weights that a row starts from."""
+    if row != "aligned":
+        return imported_weights(args.weights)
+    path = args.aligned
+    if not path.is_file():
+        raise ConfigError(
+            f"{path} does not exist: python benchmarks/align_dinov2.py {args.weights} "
+            "PICTURES --rows all writes it, or name another with --aligned"
+        )
+    return load_checkpoint(path)["state_dict"]
+
+
+def config_of(task: str, row: str, seed: int, work_dir: Path, data: str) -> Config:
+    """The config of a run."""
+    options = {"data_root": data, "randomness.seed": seed}
+    cfg = load_config(ROOT / "configs" / TASKS[task][0], options, str(work_dir))
+    if row == "softmax":
+        cfg.model.backbone.attention = dict(type="softmax")
+    return cfg
+
+
+def carry_out(task: str, row: str, seed: int, args: argparse.Namespace) -> Any:
+    """Train, or go on, and test."""
+    work_dir = args.work_dir / f"{task}-{row}-{seed}"
+    data = args.data_root or TASKS[task][1]
+    cfg = config_of(task, row, seed, work_dir, data)
+    start = work_dir / "start.pth"
+    work_dir.mkdir(parents=True, exist_ok=True)
+    state = {f"backbone.{k}": v for k, v in start_weights(row, args).items()}
+    torch.save(dict(state_dict=state), start)
+    cfg.load_from = str(start)
+    train(cfg, resume="auto")
+    last = (work_dir / "last_checkpoint").read_text().strip()
+    cfg = config_of(task, row, seed, work_dir, data)
+    metrics = evaluate(cfg, last).metrics
+    return dict(
+        metrics=metrics,
+        curve=validations(work_dir, TASKS[task][2][0]),
+        iterations=cfg.max_iters,
+        environment=environment("cpu"),
+    )
+
+
+def validations(work_dir: Path, metric: str) -> list[tuple[int, float]]:
+    """The metric at each validation of all sittings, by iteration."""
+    found = {}
+    for log in sorted(work_dir.glob("*/vis_data/scalars.json")):
+        for line in map(json.loads, log.read_text().splitlines()):
+            if metric in line:
+                found[line["step"]] = line[metric]
+    return sorted(found.items())
+
+
+def table() -> str:
+    """The page's part that is generated, in Markdown."""
+    lines = []
+    for task, (config, _, metrics) in TASKS.items():
+        lines += [
+            f"`configs/{config}`:",
+            "",
+            "| DINOv2-S | seeds | start of training |",
+        ]
+        heads = " | ".join(f"{metric} (by seed)" for metric in metrics)
+        lines[-1] = f"| DINOv2-S | seeds | {heads} | validations, first seed |"
+        lines.append("| --- | --- | " + "--- | " * (len(metrics) + 1))
+        for row, title in ROWS.items():
+            runs = [
+                json.loads(path.read_text())
+                for path in sorted(STORED.glob(f"{task}-{row}-*.json"))
+            ]
+            if not runs:
+                continue
+            cells = []
+            for metric in metrics:
+                values = [run["metrics"][metric] for run in runs]
+                each = ", ".join(f"{value:.1f}" for value in values)
+                cells.append(f"{statistics.mean(values):.1f} ({each})")
+            curve = " ".join(f"{value:.1f}" for _, value in runs[0]["curve"])
+            lines.append(f"| {title} | {len(runs)} | {' | '.join(cells)} | {curve} |")
+    return "\n".join([*lines, ""])
+
+
+def write_page() -> None:
+    """Put the table of stored runs into the page."""
+    head, rest = PAGE.read_text().split(BEGIN)
+    _, tail = rest.split(END)
+    write_text_atomically(PAGE, head + BEGIN + table() + END + tail)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("task", nargs="?", choices=list(TASKS))
+    add("weights", type=Path, nargs="?", help="folder of fetch_dinov2_s.py")
+    add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
+    add("--data-root", help="(the config's)")
+    add("--work-dir", type=Path, default=Path("work_dirs/dinov2_finetuned"))
+    add(
+        "--aligned",
+        type=Path,
+        default=Path("work_dirs/align_dinov2/all/align.pth"),
+        help="of an alignment (work_dirs/align_dinov2/all/align.pth)",
+    )
+    add("--docs", action="store_true", help="only write the page's table")
+    args = parser.parse_args()
+    if not args.docs and args.weights is None:
+        parser.error("give TASK and WEIGHTS, or --docs")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if args.docs:
+        write_page()
+        return
+    STORED.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        for row in args.rows:
+            path = STORED / f"{args.task}-{row}-{seed}.json"
+            if path.is_file():
+                print(f"{path.stem}: stored already")
+                continue
+            result = carry_out(args.task, row, seed, args)
+            write_json_atomically(path, result)
+            print(path.stem, json.dumps(result["metrics"]))
+
+
+if __name__ == "__main__":
+    run_cli(main)
