@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ Size = tuple[int, int]
 
 PAYS = 1.1
 """Times as fast that is worth a training."""
+BUSY = 0.9
+"""Load of each core beyond which times say little; starting up makes half of one."""
 
 
 @dataclass
@@ -115,6 +118,17 @@ class Diagnosis:
         )
 
     @property
+    def busy(self) -> str:
+        """A warning where other work ran before measuring, else nothing."""
+        load, cores = self.machine.get("load", 0.0), os.cpu_count() or 1
+        if load < BUSY * cores:
+            return ""
+        return (
+            f"the machine was busy (load {load} on {cores} cores): these times say "
+            "little. Measure again when nothing else runs"
+        )
+
+    @property
     def verdict(self) -> str:
         """One sentence."""
         largest, where = self.largest, size_text(self.largest.size)
@@ -155,6 +169,7 @@ class Diagnosis:
             facts,
             crossing_size=self.crossing_size,
             pays=self.pays,
+            busy=self.busy,
             verdict=self.verdict,
         )
 
@@ -169,6 +184,8 @@ def size_text(size: Size) -> str:
 
 def _lines(found: Diagnosis) -> Iterator[str]:
     yield f"{found.model} on {found.machine_line}"
+    if found.busy:
+        yield f"warning: {found.busy}"
     yield ""
     heads = ("size", "ms before", "after", "faster", "peak MB", "after", "GMACs")
     row = "{:>10} {:>10} {:>8} {:>7} {:>8} {:>7} {:>8} {:>7}"

@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from mmcastling.analysis import Diagnosis
 from mmcastling.checkpoint import write_atomically
@@ -108,12 +109,13 @@ def plot_latency(found: Diagnosis, path: str | Path, title: str) -> None:
         sides, ["{}x{}".format(*one.size) for one in found.measured], rotation=45
     )
     axes.set_yscale("log")
-    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis("{x:,.0f}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=30))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylabel("milliseconds per image")
     axes.set_xlabel("size of the image, spaced by the root of its pixels")
     axes.set_title(f"{title}\n{found.machine_line}", loc="left", fontsize=9)
-    tidy(axes, which="both")
+    tidy(axes)
     axes.legend(frameon=False, loc="upper left")
     save_figure(figure, path, dpi=130)
 

@@ -103,3 +103,10 @@ def test_bad_input():
         mmcastling.doctor(fixed, [(64, 64), (96, 96)])
     with pytest.raises(UnavailableError, match="do not castle this: castle knows no"):
         mmcastling.doctor(nn.Sequential(nn.Conv2d(3, 4, 1)), [(64, 64)])
+
+
+def test_a_busy_machine_is_warned_of():
+    found = diagnosis((2, 1), (4, 1))
+    assert not found.busy and "busy" not in str(found)
+    found.machine["load"] = 1000.0
+    assert "warning: the machine was busy (load 1000.0 on" in str(found)
