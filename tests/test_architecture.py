@@ -8,6 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from torchvision.io import write_png
 
 import mmcastling
 
@@ -132,7 +134,8 @@ def in_fresh_process(code, *, cwd=None):
 WITH_TORCH_ALONE = """
 import sys
 toolboxes = ("mmengine", "mmcv", "mmdet", "mmpretrain", "mmseg")
-for name in (*toolboxes, "timm", "transformers"):
+neighbours = ("timm", "transformers", "cv2", "matplotlib", "pycocotools")
+for name in (*toolboxes, *neighbours):
     sys.modules[name] = None
 import torch
 from torch import nn
@@ -178,6 +181,78 @@ print("done")
 
 def test_castle_mask_and_deploy_need_torch_alone():
     assert in_fresh_process(WITH_TORCH_ALONE).endswith("done\n")
+
+
+WITHOUT = """
+import runpy, sys
+for name in sys.argv.pop(1).split(","):
+    sys.modules[name] = None
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+TOOLBOXES = "mmengine,mmcv,mmdet,mmpretrain,mmseg"
+LIGHT = f"{TOOLBOXES},pycocotools,cv2,matplotlib"
+SMALL = ("--size", "160", "160")
+ALIGN = ("timm:test_vit", "-", "PICTURES", "OUT/aligned", *SMALL, "--steps", "1", "0")
+SCAN = ("timm:test_vit", "-", "PICTURES", *SMALL, "--out", "OUT/x.png")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("missing", "command", "said"),
+    [
+        (LIGHT, ("doctor.py", "timm:test_vit", *SMALL), "verdict: "),
+        (LIGHT, ("export.py", "timm:test_vit", "OUT/m.pt2", *SMALL), "wrote "),
+        (
+            TOOLBOXES,
+            ("doctor.py", "timm:test_vit", *SMALL, "--out", "OUT/x.png"),
+            "drew",
+        ),
+        (TOOLBOXES, ("align.py", *ALIGN), "wrote "),
+        (TOOLBOXES, ("scan.py", *SCAN), "drew "),
+        (LIGHT, ("align.py", *ALIGN), "error: figures are drawn with matplotlib"),
+        ("cv2", ("align.py", *ALIGN), "error: pictures are read with OpenCV"),
+        (LIGHT, ("scan.py", *SCAN), "error: figures are drawn with matplotlib"),
+        (
+            LIGHT,
+            ("doctor.py", "timm:test_vit", *SMALL, "--out", "OUT/x.png"),
+            "error: figures are drawn with matplotlib",
+        ),
+        (
+            TOOLBOXES,
+            ("doctor.py", "configs/castling_tiny_in1k.py", *SMALL),
+            "error: configs need OpenMMLab",
+        ),
+        (
+            TOOLBOXES,
+            ("align.py", "configs/castling_tiny_in1k.py", *ALIGN[1:]),
+            "error: configs need OpenMMLab",
+        ),
+        (
+            TOOLBOXES,
+            ("export.py", "configs/castling_tiny_in1k.py", "x.pth"),
+            "error: configs need OpenMMLab",
+        ),
+    ],
+)
+def test_commands_on_named_models_need_no_toolbox(missing, command, said, tmp_path):
+    pytest.importorskip("timm")
+    for index in range(4):
+        noise = torch.randint(0, 256, (3, 200, 200), dtype=torch.uint8)
+        write_png(noise, str(tmp_path / f"{index}.png"))
+    places = {"PICTURES": str(tmp_path), "OUT": str(tmp_path)}
+    (tool, *words) = command
+    for name, place in places.items():
+        words = [word.replace(name, place) for word in words]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, missing, f"tools/{tool}", *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert said in (done.stderr if said.startswith("error") else done.stdout), done
+    assert done.returncode == said.startswith("error")
+    assert "Traceback" not in done.stderr, done.stderr
 
 
 TIMED = """

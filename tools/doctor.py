@@ -16,7 +16,7 @@ from torch import nn
 
 import mmcastling
 from mmcastling.checkpoint import load_checkpoint, write_json_atomically
-from mmcastling.errors import OptionError, UnavailableError
+from mmcastling.errors import OptionError
 from mmcastling.files import check_writable
 from mmcastling.named_models import build_named_model, is_model_name
 from mmcastling.run import run_cli
@@ -57,7 +57,7 @@ def main() -> None:
         check_writable(args.json, option="--json")
     if args.out is not None:
         check_writable(args.out, ".png")
-        _drawing()  # before minutes of work
+        import mmcastling.show.figures as drawing  # before minutes of work
     found = mmcastling.doctor(
         _build(args),
         [(height, width) for height, width in args.sizes],
@@ -68,7 +68,7 @@ def main() -> None:
     if args.json is not None:
         write_json_atomically(args.json, dict(name=args.config, **found.to_json()))
     if args.out is not None:
-        _drawing()(found, args.out, args.config)
+        drawing.plot_latency(found, args.out, args.config)
         print(f"drew {args.out}")
 
 
@@ -80,26 +80,12 @@ def _build(args: argparse.Namespace) -> nn.Module:
             f"{args.config!r} is no config and no model's name: give a config, "
             "timm:NAME, torchvision:NAME or hf:FOLDER"
         )
-    try:
-        cfg = config_from_arguments(args)
-        from mmcastling.run.load import build_model, load_model
-    except ImportError as error:
-        raise UnavailableError(
-            f"configs need OpenMMLab ({error}): pip install -e . in the clone"
-        ) from error
+    cfg = config_from_arguments(args)
+    from mmcastling.run.load import build_model, load_model
+
     if args.checkpoint is None:
         return build_model(cfg)
     return load_model(cfg, load_checkpoint(args.checkpoint), args.checkpoint)
-
-
-def _drawing():
-    try:
-        from mmcastling.show.figures import plot_latency
-    except ImportError as error:
-        raise UnavailableError(
-            f"--out needs matplotlib ({error}): pip install matplotlib"
-        ) from error
-    return plot_latency
 
 
 if __name__ == "__main__":

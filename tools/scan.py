@@ -12,8 +12,6 @@ from mmcastling.files import check_writable
 from mmcastling.run import ConfigError, run_cli
 from mmcastling.run.align_model import scan_model, scan_table
 from mmcastling.run.arguments import add_model_arguments, model_from_arguments
-from mmcastling.show.align_figures import scan_figure
-from mmcastling.show.figures import save_figure
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,6 +34,8 @@ def main() -> None:
     for path, suffix in ((args.out, ".png"), (args.json, ".json")):
         if path:
             check_writable(path, suffix)
+    if args.out:
+        from mmcastling.show.align_figures import plot_scan
     if len(args.size or []) > 1:
         raise ConfigError("a scan has one --size; call it again for another")
     (size,) = args.size or [(224, 224)]
@@ -53,7 +53,7 @@ def main() -> None:
         write_json_atomically(args.json, [asdict(row) for row in rows])
         print(f"wrote {args.json}")
     if args.out:
-        save_figure(scan_figure(rows), args.out, dpi=130)
+        plot_scan(rows, args.out)
         print(f"drew {args.out}")
 
 

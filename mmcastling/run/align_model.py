@@ -8,10 +8,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from mmengine.config import Config
 from torch import nn
 
 from mmcastling.alignment import (
@@ -34,10 +33,10 @@ from mmcastling.checkpoint import (
 from mmcastling.errors import CheckpointError, ConfigError
 from mmcastling.export.graphs import input_of
 from mmcastling.named_models import CASTLE_META_KEY, build_named_model
-from mmcastling.run.load import load_model
-from mmcastling.show.align_figures import errors_figure
-from mmcastling.show.figures import save_figure
 from mmcastling.verbs import castling_modules, set_mask, switch_to_deploy
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 logger = logging.getLogger("mmcastling")
 
@@ -113,6 +112,8 @@ def trained_model(
         return whole, whole
     if checkpoint is None:
         raise ConfigError("a config's model needs its checkpoint")
+    from mmcastling.run.load import load_model
+
     whole = load_model(model, load_checkpoint(checkpoint), checkpoint)
     return whole, getattr(whole, "backbone", whole)
 
@@ -156,6 +157,8 @@ def align_model(
     Raises:
         UserError: If an argument cannot be used, or the networks cannot be aligned.
     """
+    from mmcastling.show.align_figures import plot_errors
+
     out = Path(out)
     whole, teacher = trained_model(model, checkpoint)
     options = {**RECOMMENDED, **(attention or {})}
@@ -211,11 +214,7 @@ def align_model(
     )
     _write(model, whole, teacher, student, {**options, "keep": kept}, out)
     write_json_atomically(out / REPORT, asdict(report))
-    save_figure(
-        errors_figure(report.errors_before, report.errors_after),
-        out / "errors.png",
-        dpi=130,
-    )
+    plot_errors(report.errors_before, report.errors_after, out / "errors.png")
     (out / STATE_FILE).unlink(missing_ok=True)  # three times the weights
     return report
 

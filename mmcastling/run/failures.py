@@ -20,6 +20,7 @@ TRACEBACK_VARIABLE = "MMCASTLING_TRACEBACK"
 # How many processes a launcher has started. Among several, one that waits for another
 # has to end at once.
 _SIZES = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+_TOOLBOXES = ("mmengine", "mmcv", "mmdet", "mmpretrain", "mmseg")
 # What gloo says, in a plain RuntimeError, of a process that has ended.
 _LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -27,9 +28,10 @@ _LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "Broke
 def is_meant_for_the_user(error: BaseException | None) -> bool:
     """Whether an error is a message to the person who runs a command.
 
-    It is a :class:`UserError`, or MMEngine's registries do not know a type or its
-    arguments. Some releases raise what a constructor raised anew with the class's name
-    in front, so the chain of causes is searched. Anything else is a defect.
+    It is a :class:`UserError`, a toolbox that is not installed, or MMEngine's
+    registries do not know a type or its arguments. Some releases raise what a
+    constructor raised anew with the class's name in front, so the chain of causes is
+    searched. Anything else is a defect.
     """
     registry = sys.modules.get("mmengine.registry")  # imported where a config is
     folder = str(Path(registry.__file__).resolve().parent) if registry else None
@@ -37,12 +39,19 @@ def is_meant_for_the_user(error: BaseException | None) -> bool:
         frames = traceback.extract_tb(error.__traceback__)
         # Registries have no error of their own.
         by_registry = folder and frames and frames[-1].filename.startswith(folder)
-        if isinstance(error, UserError) or (
-            isinstance(error, (KeyError, TypeError)) and by_registry
+        if (
+            isinstance(error, UserError)
+            or _lacks_toolbox(error)
+            or (isinstance(error, (KeyError, TypeError)) and by_registry)
         ):
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _lacks_toolbox(error: BaseException) -> bool:
+    name = getattr(error, "name", None) if isinstance(error, ImportError) else None
+    return (name or "").partition(".")[0] in _TOOLBOXES
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -115,6 +124,8 @@ def run_cli(main: Callable[[], None]) -> None:
             sys.exit(1)
         elif not is_meant_for_the_user(error):
             raise
+        elif _lacks_toolbox(error):
+            text = f"configs need OpenMMLab ({error}): pip install -e . in the clone"
         elif isinstance(error, (KeyError, TypeError)):
             text = (
                 f"the config cannot be built: {error.args[0]}; correct that name, or "

@@ -5,17 +5,12 @@
 
 What a file holds and how its images are prepared stands in the file itself, see
 :class:`ExportMetadata`. Nothing in this folder imports anything of OpenMMLab, nor torch
-unless the file is torch's exported program.
+unless the file is torch's exported program. What reads pictures needs OpenCV.
 """
 
-from mmcastling.runtime.inferencer import (
-    Classification,
-    Detections,
-    ExportedInferencer,
-    Features,
-    Prediction,
-    Segmentation,
-)
+import importlib
+from typing import Any
+
 from mmcastling.runtime.metadata import ExportedModelError, ExportMetadata
 from mmcastling.runtime.model import (
     RUNTIMES,
@@ -24,17 +19,27 @@ from mmcastling.runtime.model import (
     is_exported,
 )
 
-__all__ = [
-    "RUNTIMES",
-    "SUFFIXES",
+_OF_PICTURES = (
     "Classification",
     "Detections",
-    "ExportMetadata",
     "ExportedInferencer",
-    "ExportedModel",
-    "ExportedModelError",
     "Features",
     "Prediction",
     "Segmentation",
+)
+
+__all__ = [
+    "RUNTIMES",
+    "SUFFIXES",
+    "ExportMetadata",
+    "ExportedModel",
+    "ExportedModelError",
     "is_exported",
+    *_OF_PICTURES,
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OF_PICTURES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.inferencer"), name)

@@ -8,10 +8,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
+from mmcastling.errors import UnavailableError
 from mmcastling.runtime.metadata import ExportedModelError, ExportMetadata
+
+try:
+    import cv2
+except ImportError as error:
+    raise UnavailableError(
+        f"pictures are read with OpenCV ({error}): pip install opencv-python-headless"
+    ) from error
 
 logger = logging.getLogger("mmcastling")
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from matplotlib.figure import Figure
+from pathlib import Path
 
 from mmcastling.alignment.scanning import ScanRow
 from mmcastling.errors import OptionError
-from mmcastling.show.figures import tidy
+from mmcastling.show.figures import Figure, save_figure, tidy
 
 
-def errors_figure(before: dict[str, float], after: dict[str, float]) -> Figure:
-    """Draw the error of each attention, by name, before and after an alignment."""
+def plot_errors(
+    before: dict[str, float], after: dict[str, float], path: str | Path
+) -> None:
+    """Draw each attention's error before and after an alignment, as a PNG file."""
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     places = range(len(before))
@@ -28,11 +29,11 @@ def errors_figure(before: dict[str, float], after: dict[str, float]) -> Figure:
     tidy(axes)
     axes.legend(frameon=False)
     axes.set_title("Error of the attentions on pictures not trained on", loc="left")
-    return figure
+    save_figure(figure, path, dpi=130)
 
 
-def scan_figure(rows: Sequence[ScanRow]) -> Figure:
-    """Draw damage and milliseconds saved of each attention castled alone."""
+def plot_scan(rows: Sequence[ScanRow], path: str | Path) -> None:
+    """Draw damage and milliseconds saved of each attention alone, as a PNG file."""
     if not rows:
         raise OptionError("there is no row to draw")
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -46,4 +47,4 @@ def scan_figure(rows: Sequence[ScanRow]) -> Figure:
     panels[1].set_xlabel("attention castled alone, in the order of the network")
     for axes in panels:
         tidy(axes)
-    return figure
+    save_figure(figure, path, dpi=130)

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 
 from mmcastling.analysis import Diagnosis
 from mmcastling.checkpoint import write_atomically
-from mmcastling.errors import OptionError
+from mmcastling.errors import OptionError, UnavailableError
 from mmcastling.show.run_log import MaskHistory
+
+try:
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
+except ImportError as error:
+    raise UnavailableError(
+        f"figures are drawn with matplotlib ({error}): pip install matplotlib"
+    ) from error
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int) -> None:

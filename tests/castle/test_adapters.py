@@ -146,9 +146,12 @@ def test_checkpoints_of_a_castled_model_load_into_a_deployed_one(case):
 @pytest.mark.long
 @pytest.mark.parametrize(
     "name",
-    """timm timm-dinov3 timm-beit timm-sam timm-swin timm-levit timm-mvit timm-tiny-vit
-    timm-davit timm-volo timm-crossvit timm-coatnet timm-maxvit-tf hf-vit hf-beit
-    hf-sam hf-swin torchvision""".split(),
+    [
+        *("timm", "timm-dinov3", "timm-beit", "timm-sam", "timm-swin", "timm-levit"),
+        *("timm-mvit", "timm-tiny-vit", "timm-davit", "timm-volo", "timm-crossvit"),
+        *("timm-coatnet", "timm-maxvit-tf", "hf-vit", "hf-beit", "hf-sam", "hf-swin"),
+        "torchvision",
+    ],
 )
 def test_the_deployed_model_runs_as_onnx(name, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="pip install onnxruntime")
