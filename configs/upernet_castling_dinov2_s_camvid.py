@@ -1,5 +1,5 @@
-# UPerNet with a castled and aligned DINOv2-S on CamVid's road scenes, finetuned on a CPU
-# in about 40 minutes of one core.
+# UPerNet with a castled and aligned DINOv2-S on CamVid's road scenes, finetuned on a
+# CPU in about 40 minutes of one core.
 #
 #   python tools/data/fetch_dinov2_s.py data/dinov2_s
 #   python benchmarks/dinov2_camvid.py data/dinov2_s PHOTOS    # aligns, then trains
