@@ -68,6 +68,14 @@ def write_atomically(
         ) from error
 
 
+def default_cache() -> Path:
+    """``$XDG_CACHE_HOME/mmcastling``, or ``~/.cache/mmcastling`` without it."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification tells programs to ignore a relative path here.
+    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return root / "mmcastling"
+
+
 @contextlib.contextmanager
 def temporary_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder beside a file that is to be written, removed in the end.

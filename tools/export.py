@@ -75,7 +75,7 @@ def parse_args() -> argparse.Namespace:
         metavar="PRECISION",
         help="what matrix products compute in, below fp32: "
         + "; ".join(f"{name}: {', '.join(known)}" for name, known in lower.items())
-        + " (fp32)",
+        + "; auto: the fastest of them on this machine (fp32)",
     )
     return parser.parse_args()
 

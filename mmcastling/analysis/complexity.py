@@ -9,7 +9,6 @@ which torch cannot see.
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -22,8 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
 
-from mmcastling.analysis.data_sample import DataSample, Instances, input_channels
-from mmcastling.errors import OptionError
+from mmcastling.analysis.data_sample import (
+    Instances,
+    check_size,
+    input_channels,
+    whole_pass,
+)
 
 SELF = "(self)"
 """Key in ``by_module`` for what the model computes outside its children."""
@@ -82,8 +85,7 @@ def count_model_macs(model: nn.Module, shape: tuple[int, int]) -> ComplexityRepo
 
     The size is that of the image as the network sees it, padding included.
     """
-    if len(shape) != 2 or any(int(n) != n or n < 1 for n in shape):
-        raise OptionError(f"shape must be (H, W), two positive integers, got {shape}.")
+    check_size(shape)
     while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
     reference = next(model.parameters(), torch.empty(0))
@@ -91,18 +93,7 @@ def count_model_macs(model: nn.Module, shape: tuple[int, int]) -> ComplexityRepo
     image = reference.new_ones((1, input_channels(model), *shape))
     if not hasattr(model, "data_preprocessor"):  # which all models of MMEngine have
         return count_macs(model, image)
-    # Sparse R-CNN's mode='tensor' assigns targets: none, here.
-    none = Instances(bboxes=image.new_empty((0, 4)), labels=image.new_empty(0).long())
-    sample = DataSample(tuple(shape), tuple(shape), gt_instances=none)
-
-    def run(model: nn.Module) -> Any:
-        head = getattr(model, "decode_head", None)
-        arguments = inspect.signature(type(head).forward).parameters if head else ()
-        if "batch_data_samples" in arguments:
-            # mmseg's mode='tensor' does not know Mask2Former's head.
-            return head.forward(model.extract_feat(image), [sample])
-        return model(image, [sample], mode="tensor")
-
+    run = whole_pass(image)
     with _eval_mode(model):
         if _max_proposals(model) is None:
             macs = _count(model, run)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from mmcastling.errors import OptionError
 
 
 class Instances(SimpleNamespace):
@@ -52,3 +56,39 @@ def input_channels(model: nn.Module) -> int:
         if type(module).__name__ == "Focus":  # YOLOX's, of four pixels at once
             return input_channels(module.conv) // 4
     return 3
+
+
+def check_size(size: Sequence[int]) -> None:
+    """Raise an OptionError unless a size is ``(H, W)``, two positive integers."""
+    if len(size) != 2 or any(int(n) != n or n < 1 for n in size):
+        raise OptionError(f"size {tuple(size)}: give a height and a width, above 0")
+
+
+def whole_pass(images: Tensor) -> Callable[[nn.Module], Any]:
+    """What a model of any toolbox, or a plain module, computes for images.
+
+    Of MMEngine's models backbone, neck and heads (``mode='tensor'``), without what only
+    decoding computes.
+
+    Args:
+        images: ``(B, C, H, W)`` as the network sees them.
+
+    Returns:
+        A function of the model.
+    """
+    shape = (images.shape[2], images.shape[3])
+    # Sparse R-CNN's mode='tensor' assigns targets: none, here.
+    none = Instances(bboxes=images.new_empty((0, 4)), labels=images.new_empty(0).long())
+    samples = [DataSample(shape, shape, gt_instances=none) for _ in images]
+
+    def run(model: nn.Module) -> Any:
+        if not hasattr(model, "data_preprocessor"):  # which all models of MMEngine have
+            return model(images)
+        head = getattr(model, "decode_head", None)
+        arguments = inspect.signature(type(head).forward).parameters if head else ()
+        if "batch_data_samples" in arguments:
+            # mmseg's mode='tensor' does not know Mask2Former's head.
+            return head.forward(model.extract_feat(images), samples)
+        return model(images, samples, mode="tensor")
+
+    return run

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.analysis.complexity import SELF, count_macs
-from mmcastling.analysis.data_sample import input_channels
+from mmcastling.analysis.data_sample import check_size, input_channels
 from mmcastling.analysis.diagnosis import Diagnosis, Measured, Size, Stage, size_text
 from mmcastling.analysis.machine import PeakMemory, environment
 from mmcastling.analysis.timing import paired_medians, synchronize
@@ -68,8 +68,7 @@ def doctor(
         UnavailableError: If there is nothing in the model to castle.
     """
     for size in sizes:
-        if len(size) != 2 or any(int(n) != n or n < 1 for n in size):
-            raise OptionError(f"size {size}: give a height and a width, above 0")
+        check_size(size)
     name = type(model).__name__
     if hasattr(model, "data_preprocessor") and hasattr(model, "backbone"):
         model, name = model.backbone, f"{type(model.backbone).__name__} of {name}"

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import platform
+import re
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mmcastling.errors import UnavailableError
 from mmcastling.version import __version__
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 class PeakMemory:
@@ -79,6 +87,75 @@ def _status(key: str) -> int:
     return int(text.split(f"{key}:")[1].split()[0]) * 1024
 
 
+def instruction_set(device: str | torch.device = "cpu") -> str:
+    """What a device multiplies with, as the name of a file: ``'avx2'``, ``'avx512'``,
+    ``'amx'``, or the name of a GPU.
+
+    Figures are compared only within one of them.
+    """
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif torch.cpu.get_capabilities().get("amx_tile"):  # which torch's own kernels lack
+        name = "AMX"
+    else:
+        name = torch.backends.cpu.get_cpu_capability()
+    return re.sub(r"\W+", "_", name).lower()
+
+
+def available_bytes(device: str | torch.device = "cpu") -> int | None:
+    """Memory that a device has left, None where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        text = Path("/proc/meminfo").read_text()
+        found.append(int(text.split("MemAvailable:")[1].split()[0]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # of a container
+        limit, used = (_CGROUP / f"memory.{name}" for name in ("max", "current"))
+        found.append(int(limit.read_text()) - int(used.read_text()))
+    return min(found, default=None)
+
+
+def estimated_peak(run: Callable[[Tensor], Any], image: Tensor) -> int:
+    """The most bytes that the results of a pass hold at once, which is not computed.
+
+    What is fused, or computed a few tokens at a time, takes less.
+
+    Args:
+        run: The pass.
+        image: A fake tensor or one on the meta device, or whatever else tells ``run``
+            sizes alone.
+    """
+    held = most = 0
+
+    class Live(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            nonlocal held, most
+            found = function(*args, **(kwargs or {}))
+            for tensor in tree_leaves(found):
+                if isinstance(tensor, Tensor):
+                    storage = tensor.untyped_storage()
+                    if storage._cdata not in known:
+                        known.add(storage._cdata)
+                        size = storage.nbytes()
+                        weakref.finalize(storage, free, storage._cdata, size)
+                        held += size
+                        most = max(most, held)
+            return found
+
+    def free(key: int, size: int) -> None:
+        nonlocal held
+        known.discard(key)
+        held -= size
+
+    known: set[int] = set()
+    with Live(), torch.no_grad():
+        run(image)
+    return most
+
+
 def environment(device: str = "cpu") -> dict[str, Any]:
     """Versions, processor and threads of this process, as plain values for JSON.
 
@@ -89,7 +166,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         name = torch.cuda.get_device_name(device)
     else:
         # Machines of one name differ in what their cores compute with.
-        name = f"{_cpu_name()} with {torch.backends.cpu.get_cpu_capability()}"
+        name = f"{_cpu_name()} with {instruction_set(device).upper()}"
     return dict(
         device=name,
         threads=torch.get_num_threads(),

@@ -1,5 +1,11 @@
 """From a trained model to what ships: pruned, verified, plain, in lower precision."""
 
+from mmcastling.deploy.choosing import (
+    AUTO,
+    PrecisionChoice,
+    best_precision,
+    fastest,
+)
 from mmcastling.deploy.deployed_checkpoint import (
     DEPLOY_META_KEY,
     deploy_checkpoint,
@@ -20,12 +26,16 @@ from mmcastling.deploy.verify import (
 )
 
 __all__ = [
+    "AUTO",
     "DEPLOY_META_KEY",
     "PRECISIONS",
+    "PrecisionChoice",
+    "best_precision",
     "check_precision",
     "computes_in",
     "deploy_checkpoint",
     "difference_of",
+    "fastest",
     "features",
     "is_deployed",
     "largest_difference",

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from mmcastling.analysis.machine import instruction_set
 from mmcastling.castle.swap import softmax_attentions
+from mmcastling.deploy.half import halve_linear
 from mmcastling.deploy.int8 import (
     QuantizedLinear,
     has_int8,
@@ -64,15 +66,57 @@ def check_precision(precision: str, device: torch.device | str = "cpu") -> None:
         )
 
 
+def gains_nothing(precision: str, device: torch.device | str = "cpu") -> str | None:
+    """Why a precision that a device computes in is no faster than float32 there.
+
+    Known from the instructions of x86 alone. oneDNN computes in bfloat16 and float16
+    on all CPUs with AVX-512, and on those that lack products of them it multiplies in
+    float32.
+
+    Returns:
+        What was found, or None where it may gain.
+    """
+    wanted = {
+        "bf16": ("amx_bf16", "avx512_bf16", "avx_ne_convert", "avx10_2"),
+        "fp16": ("amx_fp16", "avx10_2"),
+    }
+    found = torch.cpu.get_capabilities()
+    x86 = found.get("architecture") == "x86_64"
+    if torch.device(device).type != "cpu" or precision not in wanted or not x86:
+        return None
+    if any(found.get(name) for name in wanted[precision]):
+        return None
+    return (
+        f"this CPU ({instruction_set().upper()}) multiplies it as float32, it has "
+        f"none of {', '.join(wanted[precision])}"
+    )
+
+
+def check_lowerable(model: nn.Module, precision: str) -> None:
+    """Raise an OptionError unless a model is deployed, and all of it in float32."""
+    if name := next((name for name, _ in castling_modules(model)), None):
+        raise OptionError(
+            f"precision {precision} is for deployed models, and {name or 'the model'} "
+            "still has its auxiliary branch: prune it with "
+            "mmcastling.switch_to_deploy(model), or leave --no-deploy out"
+        )
+    if lowered := _precisions(model) - {"fp32"}:
+        raise OptionError(
+            f"precision {precision}: the model's layers compute in {min(lowered)} "
+            "already; load it in float32 again"
+        )
+
+
 def set_precision(model: nn.Module, precision: str) -> None:
     """Let the layers of a deployed model compute in a lower precision, in place.
 
-    Weights of linear layers and convolutions are rounded once, and inputs as they
-    arrive. The backbone passes what they return on as it is; layers outside it (neck,
-    heads) return float32, so that boxes are decoded and suppressed in it, and so do
-    all layers if some attention was not castled, which may add a bias. Norms keep
-    float32 weights and statistics, attention normalizes and sums over tokens in
-    float32, and the sum of residuals stays float32.
+    Weights of linear layers and convolutions are rounded once, those of linear layers
+    laid out for oneDNN once, and inputs are rounded as they arrive. The backbone passes
+    what they return on as it is; layers outside it (neck, heads) return float32, so
+    that boxes are decoded and suppressed in it, and so do all layers if some attention
+    was not castled, which may add a bias. Norms keep float32 weights and statistics,
+    attention normalizes and sums over tokens in float32, and the sum of residuals stays
+    float32. A warning says where the processor's instructions rule a gain out.
 
     ``'int8'`` quantizes the linear layers of the backbone only, see
     :class:`~mmcastling.deploy.int8.QuantizedLinear`; convolutions and what lies outside
@@ -96,16 +140,12 @@ def set_precision(model: nn.Module, precision: str) -> None:
     check_precision(precision, device)
     if precision == "fp32":
         return
-    if name := next((name for name, _ in castling_modules(model)), None):
-        raise OptionError(
-            f"precision {precision} is for deployed models, and {name or 'the model'} "
-            "still has its auxiliary branch: prune it with "
-            "mmcastling.switch_to_deploy(model), or leave --no-deploy out"
-        )
-    if lowered := _precisions(model) - {"fp32"}:
-        raise OptionError(
-            f"precision {precision}: the model's layers compute in {min(lowered)} "
-            "already; load it in float32 again"
+    check_lowerable(model, precision)
+    if why := gains_nothing(precision, device):
+        logger.warning(
+            "precision %s gains nothing on this machine: %s. --precision auto measures "
+            "what does",
+            *(precision, why),
         )
     backbone = getattr(model, "backbone", model)
     inside = set(backbone.modules())
@@ -131,8 +171,9 @@ def set_precision(model: nn.Module, precision: str) -> None:
         inside = set()
     for layer in layers:
         if layer not in stay:
-            layer.to(_DTYPES[precision])
-            layer.register_forward_pre_hook(_own_dtype_input, with_kwargs=True)
+            if not halve_linear(layer, _DTYPES[precision]):
+                layer.to(_DTYPES[precision])
+                layer.register_forward_pre_hook(_own_dtype_input, with_kwargs=True)
             if layer not in inside:
                 layer.register_forward_hook(_float32_output)
     backbone.register_forward_hook(_float32_output)

@@ -76,7 +76,8 @@ def write_proven(
             if finish is not None:
                 path = finish(path)
             # All that was written, the file that names the others last.
-            made = sorted(path.parent.iterdir(), key=lambda x: x.name == out.name)
+            made = [x for x in path.parent.iterdir() if x.is_file()]
+            made.sort(key=lambda x: x.name == out.name)
             replace_together(path.parent, [out.parent / x.name for x in made])
     except OSError as error:
         raise CheckpointError(f"cannot write {out}: {error}") from error

@@ -7,7 +7,7 @@ import ast
 import os
 from typing import Any
 
-from mmcastling.deploy import PRECISIONS
+from mmcastling.deploy import AUTO, PRECISIONS
 from mmcastling.named_models import is_model_name
 
 DATA_VARIABLE = "MMCASTLING_DATA"
@@ -139,8 +139,9 @@ def add_precision_argument(parser: argparse.ArgumentParser, default: str) -> Non
     """Add ``--precision``; ``default`` says what happens without it."""
     parser.add_argument(
         "--precision",
-        choices=PRECISIONS,
-        help=f"what the layers of the deployed model compute in ({default})",
+        choices=(*PRECISIONS, AUTO),
+        help="what the layers of the deployed model compute in; auto measures which is "
+        f"the fastest on this machine, and remembers it ({default})",
     )
 
 

@@ -13,6 +13,8 @@ from mmengine.registry import MODELS
 
 from mmcastling.checkpoint import load_checkpoint, save_atomically
 from mmcastling.deploy import (
+    AUTO,
+    PRECISIONS,
     check_precision,
     deploy_checkpoint,
     is_deployed,
@@ -21,7 +23,13 @@ from mmcastling.deploy import (
 )
 from mmcastling.errors import CheckpointError, ConfigError
 from mmcastling.files import check_writable, replace_together, temporary_folder
-from mmcastling.run.load import PruningReport, first_test_images, load_pruned_model
+from mmcastling.run.config import check_data, has_data
+from mmcastling.run.load import (
+    PruningReport,
+    choose_precision,
+    first_test_images,
+    load_pruned_model,
+)
 from mmcastling.run.runner import drop_training_hooks
 
 _MARK = "# Written by mmcastling's tools/convert.py, which may replace it.\n"
@@ -51,7 +59,9 @@ def convert(
         ema: See :func:`mmcastling.deploy.select_weights`.
         num_images: Images to verify on.
         precision: See :func:`mmcastling.deploy.set_precision`. The config names it, and
-            the weights stay float32.
+            the weights stay float32. ``'auto'`` is that of
+            :func:`mmcastling.deploy.best_precision` on this machine, at the size of the
+            first test image.
 
     Returns:
         What pruning removed and changed; it is printed, too.
@@ -61,7 +71,15 @@ def convert(
             used, the output would replace what no conversion wrote, or the masks have
             not decayed and ``force`` is not given.
     """
-    check_precision(precision)
+    if precision != AUTO:
+        check_precision(precision)
+    elif not has_data(cfg, "test"):
+        raise ConfigError(
+            "--precision auto measures at the size of a test image, and the config's "
+            f"test data is not there: choose one of {list(PRECISIONS)}"
+        )
+    else:
+        check_data(cfg, "test")
     source, out = Path(source), Path(out)
     if out.resolve() == source.resolve():
         raise CheckpointError(
@@ -93,6 +111,8 @@ def convert(
     result = deploy_checkpoint(deployed, checkpoint.get("meta") or {}, **facts)
     print(pruning)
     deployed_cfg = deploy_config(cfg)
+    if precision == AUTO:
+        precision = choose_precision(cfg, deployed)
     if precision != "fp32":
         deployed_cfg.precision = precision
         lowered = copy.deepcopy(deployed)

