@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.analysis import count_macs, paired_seconds
-from mmcastling.analysis.machine import PeakMemory, environment
+from mmcastling.analysis.machine import PeakMemory, environment, instruction_set
 from mmcastling.checkpoint import write_json_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,9 +89,9 @@ class Benchmark:
     extra: Callable[[str], dict[str, Any]] = lambda device: {}
 
     @property
-    def stored(self) -> Path:
-        """Where a complete result is kept."""
-        return RESULTS / f"{self.name}.json"
+    def stored(self) -> list[Path]:
+        """The complete results that are kept, one for each kind of machine."""
+        return sorted((RESULTS / self.name).glob("*.json"))
 
     @property
     def command(self) -> str:
@@ -185,6 +186,15 @@ class Benchmark:
             torch.set_num_threads(int(threads))
             print(self.memory(name, (int(height), int(width)), device))
             return
+        try:
+            kind = instruction_set(args.device)
+            torch.empty(1, device=args.device)
+        except (RuntimeError, AssertionError) as error:
+            parser.error(
+                f"--device {args.device}: torch finds no such device here "
+                f"({str(error).splitlines()[0]}): choose cpu, or another machine"
+            )
+        path = args.json or RESULTS / self.name / f"{kind}.json"
         names = args.only or list(self.contenders)
         if unknown := [name for name in names if name not in self.contenders]:
             parser.error(
@@ -193,10 +203,9 @@ class Benchmark:
             )
         if args.only and args.json is None:
             parser.error(
-                f"--only leaves contenders out, and {self.stored.name} holds complete "
-                "results: name another file with --json"
+                f"--only leaves contenders out, and {self.name}/{path.name} holds "
+                "complete results: name another file with --json"
             )
-        path = args.json or self.stored
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(args.threads)
         for key, value in versions(args.device).items():
@@ -282,10 +291,23 @@ class Target:
             self.measured == self.limit
         )
 
+    @property
+    def text(self) -> str:
+        """The claim with its bound."""
+        return f"{self.claim}, at {'least' if self.least else 'most'} {self.limit:g}"
+
     def __str__(self) -> str:
-        bound = f"at {'least' if self.least else 'most'} {self.limit:g}"
         reached = "yes" if self.reached else "**no**"
-        return f"| {self.claim}, {bound} | {self.measured:.3g} | {reached} |"
+        return f"| {self.text} | {self.measured:.3g} | {reached} |"
+
+
+def kind_of(result: dict[str, Any]) -> str:
+    """The kind of machine that a result was measured on, as a file is named by it.
+
+    See :func:`mmcastling.analysis.machine.instruction_set`.
+    """
+    name = result["environment"]["device"].rpartition(" with ")[2]
+    return re.sub(r"\W+", "_", name).lower()
 
 
 def load(path: Path) -> dict[str, Any]:

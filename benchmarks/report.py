@@ -13,16 +13,24 @@ from typing import Any
 import attention
 import backbones
 import detectors
-import matplotlib
 import precision
 import runtimes
+import speed_figures
 import training_steps
-from common import ROOT, Benchmark, Target, cell_of, duration, line, load, median
-from matplotlib.figure import Figure
+from common import (
+    ROOT,
+    Benchmark,
+    Target,
+    cell_of,
+    duration,
+    kind_of,
+    line,
+    load,
+    median,
+)
 
 from mmcastling.checkpoint import write_text_atomically
-
-matplotlib.use("Agg")
+from mmcastling.deploy.choosing import GAIN, NEAR
 
 PAGE = ROOT / "docs" / "speed.md"
 README = ROOT / "README.md"
@@ -39,6 +47,8 @@ SCRIPTS = {
     )
 }
 Results = dict[str, Any]
+Machines = dict[str, dict[str, Results]]
+"""Results by kind of machine, and by benchmark."""
 
 BEGIN, END = "<!-- speed-table -->\n", "<!-- /speed-table -->"
 TWINS = {
@@ -51,11 +61,13 @@ PREAMBLE = """\
 # Deployed speed
 
 Made by `python benchmarks/report.py` from the results that these commands stored in
-`benchmarks/results`, each in one run on a CPU ({device}),
-{threads} threads, torch {torch}, mmdet {mmdet}, mmpretrain {mmpretrain}, timm {timm},
-Python {python}, float32, batch 1, default allocator:
+`benchmarks/results`, each in one run, in files that are named by the instruction set:
 
 {commands}
+
+{machines}
+Figures are compared within one kind of machine alone. They are in float32 with batch 1
+and the default allocator, where nothing else is said.
 {missing}
 Within a script contenders take turns, so that a machine that grows slower hits all
 alike; another machine gives other times. Milliseconds are medians (quartiles) of
@@ -65,8 +77,8 @@ cuda` runs the same scripts with synchronised clocks; that has not been tried.
 
 ## Targets
 
-| | measured | reached |
-| --- | --- | --- |
+A figure in bold misses its target; "-" is where it was not measured.
+
 """
 
 MISSING = """
@@ -104,8 +116,11 @@ In the form that a detector takes, all levels of features. *no mixing* is the pl
 network whose attentions are their projections alone. It and the softmax twins have the
 linear layers that deployment makes, too.
 
-![Latency and memory against resolution](assets/speed_resolution.png)
-![Latency against MACs at 800x1344](assets/speed_macs.png)
+"""
+
+PICTURES = """\
+![Latency and memory against resolution, {kind}](assets/speed_resolution_{kind}.png)
+![Latency against MACs at 800x1344, {kind}](assets/speed_macs_{kind}.png)
 
 """
 
@@ -124,6 +139,13 @@ quantizes linear layers, weights once and inputs as they arrive; norms and the s
 attention stay float32. What bounds both: of float32's time only the products of layers
 shrink, while norms, sums, activations and conversions between formats do not.
 
+`--precision auto` of `tools/test.py` and `tools/convert.py` times float32, and what the
+processor's instructions may speed up, at the size of the first test image, and
+remembers what it found for this machine, model and size. It goes from the most exact
+precision to the least (fp32, bf16, fp16, int8) and takes each that needs at most
+{gain:.0%} of the time of the one taken before, if its features stay within {near:.0%}
+of float32's largest. In code: `mmcastling.deploy.best_precision(model, (800, 1344))`.
+
 """
 
 LIBRARIES = """
@@ -140,7 +162,8 @@ The demo's detector on its 24 validation tiles, by `tools/test.py --precision`:
 | --- | --- | --- | --- |
 """
 
-LACKING = "\nThis machine has no instructions for {names}, which were not measured.\n"
+LACKING = "\nNot measured: {reasons}.\n"
+AUTO = "\nWhat the command said of it: `{said}`.\n"
 
 DETECTORS = """
 ## Detectors
@@ -168,37 +191,45 @@ and thresholds: [auxiliary_branch.md](auxiliary_branch.md).
 """
 
 
-def read(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Stored results by benchmark, checked to belong together.
+def read(paths: Sequence[Path]) -> Machines:
+    """Stored results by kind of machine, checked to belong together.
 
     Args:
-        paths: Result files, named as their benchmarks.
+        paths: Result files ``BENCHMARK/KIND.json``.
 
     Raises:
         ValueError: If a file is not of a known benchmark, does not exist, is not
-            complete, or was made on another machine or with other versions.
+            complete, or was made on a machine of another kind than it is named by, or
+            on another machine or with other versions than those of its kind.
     """
-    results: dict[str, dict[str, Any]] = {}
+    machines: Machines = {}
     for path in paths:
-        if path.stem not in SCRIPTS:
+        name, kind = path.parent.name, path.stem
+        if name not in SCRIPTS:
             raise ValueError(
-                f"{path} is not the result of a known benchmark: expected a name among "
-                f"{[f'{name}.json' for name in SCRIPTS]}"
+                f"{path} is not the result of a known benchmark: expected a folder "
+                f"among {list(SCRIPTS)}"
             )
-        benchmark = SCRIPTS[path.stem].BENCHMARK
+        benchmark = SCRIPTS[name].BENCHMARK
         if not path.exists():
             raise ValueError(f"{path} does not exist: run {benchmark.command}")
-        result = results[path.stem] = load(path)
+        results = machines.setdefault(kind, {})
+        result = results[name] = load(path)
         _check_complete(benchmark, result, path)
+        if kind != kind_of(result):
+            raise ValueError(
+                f"{path} was measured on {result['environment']['device']}: name it "
+                f"{kind_of(result)}.json"
+            )
         first, *_ = results
         for key, value in results[first]["environment"].items():
             if (other := result["environment"].get(key)) != value:
                 raise ValueError(
-                    f"{path} was measured with {key} {other!r}, {first}.json with "
-                    f"{value!r}: one report is of one machine and its versions; run "
-                    f"{benchmark.command} there again"
+                    f"{path} was measured with {key} {other!r}, {first}/{path.name} "
+                    f"with {value!r}: of a kind one machine and its versions are "
+                    f"reported; run {benchmark.command} there again"
                 )
-    return results
+    return machines
 
 
 def _check_complete(benchmark: Benchmark, result: dict[str, Any], path: Path) -> None:
@@ -215,22 +246,61 @@ def _check_complete(benchmark: Benchmark, result: dict[str, Any], path: Path) ->
         )
 
 
-def page(results: dict[str, Results]) -> str:
+def page(machines: Machines) -> str:
     """The page in Markdown: a section for each benchmark whose result is stored."""
-    first = next(iter(results.values()))
-    commands = "\n".join(f"- `{result['command']}`" for result in results.values())
-    absent = [s.BENCHMARK.command for name, s in SCRIPTS.items() if name not in results]
-    missing = MISSING.format(", ".join(f"`{c}`" for c in absent)) if absent else ""
-    text = PREAMBLE.format(commands=commands, missing=missing, **first["environment"])
-    text += "".join(f"{target}\n" for target in targets(results))
-    return text + "".join(SECTIONS[name](results[name]) for name in results)
+    stored = [
+        name for name in SCRIPTS if any(name in found for found in machines.values())
+    ]
+    command = {name: f"`{SCRIPTS[name].BENCHMARK.command}`" for name in SCRIPTS}
+    absent = [
+        f"{command[name]} ({', '.join(lacking)})"
+        for name in SCRIPTS
+        if (lacking := [kind for kind, found in machines.items() if name not in found])
+    ]
+    places = {
+        kind: next(iter(found.values()))["environment"]
+        for kind, found in machines.items()
+    }
+    facts = list(next(iter(places.values())))
+    rows = [["kind", *facts], ["---"] * (len(facts) + 1)]
+    rows += [[kind, *map(str, place.values())] for kind, place in places.items()]
+    text = PREAMBLE.format(
+        commands="\n".join(f"- {command[name]}" for name in stored),
+        machines="".join(f"| {' | '.join(row)} |\n" for row in rows),
+        missing=MISSING.format(", ".join(absent)) if absent else "",
+    )
+    text += targets_table(machines)
+    for name in stored:
+        intro, section = SECTIONS[name]
+        text += intro.format(gain=GAIN, near=NEAR)
+        for kind, found in machines.items():
+            if name in found:
+                text += f"### On {kind}\n\n{section(found[name])}\n"
+    return text.rstrip() + "\n"
+
+
+def targets_table(machines: Machines) -> str:
+    """All targets, a column for each kind of machine."""
+    found = {
+        kind: {target.text: target for target in targets(results)}
+        for kind, results in machines.items()
+    }
+    text = f"| | {' | '.join(found)} |\n| ---{' | ---' * len(found)} |\n"
+    for claim in dict.fromkeys(claim for column in found.values() for claim in column):
+        cells = []
+        for column in found.values():
+            target = column.get(claim)
+            value = f"{target.measured:.3g}" if target else "-"
+            cells.append(value if not target or target.reached else f"**{value}**")
+        text += f"| {claim} | {' | '.join(cells)} |\n"
+    return text
 
 
 def attention_section(result: Results) -> str:
     floor, whole = (
         median(result, name, (50, 84)) for name in ("projections", "castling")
     )
-    text = ATTENTION + table(result) + ROOFLINE.format(share=floor / whole)
+    text = table(result) + ROOFLINE.format(share=floor / whole)
     for name, value in result["gemm"].items():
         text += f"| {name} | {value['median']:,.0f} |\n"
     return text
@@ -242,11 +312,15 @@ def backbones_section(result: Results) -> str:
         for name in ("Castling-ViT-S", "ViT-S, no mixing")
     )
     share = with_mixing / without - 1
-    return BACKBONES + table(result) + MIXING.format(share=share)
+    pictures = PICTURES.format(kind=kind_of(result))
+    return pictures + table(result) + MIXING.format(share=share)
 
 
 def precision_section(result: Results) -> str:
-    text = PRECISION + table(result) + LIBRARIES
+    text = table(result)
+    if "auto" in result:
+        text += AUTO.format(said=result["auto"])
+    text += LIBRARIES
     for name, value in result["linear"].items():
         text += f"| {name} | {duration(value, 1e3, 1)} |\n"
     text += ACCURACY
@@ -254,12 +328,13 @@ def precision_section(result: Results) -> str:
         cells = f"{row['bbox']:.3f} | {row['segm']:.3f} | {row['seconds']:.3f}"
         text += f"| {name} | {cells} |\n"
     if result["lacking"]:
-        text += LACKING.format(names=" and ".join(result["lacking"]))
+        reasons = (f"{name} ({why})" for name, why in result["lacking"].items())
+        text += LACKING.format(reasons="; ".join(reasons))
     return text
 
 
 def detectors_section(result: Results) -> str:
-    text = DETECTORS + table(result) + PARTS
+    text = table(result) + PARTS
     for name, parts in result["parts"].items():
         keys = ("data_preprocessor", "backbone", "neck", "heads")
         times = " | ".join(f"{1e3 * parts[key]:,.0f}" for key in keys)
@@ -267,14 +342,18 @@ def detectors_section(result: Results) -> str:
     return text
 
 
-SECTIONS: dict[str, Callable[[Results], str]] = {
-    "attention": attention_section,
-    "backbones": backbones_section,
-    "precision": precision_section,
-    "detectors": detectors_section,
-    "runtimes": lambda result: runtimes.section(result, table(result)),
-    "training_steps": lambda result: TRAINING + table(result),
+SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
+    "attention": (ATTENTION, attention_section),
+    "backbones": (BACKBONES, backbones_section),
+    "precision": (PRECISION, precision_section),
+    "detectors": (DETECTORS, detectors_section),
+    "runtimes": (
+        runtimes.INTRODUCTION,
+        lambda result: runtimes.section(result, table(result)),
+    ),
+    "training_steps": (TRAINING, lambda result: table(result)),
 }
+"""By benchmark what is said of all machines, and what of each."""
 
 
 def targets(results: dict[str, dict[str, Any]]) -> list[Target]:
@@ -291,84 +370,37 @@ def table(result: dict[str, Any]) -> str:
     return HEADER + "".join(f"{line(cell)}\n" for cell in result["cells"])
 
 
-def readme_with(result: dict[str, Any], text: str) -> str:
+def readme_with(machines: dict[str, Results], text: str) -> str:
     """The README's text with the backbones' speed between its two marks.
 
     Args:
-        result: The stored result of ``benchmarks/backbones.py``.
+        machines: The stored results of ``benchmarks/backbones.py`` by kind of machine.
         text: The README.
     """
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     height, width = backbones.LARGE
     rows = [
-        f"| backbone, {height}x{width} pixels | softmax, ms | castled and deployed, ms "
-        "| times as fast |",
-        "| --- | --- | --- | --- |",
+        f"| backbone, {height}x{width} pixels | on | softmax, ms | castled and "
+        "deployed, ms | times as fast |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for name, softmax in TWINS.items():
-        old, new = (median(result, n, backbones.LARGE) for n in (softmax, name))
-        model = name.removeprefix("Castling-")
-        rows.append(
-            f"| {model} | {1e3 * old:,.0f} | {1e3 * new:,.0f} | {old / new:.1f} |"
+        for kind, result in machines.items():
+            old, new = (median(result, n, backbones.LARGE) for n in (softmax, name))
+            cells = f"{kind} | {1e3 * old:,.0f} | {1e3 * new:,.0f} | {old / new:.1f}"
+            rows.append(f"| {name.removeprefix('Castling-')} | {cells} |")
+    places = [
+        f"{kind}: {{threads}} CPU threads, {{device}}, torch {{torch}}".format(
+            **result["environment"]
         )
-    place = result["environment"]
+        for kind, result in machines.items()
+    ]
     caption = (
-        f"Medians of forward passes in float32 with batch 1 on {place['threads']} CPU "
-        f"threads ({place['device']}), torch {place['torch']}; weights are "
-        "random.\n"
+        "Medians of forward passes in float32 with batch 1; weights are random. "
+        f"{'; '.join(places)}.\n"
     )
     return before + BEGIN + "\n".join([*rows, "", caption]) + END + after
-
-
-def plot_resolution(result: dict[str, Any], path: Path) -> None:
-    """Latency and memory of every backbone over the image's pixels."""
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    axes = figure.subplots(1, 2)
-    names = list(dict.fromkeys(cell["contender"] for cell in result["cells"]))
-    for index, name in enumerate(names):
-        cells = [cell for cell in result["cells"] if cell["contender"] == name]
-        pixels = [cell["size"][0] * cell["size"][1] for cell in cells]
-        style = dict(marker="o", color=matplotlib.colormaps["tab20"](index), label=name)
-        if name.startswith("Castling"):
-            style.update(linewidth=2.5)
-        axes[0].plot(pixels, [1e3 * c["seconds"]["median"] for c in cells], **style)
-        axes[1].plot(pixels, [c["memory"] / 1e6 for c in cells], **style)
-    sizes = sorted({tuple(cell["size"]) for cell in result["cells"]})
-    for axis, title in zip(axes, ("latency, ms", "peak memory, MB"), strict=True):
-        axis.set(title=title, xscale="log", yscale="log", xlabel="image")
-        axis.set_xticks([h * w for h, w in sizes], [f"{h}x{w}" for h, w in sizes])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
-    figure.savefig(path, dpi=110)
-
-
-def plot_macs(result: dict[str, Any], path: Path) -> None:
-    """Latency over MACs at the largest size, a point per backbone."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axis = figure.subplots()
-    for cell in result["cells"]:
-        if tuple(cell["size"]) != backbones.LARGE:
-            continue
-        castled = cell["contender"].startswith("Castling")
-        point = cell["macs"] / 1e9, 1e3 * cell["seconds"]["median"]
-        axis.scatter(*point, color="tab:red" if castled else "tab:gray", zorder=3)
-        # Ours and the softmax twins have neighbours on the right.
-        left = castled or cell["contender"].endswith("softmax")
-        axis.annotate(
-            cell["contender"],
-            point,
-            (-6 if left else 6, -3),
-            textcoords="offset points",
-            ha="right" if left else "left",
-            fontsize=8,
-        )
-    height, width = backbones.LARGE
-    axis.set(xscale="log", yscale="log", title=f"{height}x{width}")
-    axis.set(xlabel="GMACs", ylabel="latency, ms")
-    axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -376,23 +408,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args()
-    paths = [script.BENCHMARK.stored for script in SCRIPTS.values()]
+    paths = [p for script in SCRIPTS.values() for p in script.BENCHMARK.stored]
     try:
-        results = read([path for path in paths if path.exists()])
+        machines = read(paths)
     except ValueError as error:
         parser.error(str(error))
-    if not results:
+    if not machines:
         parser.error(
             f"no result is stored: run {SCRIPTS['attention'].BENCHMARK.command}"
         )
-    for target in targets(results):
-        print(target)
-    if "backbones" in results:
-        plot_resolution(results["backbones"], ASSETS / "speed_resolution.png")
-        plot_macs(results["backbones"], ASSETS / "speed_macs.png")
-        text = readme_with(results["backbones"], README.read_text())
-        write_text_atomically(README, text)
-    write_text_atomically(PAGE, page(results))
+    print(targets_table(machines))
+    measured = {
+        k: found["backbones"] for k, found in machines.items() if "backbones" in found
+    }
+    for kind, result in measured.items():
+        speed_figures.plot_resolution(result, ASSETS / f"speed_resolution_{kind}.png")
+        speed_figures.plot_macs(result, ASSETS / f"speed_macs_{kind}.png")
+    if measured:
+        write_text_atomically(README, readme_with(measured, README.read_text()))
+    write_text_atomically(PAGE, page(machines))
 
 
 if __name__ == "__main__":

@@ -271,6 +271,16 @@ def targets(result: dict[str, Any]) -> list[Target]:
     ]
 
 
+INTRODUCTION = """
+## Exported models
+
+Files are as `tools/export.py` writes them. Detectors run from a preprocessed image to
+boxes and pasted masks; *compiled* is `torch.compile` of the backbone. A runtime plans
+its memory before the pass whose peak is measured, so peaks compare within torch only.
+
+"""
+
+
 def section(result: dict[str, Any], table: str) -> str:
     """The part of the report that this benchmark fills.
 
@@ -285,13 +295,7 @@ def section(result: dict[str, Any], table: str) -> str:
         f"| {name} | {row['bbox']:.3f} | {row['segm']:.3f} | {row['seconds']:.3f} |\n"
         for name, row in result["detector"].items()
     )
-    return f"""
-## Exported models
-
-Files are as `tools/export.py` writes them. Detectors run from a preprocessed image to
-boxes and pasted masks; *compiled* is `torch.compile` of the backbone. A runtime plans
-its memory before the pass whose peak is measured, so peaks compare within torch only.
-
+    return f"""\
 {table}
 Largest difference of the backbone's features from torch's, over the largest feature:
 

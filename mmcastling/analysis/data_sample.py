@@ -61,7 +61,9 @@ def input_channels(model: nn.Module) -> int:
 def check_size(size: Sequence[int]) -> None:
     """Raise an OptionError unless a size is ``(H, W)``, two positive integers."""
     if len(size) != 2 or any(int(n) != n or n < 1 for n in size):
-        raise OptionError(f"size {tuple(size)}: give a height and a width, above 0")
+        raise OptionError(
+            f"size {tuple(size)}: give a height and a width, two positive integers"
+        )
 
 
 def whole_pass(images: Tensor) -> Callable[[nn.Module], Any]:

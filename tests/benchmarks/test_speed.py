@@ -1,4 +1,4 @@
-"""The speed benchmarks: fair contenders, honest targets, reports of one machine."""
+"""The speed benchmarks: fair contenders, honest targets, machines kept apart."""
 
 import copy
 import dataclasses
@@ -25,8 +25,13 @@ def report(load_benchmark):
 
 @pytest.fixture
 def stored(report):
-    paths = [script.BENCHMARK.stored for script in report.SCRIPTS.values()]
-    return report.read([path for path in paths if path.exists()])
+    paths = [p for script in report.SCRIPTS.values() for p in script.BENCHMARK.stored]
+    return report.read(paths)
+
+
+@pytest.fixture
+def of_one_kind(stored):
+    return stored["avx512"]
 
 
 # -- contenders ------------------------------------------------------------------------
@@ -89,7 +94,12 @@ def test_a_size_is_measured(layers, capsys, warm_python, monkeypatch):
     ("arguments", "message"),
     [
         (["--only", "castlin"], "['castlin'] are not contenders: choose among"),
-        (["--only", "castling"], "attention.json holds complete results: name another"),
+        (["--only", "castling"], ".json holds complete results: name another"),
+        (
+            ["--device", "cuda:77"],
+            "--device cuda:77: torch finds no such device here (",
+        ),
+        (["--device", "abacus"], "--device abacus: torch finds no such device here ("),
     ],
 )
 def test_what_cannot_be_stored_is_not_measured(
@@ -123,10 +133,11 @@ def test_targets_compare_the_right_contenders(layers):
 # -- the report ------------------------------------------------------------------------
 
 
-def write(folder, results):
+def write(folder, results, kind="avx512"):
     paths = []
     for name, result in results.items():
-        paths.append(folder / f"{name}.json")
+        paths.append(folder / name / f"{kind}.json")
+        paths[-1].parent.mkdir(exist_ok=True)
         paths[-1].write_text(json.dumps(result))
     return paths
 
@@ -136,37 +147,77 @@ def test_the_page_is_generated_from_the_stored_results(report, stored):
     assert report.PAGE.read_text() == report.page(stored)
 
 
-def test_the_page_names_what_is_not_stored(report, stored):
-    name, *others = stored
-    text = report.page({name: stored[name]})
+def test_the_page_names_what_is_not_stored(report, of_one_kind):
+    name, *others = of_one_kind
+    text = report.page({"avx512": {name: of_one_kind[name]}})
     for other in others:
-        assert report.SCRIPTS[other].BENCHMARK.command in text.split("## Targets")[0]
-        assert report.SECTIONS[other](stored[other]) not in text
-    assert report.SECTIONS[name](stored[name]) in text
+        command = report.SCRIPTS[other].BENCHMARK.command
+        assert f"`{command}` (avx512)" in text.split("## Targets")[0]
+        assert report.SECTIONS[other][1](of_one_kind[other]) not in text
+    assert report.SECTIONS[name][1](of_one_kind[name]) in text
+
+
+def test_machines_of_two_kinds_are_told_apart(report, of_one_kind, tmp_path):
+    results = {name: of_one_kind[name] for name in ("attention", "backbones")}
+    slower = copy.deepcopy(results)
+    for result in slower.values():
+        result["environment"] |= dict(device="An Old CPU with AVX2", threads=4)
+        for cell in result["cells"]:
+            cell["seconds"] = {k: 3 * v for k, v in cell["seconds"].items()}
+    kinds = {"avx512": results, "avx2": {"attention": slower["attention"]}}
+    paths = [p for kind, found in kinds.items() for p in write(tmp_path, found, kind)]
+    found = report.read(paths)
+    text = report.page(found)
+    assert "| avx2 | An Old CPU with AVX2 | 4 |" in text
+    assert "`python benchmarks/backbones.py` (avx2)" in text
+    layers = text.split("## Attention layers")[1].split("## Backbones")[0]
+    ours, other = layers.split("### On avx512")[1].split("### On avx2")
+    for part, result in ((ours, results), (other, slower)):
+        assert report.table(result["attention"]) in part
+    assert report.table(results["attention"]) not in other
+    (claim,) = [x for x in text.splitlines() if x.startswith("| 4,200 tokens: speed")]
+    first, second = (cell.strip() for cell in claim.split("|")[2:4])
+    assert first == second != "-"  # a ratio, of each machine's own
+    assert "| ViT-S: speed over its softmax twin's, at least 2.6 | 2.96 | - |" in text
+    readme = report.readme_with(
+        {kind: r["backbones"] for kind, r in [("avx512", results), ("avx2", slower)]},
+        report.README.read_text(),
+    )
+    assert "| ViT-S | avx2 | 9,118 | 3,084 | 3.0 |" in readme
+    assert "avx2: 4 CPU threads, An Old CPU with AVX2, torch" in readme
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("device", "Abacus"), ("torch", "1.0"), ("threads", 64)]
+    ("key", "value"),
+    [("device", "Abacus with AVX512"), ("torch", "1"), ("threads", 64)],
 )
 def test_results_of_another_machine_are_not_mixed_in(
-    report, stored, tmp_path, key, value
+    report, of_one_kind, tmp_path, key, value
 ):
-    results = copy.deepcopy(stored)
+    results = copy.deepcopy(of_one_kind)
     results["backbones"]["environment"][key] = value
-    message = rf"backbones\.json was measured with {key} {value!r}, attention\.json"
+    message = rf"avx512\.json was measured with {key} {value!r}, attention/avx512\.json"
     with pytest.raises(ValueError, match=message):
         report.read(write(tmp_path, results))
 
 
-def test_an_incomplete_result_is_refused(report, stored, tmp_path):
-    results = copy.deepcopy(stored)
+def test_a_result_under_another_kind_s_name_is_refused(report, of_one_kind, tmp_path):
+    paths = write(tmp_path, {"attention": of_one_kind["attention"]}, "amx")
+    with pytest.raises(ValueError, match=r"amx\.json was measured on .*name it avx512"):
+        report.read(paths)
+
+
+def test_an_incomplete_result_is_refused(report, of_one_kind, tmp_path):
+    results = copy.deepcopy(of_one_kind)
     results["backbones"]["cells"].pop()
     with pytest.raises(ValueError, match=r"lacks .*EfficientViT-B2.* without --only"):
         report.read(write(tmp_path, results))
 
 
-def test_what_the_measuring_machine_lacked_is_not_demanded(report, stored, tmp_path):
-    result = copy.deepcopy(stored["precision"])
+def test_what_the_measuring_machine_lacked_is_not_demanded(
+    report, of_one_kind, tmp_path
+):
+    result = copy.deepcopy(of_one_kind["precision"])
     gone = {cell["contender"] for cell in result["cells"]} - {"softmax fp32", "fp32"}
     cells = [cell for cell in result["cells"] if cell["contender"] not in gone]
     (path,) = write(tmp_path, {"precision": {**result, "cells": cells}})
@@ -176,18 +227,30 @@ def test_what_the_measuring_machine_lacked_is_not_demanded(report, stored, tmp_p
             report.read([path])
     lacking = dict.fromkeys([*gone, *result["lacking"]], "no instructions")
     write(tmp_path, {"precision": {**result, "cells": cells, "lacking": lacking}})
-    assert list(report.read([path])) == ["precision"]
+    assert list(report.read([path])["avx512"]) == ["precision"]
 
 
 def test_unknown_and_missing_results_are_refused(report, tmp_path):
-    with pytest.raises(ValueError, match=r"speed\.json is not the result of a known"):
-        report.read([tmp_path / "speed.json"])
+    with pytest.raises(ValueError, match=r"avx2\.json is not the result of a known"):
+        report.read([tmp_path / "speed" / "avx2.json"])
     with pytest.raises(ValueError, match=r"run python benchmarks/attention\.py"):
-        report.read([tmp_path / "attention.json"])
+        report.read([tmp_path / "attention" / "avx2.json"])
 
 
-def test_pictures_are_drawn(report, stored, tmp_path):
-    for draw in (report.plot_resolution, report.plot_macs):
-        draw(stored["backbones"], tmp_path / "x.png")
+def test_auto_is_judged_by_the_limit_of_its_machine(report, of_one_kind):
+    result = copy.deepcopy(of_one_kind["precision"])
+    targets = report.SCRIPTS["precision"].targets
+    for device, limits in {"AMX": [11.0], "AVX512": [6.0], "AVX2": []}.items():
+        result["environment"]["device"] = f"x with {device}"
+        found = [t for t in targets(result) if "in what auto takes" in t.claim]
+        assert [target.limit for target in found] == limits
+        for target in found:
+            assert target.measured == pytest.approx(3248.3 / 546.9, rel=1e-3)
+
+
+def test_pictures_are_drawn(report, of_one_kind, tmp_path):
+    figures = report.speed_figures
+    for draw in (figures.plot_resolution, figures.plot_macs):
+        draw(of_one_kind["backbones"], tmp_path / "x.png")
         assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
         (tmp_path / "x.png").unlink()

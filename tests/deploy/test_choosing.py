@@ -166,7 +166,7 @@ def test_what_gains_nothing_is_not_measured(file, times, monkeypatch):
 @pytest.mark.parametrize(
     ("prepare", "size", "message"),
     [
-        (lambda m: m, (0, 32), r"size \(0, 32\): give a height and a width, above 0"),
+        (lambda m: m, (0, 32), r"size \(0, 32\): give a height and a width, two"),
         (lambda m: m, (32,), r"size \(32,\): give a height"),
         (lambda m: m, (4, 4), "CastlingViT refuses an image of 4x4 in fp32: .*smaller"),
         (lambda m: vit(), SIZE, "precision auto is for deployed models, and layers.0"),
