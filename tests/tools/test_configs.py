@@ -83,8 +83,13 @@ def build_and_deploy(cfg, name):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_that_castles_decays_its_masks(path):
-    hooks = [hook["type"] for hook in load(path).get("custom_hooks", [])]
-    assert ("MaskDecayHook" in hooks) == ("castling" in path.stem)
+    cfg = load(path)
+    hooks = [hook["type"] for hook in cfg.get("custom_hooks", [])]
+    castles = "castling" in path.stem
+    if castles and "dinov2" in path.stem:  # aligned: its masks are off from the start
+        assert cfg.model.backbone.attention.mask_threshold == 1.0
+        castles = False
+    assert ("MaskDecayHook" in hooks) == castles
 
 
 def test_the_softmax_twin_differs_in_its_attention_only():
