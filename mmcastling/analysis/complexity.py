@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mmcastling.analysis.data_sample import (
     Instances,
@@ -109,12 +109,6 @@ def _extra_formulas() -> dict[Any, Callable[..., int]]:
     def attention(q, k, v, *_, **__) -> int:
         return sdpa_flop_count(q, k, v)
 
-    def linear(x, weight, *_, **__) -> int:
-        return 2 * prod(x) * weight[0]
-
-    def convolution(x, weight, *_, out_shape, **__) -> int:
-        return conv_flop_count(x, weight, out_shape)
-
     def deform_conv2d(x, weight, *_, out_shape, **__) -> int:
         return 2 * prod(out_shape) * prod(weight[1:])
 
@@ -125,12 +119,7 @@ def _extra_formulas() -> dict[Any, Callable[..., int]]:
         aten.vdot: lambda vector, *_, **__: 2 * prod(vector),
         # Unknown to the counter of torch 2.14.
         aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        # As for fused attention, both products count as dense.
-        torch.ops.mmcastling.masked_softmax: attention,
     }
-    if torch.backends.mkldnn.is_available():
-        formulas[torch.ops.mkldnn._linear_pointwise] = linear
-        formulas[torch.ops.mkldnn._convolution_pointwise] = convolution
     if hasattr(torch.ops.torchvision, "deform_conv2d"):  # where it is imported
         formulas[torch.ops.torchvision.deform_conv2d] = deform_conv2d
     return formulas

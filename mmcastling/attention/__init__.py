@@ -19,7 +19,7 @@ from mmcastling.attention.functional import (
     linear_angular_attention,
     naive_masked_softmax_attention,
 )
-from mmcastling.attention.local_conv import GridConv, TokenConv
+from mmcastling.attention.local_conv import TokenConv
 from mmcastling.attention.masked_softmax import masked_softmax_attention
 from mmcastling.attention.mixer import TokenMixer
 from mmcastling.attention.threshold import MaskThreshold
@@ -28,7 +28,6 @@ __all__ = [
     "MIXERS",
     "Attention",
     "CastlingMixer",
-    "GridConv",
     "LinearAngularMixer",
     "MaskThreshold",
     "MaskedBranch",
@@ -49,6 +48,7 @@ __all__ = [
 
 _INSTEAD = {
     "ATTENTIONS": "MIXERS, of which Attention holds one",
+    "GridConv": "local_conv='grid', whose convolution is an nn.Conv2d",
     "TokenAttention": "Attention",
     "build_attention": "Attention(embed_dims, num_heads, **options)",
     "unit_rows": "l2_normalize",

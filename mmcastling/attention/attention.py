@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmcastling.attention.build import build_mixer
 from mmcastling.attention.deploying import fold_layer_scale, without_effect
-from mmcastling.attention.fast import fuse_linear
+from mmcastling.attention.fast import apply_layer
 from mmcastling.attention.local_conv import Grid, merge_heads, split_qkv
 from mmcastling.attention.old_names import rename_on_load
 from mmcastling.attention.opaque import OpaqueModule
@@ -91,14 +91,15 @@ class Attention(OpaqueModule):
         The last ``H * W`` of them fill ``grid`` row by row, which only
         ``local_conv='grid'`` needs; tokens before them (a class token) lie outside it.
         """
-        q, k, v = split_qkv(self.qkv(x), self.num_heads)  # each (B, h, N, d)
+        q, k, v = split_qkv(
+            apply_layer(self.qkv, x), self.num_heads
+        )  # each (B, h, N, d)
         y = merge_heads(self.mixer(q, k, v, grid))  # (B, N, C)
-        return self.gamma1(self.proj_drop(self.proj(y)))
+        return self.gamma1(self.proj_drop(apply_layer(self.proj, y)))
 
     def switch_to_deploy(self) -> None:
         """Remove what only training needs, and fold the layer scale into ``proj``.
 
-        Both projections become :class:`~mmcastling.attention.fast.FusedLinear`.
         Idempotent; the output of inference stays the same up to rounding. A layer scale
         is folded only where the layers are exactly those that were built here, see
         :mod:`mmcastling.attention.deploying`.
@@ -109,5 +110,3 @@ class Attention(OpaqueModule):
                 self.proj, self.gamma1, kinds=[LayerScale], between=[self.proj_drop]
             )
             self.proj_drop = without_effect(self.proj_drop, nn.Dropout)
-        for layer in (self.qkv, self.proj):
-            fuse_linear(layer)

@@ -16,7 +16,6 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
-from mmcastling.attention.fast import FusedLinear
 from mmcastling.attention.recording import is_watched
 
 logger = logging.getLogger("mmcastling")
@@ -100,7 +99,7 @@ def fold_layer_scale(
     if type(scale) is nn.Identity:
         return linear, scale
     reasons = [
-        why_not_plain(linear, nn.Linear, FusedLinear),
+        why_not_plain(linear, nn.Linear),
         why_not_plain(scale, *kinds),
         *(why_not_plain(module, nn.Identity, nn.Dropout) for module in between),
     ]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ from mmcastling.attention.recording import is_tracing_or_needs_grad, is_watched
 # Tokens are taken so many numbers at a time, about what a CPU core's cache holds.
 _CHUNK = 2**18
 _LEAST_ROWS = 256
+
+Name = tuple[str, list[float], str]
+"""An activation as oneDNN is told it: name, parameters, variant."""
 
 
 def mixed_linear_angular_attention(
@@ -148,68 +152,96 @@ def _mix(
     return l2_normalize(y, residual=residual, eps=NORM_EPS**2, out=out)
 
 
-class FusedLinear(nn.Linear):
-    """A linear layer of a deployed model, in one pass over memory.
+def apply_layer(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)``, in one pass over memory where it can; see :func:`apply_then`."""
+    return apply_then(layer, None, x)
 
-    On a CPU, oneDNN adds the bias to what is still in the cache, where torch's own
-    layer passes over memory once more. Wherever oneDNN cannot be used (other devices,
-    autocast, and whatever records the layer's operations: gradients, graphs that are
-    compiled, traced or exported, counters) it is torch's. Made by :func:`fuse_linear`
-    out of a layer that exists, whose parameters it keeps.
+
+def apply_then(layer: nn.Module, activation: nn.Module | None, x: Tensor) -> Tensor:
+    """``activation(layer(x))``, in one pass over memory where :func:`one_pass` can."""
+    if (function := one_pass(layer, activation, x)) is not None:
+        return function(x)
+    return layer(x) if activation is None else activation(layer(x))
+
+
+def one_pass(
+    layer: nn.Module, activation: nn.Module | None, x: Tensor
+) -> Callable[[Tensor], Tensor] | None:
+    """What computes a layer and its activation at once for such inputs, or None.
+
+    On a CPU, oneDNN adds the bias and applies the activation to what is still in the
+    cache, where torch's own layers pass over memory once more. It serves exactly
+    ``nn.Linear`` and ``nn.Conv2d``, which stay what they are: whatever counts, traces,
+    quantises or rewrites a model finds ordinary layers. Where one is wrapped, replaced,
+    hooked or patched, its weight is computed, or operations are recorded (gradients,
+    graphs, modes), it is called as a module, and so is the activation. A layer of
+    another class may have a method ``then(activation, x)`` of its own.
     """
+    kind = type(layer)
+    then, operator = getattr(kind, "then", None), _OPERATORS.get(kind)
+    if then is None and operator is None:
+        return None
+    tensors = (x, layer.weight, layer.bias) if then is None else (x,)
+    if is_tracing_or_needs_grad(*tensors) or is_watched(layer):
+        return None
+    if activation is not None and is_watched(activation):
+        return None
+    if then is not None:
+        return functools.partial(then, layer, activation)
+    name = onednn_name(activation)
+    if name is None or not _onednn_takes(x, layer.weight):
+        return None
+    return functools.partial(operator, layer, name)
+
+
+def _linear(layer: nn.Linear, name: Name, x: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *name)
+
+
+def _convolution(layer: nn.Conv2d, name: Name, x: Tensor) -> Tensor:
+    shape = layer.padding, layer.stride, layer.dilation, layer.groups
+    return torch.ops.mkldnn._convolution_pointwise(
+        x, layer.weight, layer.bias, *shape, *name
+    )
+
+
+_OPERATORS = {nn.Linear: _linear, nn.Conv2d: _convolution}
+
+
+class _LinearInCall(nn.Linear):
+    """The class of a linear layer while another library's forward calls it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.then(_NOTHING, x)
-
-    def then(self, activation: nn.Module, x: Tensor) -> Tensor:
-        """``activation(layer(x))`` in the same pass, where oneDNN serves."""
-        name = onednn_name(activation)
-        if name is None or not onednn_serves(x, self.weight, self.bias):
-            return activation(super().forward(x))
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *name)
+        recorded = is_tracing_or_needs_grad(x, self.weight, self.bias)
+        if recorded or not _onednn_takes(x, self.weight):
+            return super().forward(x)
+        return _linear(self, onednn_name(None), x)
 
 
-_NOTHING = nn.Identity()
+@contextmanager
+def fused_inside(holder: nn.Module) -> Iterator[None]:
+    """Let a forward that is not ours call linear layers as :func:`apply_layer` does.
 
-
-def fuse_linear(layer: nn.Module) -> None:
-    """Make a linear layer a :class:`FusedLinear`, in place. Idempotent.
-
-    Its class changes, so that hooks and references to it hold. What is not exactly an
-    ``nn.Linear`` stays as it is.
+    Between calls they are ``nn.Linear`` as ever.
     """
-    change_class(layer, nn.Linear, FusedLinear)
+    layers = []
+    if not is_tracing_or_needs_grad():
+        for layer in holder._modules.values():
+            if type(layer) is nn.Linear and not is_watched(layer):
+                layers.append(layer)
+    try:
+        for layer in layers:
+            layer.__class__ = _LinearInCall
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = nn.Linear
 
 
-def change_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
-    """Make a module of exactly ``old`` one of ``new``, unless its forward is patched.
-
-    A patch usually calls the forward that it has replaced, of the old class.
-    """
-    if type(module) is old and "forward" not in vars(module):
-        module.__class__ = new
-
-
-def apply_then(
-    layer: nn.Module, activation: nn.Module, x: Tensor, *args: Any
-) -> Tensor:
-    """``activation(layer(x, *args))``, in one pass where the layer's class can.
-
-    It can if it has a method ``then``. Neither layer nor activation hides the other:
-    what is hooked, wrapped or recorded is called one by one.
-    """
-    then = getattr(type(layer), "then", None)
-    one_by_one = then is None or is_tracing_or_needs_grad(x)
-    if one_by_one or is_watched(layer) or is_watched(activation):
-        return activation(layer(x, *args))
-    return then(layer, activation, x, *args)
-
-
-def onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether oneDNN's fused layers compute with such an input, weight and bias now."""
+def _onednn_takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's fused layers compute with such an input and weight now."""
     return (
-        not is_tracing_or_needs_grad(x, weight, bias)
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
         and x.numel() > 0
         and x.dtype == weight.dtype
         and _onednn_computes_in(x.dtype)
@@ -218,8 +250,10 @@ def onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def onednn_name(activation: nn.Module) -> tuple[str, list[float], str] | None:
+def onednn_name(activation: nn.Module | None) -> Name | None:
     """oneDNN's name, parameters and variant of an activation; None if unknown to it."""
+    if activation is None:
+        return "none", [], ""
     if type(activation) is nn.GELU:
         return "gelu", [], activation.approximate
     # Not nn.ReLU, whose NaN oneDNN turns into 0.

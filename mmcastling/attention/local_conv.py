@@ -1,7 +1,7 @@
 """The depthwise convolutions on the values, the part of the residual kept at inference.
 
-``TokenConv`` is the paper's, along the line of tokens; ``GridConv`` is ours for dense
-tasks, on the grid of tokens.
+``'token'`` is the paper's, along the line of tokens; ``'grid'`` is ours for dense
+tasks, an ordinary depthwise convolution on the grid of tokens.
 """
 
 from __future__ import annotations
@@ -48,9 +48,11 @@ def on_grid(
 class TokenConv(nn.Conv2d):
     """Depthwise convolution along the flattened token axis, as released.
 
-    One kernel per head, shared by the head's channels; the class token is part of the
-    line. Without bias: ``kernel_size * num_heads`` parameters, whatever ``head_dims``.
-    The released ``kernel_size``, an odd number of tokens, is 9.
+    What ``nn.Conv2d`` computes of ``(B, h, N, e)``, without a copy of tokens that are
+    the outer axis in memory: one kernel per head, shared by the head's channels; the
+    class token is part of the line. Without bias: ``kernel_size * num_heads``
+    parameters, whatever ``head_dims``. The released ``kernel_size``, an odd number of
+    tokens, is 9.
     """
 
     def __init__(self, num_heads: int, head_dims: int, kernel_size: int = 9) -> None:
@@ -64,8 +66,8 @@ class TokenConv(nn.Conv2d):
             bias=False,
         )
 
-    def forward(self, v: Tensor, grid: Grid | None = None) -> Tensor:
-        """Convolve values ``(B, h, N, e)`` over ``N``; ``grid`` is not needed."""
+    def forward(self, v: Tensor) -> Tensor:
+        """Convolve values ``(B, h, N, e)`` over ``N``."""
         heads, tokens, channels = v.shape[1:]
         weight = self.weight.expand(-1, channels, -1, -1)  # (h, e, kernel_size, 1)
         convolve = functools.partial(
@@ -78,46 +80,45 @@ class TokenConv(nn.Conv2d):
         return split_heads(x, heads)
 
 
-class GridConv(nn.Conv2d):
-    """Depthwise convolution on the ``(H, W)`` grid of tokens, one kernel per channel.
+def grid_conv(channels: int, kernel_size: int = 3) -> nn.Conv2d:
+    """A depthwise convolution on maps, whose odd ``kernel_size`` keeps their size."""
+    _check_odd(kernel_size)
+    padding = kernel_size // 2
+    return nn.Conv2d(
+        channels, channels, kernel_size, padding=padding, groups=channels, bias=False
+    )
 
-    Tokens that lead the grid (a class token) lie outside it and receive zero. The
-    kernel is a square whose side ``kernel_size`` is odd.
+
+def convolve_on_grid(conv: nn.Module, v: Tensor, grid: Grid | None) -> Tensor:
+    """Apply a layer of maps to values ``(B, h, N, e)``, as maps of ``h * e`` channels.
+
+    Their last ``H * W`` tokens fill ``grid``. Tokens that lead it (a class token) lie
+    outside and receive zero.
+
+    Raises:
+        ValueError: If ``grid`` is missing or holds more than ``N`` tokens.
     """
-
-    def __init__(self, num_heads: int, head_dims: int, kernel_size: int = 3) -> None:
-        _check_odd(kernel_size)
-        channels = num_heads * head_dims
-        super().__init__(
-            channels,
-            channels,
-            kernel_size,
-            padding=kernel_size // 2,
-            groups=channels,
-            bias=False,
+    heads, tokens = v.shape[1:3]
+    if grid is None:
+        raise OptionError(
+            f"a convolution on the grid got {tokens} tokens without their grid: pass "
+            "grid=(H, W), or use local_conv='token', which needs none"
         )
+    extra = count_extra(tokens, grid)
+    x, _ = on_grid(conv, merge_heads(v)[:, extra:], grid)
+    x = nn.functional.pad(x, (0, 0, extra, 0)) if extra else x
+    return split_heads(x, heads)
 
-    def forward(self, v: Tensor, grid: Grid | None = None) -> Tensor:
-        """Convolve values ``(B, h, N, e)`` whose last ``H * W`` tokens fill ``grid``.
 
-        Raises:
-            ValueError: If ``grid`` is missing or holds more than ``N`` tokens.
-        """
-        heads, tokens = v.shape[1:3]
-        if grid is None:
-            raise OptionError(
-                f"GridConv got {tokens} tokens without their grid: pass grid=(H, W), "
-                "or use local_conv='token', which needs none"
-            )
-        height, width = grid
-        extra = tokens - height * width
-        if extra < 0:
-            raise OptionError(
-                f"grid {grid} holds {height * width} tokens but there are only {tokens}"
-            )
-        x, _ = on_grid(super().forward, merge_heads(v)[:, extra:], grid)
-        x = nn.functional.pad(x, (0, 0, extra, 0)) if extra else x
-        return split_heads(x, heads)
+def count_extra(tokens: int, grid: Grid) -> int:
+    """How many tokens lead a grid; ValueError if it holds more than there are."""
+    height, width = grid
+    extra = tokens - height * width
+    if extra < 0:
+        raise OptionError(
+            f"grid {grid} holds {height * width} tokens but there are only {tokens}"
+        )
+    return extra
 
 
 def _check_odd(kernel_size: int) -> None:
@@ -126,9 +127,6 @@ def _check_odd(kernel_size: int) -> None:
             f"kernel_size {kernel_size!r} must be a positive odd number, so that the "
             "convolution keeps the number of tokens"
         )
-
-
-LOCAL_CONVS: dict[str, type[nn.Module]] = {"token": TokenConv, "grid": GridConv}
 
 
 def build_local_conv(
@@ -140,12 +138,15 @@ def build_local_conv(
     options = dict(spec) if isinstance(spec, dict) else {"type": spec}
     kind = options.pop("type", None)
     init = options.pop("init", None)
-    if kind not in LOCAL_CONVS or init not in (None, "zero"):
+    if kind not in ("grid", "token") or init not in (None, "zero"):
         raise OptionError(
-            f"local_conv {spec!r} is not known: choose one of {sorted(LOCAL_CONVS)}, "
+            f"local_conv {spec!r} is not known: choose 'grid', 'token', "
             "dict(type=..., kernel_size=..., init='zero'), or None"
         )
-    conv = LOCAL_CONVS[kind](num_heads, head_dims, **options)
+    if kind == "grid":
+        conv = grid_conv(num_heads * head_dims, **options)
+    else:
+        conv = TokenConv(num_heads, head_dims, **options)
     if init == "zero":
         nn.init.zeros_(conv.weight)
     return conv

@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, library
+from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from mmcastling.attention.autocast import in_full_precision
 from mmcastling.attention.functional import naive_masked_softmax_attention
-from mmcastling.attention.recording import is_transformed
+from mmcastling.attention.recording import is_transformed, register_flops
 from mmcastling.attention.threshold import MaskThreshold
 from mmcastling.errors import UnavailableError
 
@@ -242,6 +243,19 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 
 _masked_softmax.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
+# As of fused attention, all products count as dense, whatever the masks let through.
+register_flops(torch.ops.mmcastling.masked_softmax, _flops)
+register_flops(torch.ops.mmcastling.masked_softmax_backward, _backward_flops)
 
 
 class _Tiles:

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from mmcastling.attention.functional import l2_normalize
-from mmcastling.attention.local_conv import Grid, GridConv, build_local_conv
+from mmcastling.attention.local_conv import (
+    Grid,
+    TokenConv,
+    build_local_conv,
+    convolve_on_grid,
+)
 from mmcastling.attention.opaque import OpaqueModule
 
 Bias = Callable[[], Tensor]
@@ -35,6 +40,9 @@ class TokenMixer(OpaqueModule):
             weights of that size. Defaults to None (``head_dims``).
     """
 
+    uses_grid: bool
+    """Whether the mixer must be given the grid of the tokens."""
+
     deploy = False  # only a mixer with something to remove has a deployed form
     uses_bias = False  # only softmax has logits that one could be added to
 
@@ -52,11 +60,9 @@ class TokenMixer(OpaqueModule):
         self.key_dims = key_dims or head_dims
         self.norm_output = norm_output
         self.local_conv = build_local_conv(local_conv, num_heads, head_dims)
-
-    @property
-    def uses_grid(self) -> bool:
-        """Whether the mixer must be given the grid of the tokens."""
-        return isinstance(self.local_conv, GridConv)
+        # Asked now, before something may wrap or replace the convolution.
+        line = isinstance(self.local_conv, TokenConv)
+        self.uses_grid = self.local_conv is not None and not line
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Mix values over tokens: ``(B, h, N, d)`` twice and ``(B, h, N, e)`` to it.
@@ -93,8 +99,12 @@ class TokenMixer(OpaqueModule):
         return self.normalize_and_add(mixed, local, v.dtype)
 
     def convolve(self, v: Tensor, grid: Grid | None) -> Tensor | None:
-        """``local_conv(v)``, or None without a convolution."""
-        return None if self.local_conv is None else self.local_conv(v, grid)
+        """``local_conv`` of ``(B, h, N, e)``, or None without a convolution."""
+        if self.local_conv is None:
+            return None
+        if self.uses_grid:
+            return convolve_on_grid(self.local_conv, v, grid)
+        return self.local_conv(v)
 
     def normalize_and_add(
         self, y: Tensor, local: Tensor | None, dtype: torch.dtype

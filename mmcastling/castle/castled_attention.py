@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.attention import TokenMixer, build_mixer
-from mmcastling.attention.fast import fuse_linear
+from mmcastling.attention.fast import apply_layer
 from mmcastling.attention.local_conv import Grid, merge_heads, split_qkv
 from mmcastling.attention.mixer import Bias
 from mmcastling.attention.opaque import OpaqueModule
@@ -165,17 +165,12 @@ class CastledAttention(OpaqueModule):
                 setattr(self, name, value)
 
     def switch_to_deploy(self) -> None:
-        """Let the projections become fused layers; outputs are the same, rounded.
-
-        What served a bias of the logits goes, unless the mixer still has logits.
-        """
+        """Drop what served a bias of the logits, unless the mixer still has logits."""
         if not isinstance(self.mixer, SoftmaxMixer):
             for name in self.bias_names:
                 if hasattr(self, name):  # not what a caller has given
                     delattr(self, name)
             self.gone_names, self.bias_names = self.bias_names or self.gone_names, []
-        for layer in self.children():
-            fuse_linear(layer)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any
@@ -223,7 +218,7 @@ class CastledAttention(OpaqueModule):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project tokens ``(B, N, C)`` to q, k and v, each ``(B, h, N, d)``."""
-        return split_qkv(self.qkv(x), self.num_heads)
+        return split_qkv(apply_layer(self.qkv, x), self.num_heads)
 
     def mix(
         self,
@@ -259,7 +254,7 @@ class CastledAttention(OpaqueModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend, tokens ``(B, N, C)`` to the same."""
-        return self.proj(self.attend(x))
+        return apply_layer(self.proj, self.attend(x))
 
 
 def forget(state_dict: dict[str, Tensor], prefix: str, names: Sequence[str]) -> None:

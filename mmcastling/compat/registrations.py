@@ -19,8 +19,9 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-from mmcastling.attention import GridConv, TokenConv
-from mmcastling.attention.fast import FusedLinear
+from torch import nn
+
+from mmcastling.attention import TokenConv
 from mmcastling.checkpoint import SAFE_GLOBALS, with_metadata
 from mmcastling.compat import mmcv_ext, model_index, own_size
 from mmcastling.verbs import copy_masks
@@ -183,22 +184,11 @@ def allow_history_in_checkpoints(module: ModuleType) -> None:
     SAFE_GLOBALS.extend([history, (statistic, "builtins.getattr")])
 
 
-def name_layers_in_thop(module: ModuleType) -> None:
-    """Let thop, which asks for exact classes, count ours that compute as torch's do."""
-    rules = module.register_hooks
-    for kind in (FusedLinear, GridConv, TokenConv):
-        rules.setdefault(kind, rules[_base_of(kind)])
-
-
-def name_layers_in_ptflops(module: ModuleType) -> None:
-    """The same for ptflops, whose rule for convolutions does not fit ``GridConv``."""
-    rules = module.MODULES_MAPPING
-    for kind in (FusedLinear, TokenConv):
-        rules.setdefault(kind, rules[_base_of(kind)])
-
-
-def _base_of(kind: type) -> type:
-    return next(base for base in kind.__mro__ if base.__module__.startswith("torch."))
+def name_layers_in_counters(module: ModuleType) -> None:
+    """Let thop and ptflops, which ask for exact classes, count our convolution too."""
+    for table in ("register_hooks", "MODULES_MAPPING"):
+        if rules := getattr(module, table, None):
+            rules.setdefault(TokenConv, rules[nn.Conv2d])
 
 
 def keep_metadata_in_mmengine(module: ModuleType) -> None:

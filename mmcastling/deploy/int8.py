@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmcastling.attention.fast import onednn_name
+from mmcastling.attention.fast import Name, onednn_name
+from mmcastling.attention.recording import register_flops
 
 _WEIGHT_LEVELS = 127  # of a signed weight, symmetric
 _SMALLEST_STEP = 1e-12  # of a tensor of zeros
@@ -72,9 +74,9 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply to ``(..., in_features)`` in float32; the name is ``nn.Linear``'s."""
-        return self.then(nn.Identity(), input)
+        return self.then(None, input)
 
-    def then(self, activation: nn.Module, x: Tensor) -> Tensor:
+    def then(self, activation: nn.Module | None, x: Tensor) -> Tensor:
         """``activation(layer(x))``, in one pass; see
         :func:`~mmcastling.attention.fast.apply_then`."""
         name = onednn_name(activation)
@@ -91,9 +93,7 @@ class QuantizedLinear(nn.Module):
             return y.masked_fill(bad, torch.nan)
         return self._compute(x, low, high, name)
 
-    def _compute(
-        self, x: Tensor, low: Tensor, high: Tensor, name: tuple[str, list[float], str]
-    ) -> Tensor:
+    def _compute(self, x: Tensor, low: Tensor, high: Tensor, name: Name) -> Tensor:
         low = low.clamp_max(0.0)  # so that zero is a level: padding stays exact
         step = ((high.clamp_min(0.0) - low) / self.input_levels).clamp_min(
             _SMALLEST_STEP
@@ -119,6 +119,14 @@ class QuantizedLinear(nn.Module):
         return (
             f"{self.in_features}, {self.out_features}, input_levels={self.input_levels}"
         )
+
+
+def _flops(x: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * out_shape[-1]
+
+
+if has_int8():
+    register_flops(torch.ops.onednn.qlinear_pointwise, _flops)
 
 
 def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,24 +20,28 @@ from mmcastling.attention.deploying import (
     why_not_plain,
     without_effect,
 )
-from mmcastling.attention.fast import apply_then, change_class, fuse_linear
-from mmcastling.models.conv_ffn import ConvFFN, FusedHiddenConv, HiddenConv
+from mmcastling.attention.fast import apply_layer, apply_then
+from mmcastling.models.conv_ffn import ConvFFN
 
 _WITHOUT_EFFECT = (nn.Dropout, Dropout, DropPath)
 _WITH_BATCH_NORM = (ConvolutionBatchNorm, LinearBatchNorm, BatchNormLinear)
+_ACTIVATIONS = (nn.GELU, nn.Hardswish)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
-# mmcv's wraps nn.Linear for versions long past.
-_FUSED = {MMCVLinear: nn.Linear, HiddenConv: FusedHiddenConv}
 
 
 class FusedSequential(Sequential):
-    """A layer, its activation and what follows; see :func:`apply_then`."""
+    """Layers and activations one by one or, where it can, an activation with the layer
+    before it; see :func:`~mmcastling.attention.fast.apply_then`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        layer, activation, *rest = self
-        x = apply_then(layer, activation, x)
-        for module in rest:
-            x = module(x)
+        modules = [*self]
+        while modules:
+            layer, *modules = modules
+            if modules and isinstance(modules[0], _ACTIVATIONS):
+                activation, *modules = modules
+                x = apply_then(layer, activation, x)
+            else:
+                x = apply_layer(layer, x)
         return x
 
 
@@ -46,15 +50,15 @@ def fold_for_inference(module: nn.Module) -> None:
 
     Batch norms (with the statistics that training has gathered) go into the linear
     layer or convolution beside them, LayerScale factors into the last layer of their
-    MLP; dropout and stochastic depth become ``nn.Identity``. Linear layers become
-    :class:`~mmcastling.attention.fast.FusedLinear`, and MLPs compute them together with
-    the activation that follows. Inference stays the same up to rounding, names of
-    parameters change. What is not exactly as it was built (wrapped, hooked, pruned)
-    stays as it is, with a note in the log. Idempotent.
+    MLP; dropout and stochastic depth become ``nn.Identity``. Linear layers of mmcv
+    become torch's own, which MLPs compute together with the activation that follows.
+    Inference stays the same up to rounding, names of parameters change. What is not
+    exactly as it was built (wrapped, hooked, pruned) stays as it is, with a note in the
+    log. Idempotent.
     """
     for name, child in module.named_children():
-        for old, new in _FUSED.items():
-            change_class(child, old, new)
+        # mmcv's wraps torch's for versions long past.
+        _change_class(child, MMCVLinear, nn.Linear)
         if isinstance(child, _WITHOUT_EFFECT):
             setattr(module, name, without_effect(child, *_WITHOUT_EFFECT))
         elif isinstance(child, _WITH_BATCH_NORM):
@@ -63,8 +67,6 @@ def fold_for_inference(module: nn.Module) -> None:
             fold_for_inference(child)
     if isinstance(module, FFN):
         _fold_mlp(module)
-    for child in module.children():
-        fuse_linear(child)
 
 
 def _without_norm(pair: nn.Module) -> nn.Module:
@@ -98,6 +100,16 @@ def _fold_mlp(mlp: FFN) -> None:
         kinds=[LayerScale, MMCVLayerScale],
         between=[layers[-1]],
     )
-    for part in layers:
-        if len(getattr(part, "_modules", ())) > 1:
-            change_class(part, Sequential, FusedSequential)
+    for part in (layers, *layers):
+        _change_class(part, Sequential, FusedSequential)
+
+
+def _change_class(
+    module: nn.Module, old: type[nn.Module], new: type[nn.Module]
+) -> None:
+    """Make a module of exactly ``old`` one of ``new``, unless its forward is patched.
+
+    A patch usually calls the forward that it has replaced, of the old class.
+    """
+    if type(module) is old and "forward" not in vars(module):
+        module.__class__ = new

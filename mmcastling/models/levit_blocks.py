@@ -15,7 +15,9 @@ from mmpretrain.models.backbones.levit import LinearBatchNorm, Residual
 from torch import Tensor, nn
 
 from mmcastling.attention import build_mixer
+from mmcastling.attention.fast import apply_layer
 from mmcastling.attention.local_conv import Grid, merge_heads, split_heads, split_qkv
+from mmcastling.models.folding import FusedSequential
 from mmcastling.models.position_embedding import known_grid, note_grid
 
 
@@ -72,11 +74,15 @@ class CastlingLeViTAttention(BaseModule):
         self.qkv = LinearBatchNorm(in_dims, 3 * inner_dims)
         head_dims = inner_dims // num_heads
         self.mixer = build_mixer(attention, num_heads, head_dims, deploy=deploy)
-        self.proj = nn.Sequential(nn.Hardswish(), LinearBatchNorm(inner_dims, out_dims))
+        self.proj = FusedSequential(
+            nn.Hardswish(), LinearBatchNorm(inner_dims, out_dims)
+        )
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """Attend: ``(B, H * W, in_dims)`` to ``(B, H' * W', out_dims)``."""
-        q, k, v = split_qkv(self.qkv(x), self.num_heads)  # each (B, h, N, d)
+        q, k, v = split_qkv(
+            apply_layer(self.qkv, x), self.num_heads
+        )  # each (B, h, N, d)
         y = merge_heads(self.mixer(q, k, v, grid))  # (B, N, inner)
         return self.proj(subsample(y, grid, self.stride))
 
@@ -117,8 +123,8 @@ class BiasedSoftmaxAttention(BaseModule):
             self.qkv = LinearBatchNorm(in_dims, 2 * keys + values)
         else:  # entry 0 is the subsampling in mmpretrain, which has no weights
             self.kv = LinearBatchNorm(in_dims, keys + values)
-            self.q = nn.Sequential(nn.Identity(), LinearBatchNorm(in_dims, keys))
-        self.proj = nn.Sequential(nn.Hardswish(), LinearBatchNorm(values, out_dims))
+            self.q = FusedSequential(nn.Identity(), LinearBatchNorm(in_dims, keys))
+        self.proj = FusedSequential(nn.Hardswish(), LinearBatchNorm(values, out_dims))
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, grid[0] * grid[1]))
         self._register_load_state_dict_pre_hook(self._prepare_biases)
         self._register_state_dict_hook(note_grid)
@@ -127,10 +133,11 @@ class BiasedSoftmaxAttention(BaseModule):
         """Attend: ``(B, H * W, in_dims)`` to ``(B, H' * W', out_dims)``."""
         widths = [self.key_dims, self.value_dims]
         if self.stride == 1:
-            qkv = split_heads(self.qkv(x), self.num_heads)
+            qkv = split_heads(apply_layer(self.qkv, x), self.num_heads)
             q, k, v = qkv.split([self.key_dims, *widths], dim=-1)
         else:
-            k, v = split_heads(self.kv(x), self.num_heads).split(widths, dim=-1)
+            kv = split_heads(apply_layer(self.kv, x), self.num_heads)
+            k, v = kv.split(widths, dim=-1)
             queries = self.q(subsample(x, grid, self.stride))
             q = split_heads(queries, self.num_heads)
         y = nn.functional.scaled_dot_product_attention(

@@ -13,7 +13,9 @@ from mmpretrain.models.backbones.mvit import MultiScaleAttention, MultiScaleBloc
 from torch import Tensor, nn
 
 from mmcastling.attention import build_mixer
+from mmcastling.attention.fast import apply_layer, fused_inside
 from mmcastling.attention.local_conv import Grid, merge_heads, on_grid, split_heads
+from mmcastling.attention.recording import is_watched
 from mmcastling.models.conv_ffn import ConvMViTMLP
 
 
@@ -63,7 +65,7 @@ class CastlingMultiScaleAttention(MultiScaleAttention):
     def forward(self, x: Tensor, in_size: Grid) -> tuple[Tensor, Grid]:
         """``(B, H * W, in_dims)`` to ``(B, H' * W', out_dims)`` and ``(H', W')``."""
         qkv, _ = self._pool(
-            (self.pool_q, self.pool_k, self.pool_v), self.qkv(x), in_size
+            (self.pool_q, self.pool_k, self.pool_v), apply_layer(self.qkv, x), in_size
         )
         norms = (self.norm_q, self.norm_k, self.norm_v)
         q, k, v = (
@@ -77,7 +79,7 @@ class CastlingMultiScaleAttention(MultiScaleAttention):
         if self.pool_out is not None:
             y, grid = self._pool((self.pool_out,), y, in_size)
             y = self.norm_out(y.unflatten(2, (self.num_heads, -1))).flatten(2)
-        return self.proj(y), grid
+        return apply_layer(self.proj, y), grid
 
     def _pool(
         self, convolutions: Sequence[nn.Conv2d], x: Tensor, grid: Grid
@@ -85,8 +87,13 @@ class CastlingMultiScaleAttention(MultiScaleAttention):
         """One depthwise convolution in place of several, over all heads of each.
 
         Those have one stride and padding; each acts on its ``out_dims`` of the channels
-        of ``x``, alike in every head.
+        of ``x``, alike in every head. What is wrapped, replaced or hooked is called.
         """
+        if any(type(c) is not nn.Conv2d or is_watched(c) for c in convolutions):
+            parts = x.chunk(len(convolutions), 2)
+            pairs = zip(convolutions, parts, strict=True)
+            parts, grids = zip(*(self._pool_one(*p, grid) for p in pairs), strict=True)
+            return torch.cat(parts, dim=2), grids[0]
         first = convolutions[0]
         weight = torch.cat(
             [conv.weight.repeat(self.num_heads, 1, 1, 1) for conv in convolutions]
@@ -99,6 +106,14 @@ class CastlingMultiScaleAttention(MultiScaleAttention):
             groups=weight.shape[0],
         )
         return on_grid(convolve, x, grid)
+
+    def _pool_one(
+        self, convolution: nn.Module, x: Tensor, grid: Grid
+    ) -> tuple[Tensor, Grid]:
+        """Call a convolution on each head of ``(B, N, out_dims)``."""
+        x = split_heads(x, self.num_heads)  # (B, h, N, d)
+        y, grid = on_grid(convolution, x.flatten(0, 1), grid)
+        return merge_heads(y.unflatten(0, x.shape[:2])), grid
 
 
 class SoftmaxMultiScaleAttention(MultiScaleAttention):
@@ -121,6 +136,10 @@ class SoftmaxMultiScaleAttention(MultiScaleAttention):
                 table = nn.Parameter(torch.zeros(2 * longest - 1, head_dims))
                 self.register_parameter(f"rel_pos_{name}", table)
             self._register_load_state_dict_pre_hook(self._prepare_rel_pos)
+
+    def forward(self, *args: Any) -> tuple[Tensor, Grid]:
+        with fused_inside(self):
+            return super().forward(*args)
 
     def init_weights(self) -> None:
         if self.rel_pos_spatial:
@@ -205,11 +224,11 @@ class CastlingMultiScaleBlock(MultiScaleBlock):
         attended, grid = self.attn(normed, in_size)
         # Channels grow in the attention, or else in the MLP.
         grows_here = self.proj is not None and self.dim_mul_in_attention
-        skip = self.proj(normed) if grows_here else x
+        skip = apply_layer(self.proj, normed) if grows_here else x
         if self.pool_skip is not None:
             skip, _ = on_grid(self.pool_skip, skip, in_size)
         x = skip + self.drop_path(attended)
         normed = self.norm2(x)
         grows_here = self.proj is not None and not self.dim_mul_in_attention
-        skip = self.proj(normed) if grows_here else x
+        skip = apply_layer(self.proj, normed) if grows_here else x
         return skip + self.drop_path(self.mlp(normed, grid)), grid

@@ -15,7 +15,6 @@ from mmcastling.attention import (
     MIXERS,
     Attention,
     CastlingMixer,
-    GridConv,
     LinearAngularMixer,
     TokenConv,
 )
@@ -168,7 +167,8 @@ def test_token_conv_has_one_kernel_per_head_and_no_bias():
 
 
 def test_grid_conv_sees_the_grid_and_not_the_class_token():
-    conv, v = GridConv(2, 4), torch.zeros(1, 2, 1 + 3 * 5, 4)
+    mixer = MIXERS["softmax"](2, 4, local_conv="grid")
+    conv, v = mixer.convolve, torch.zeros(1, 2, 1 + 3 * 5, 4)
     v[:, :, 1 + 1 * 5 + 2] = 1.0  # row 1, column 2
     touched = conv(v, (3, 5)).abs().sum((0, 1, 3)) > 0
     expected = torch.zeros(3, 5, dtype=torch.bool)

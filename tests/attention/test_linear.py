@@ -1,6 +1,7 @@
-"""Fused linear layers: the same function, by oneDNN where it serves."""
+"""Linear layers in one pass: the same function, by oneDNN where it serves."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmcastling.analysis import count_macs
-from mmcastling.attention.fast import FusedLinear, apply_then, fuse_linear
+from mmcastling.attention.fast import apply_layer, apply_then, fused_inside
 
 ACTIVATIONS = {
     "none": None,
@@ -44,11 +45,10 @@ def calls_onednn(layer, x):
 
 
 class Fused(nn.Module):
-    """A fused layer and its activation, as an MLP holds and calls them."""
+    """A layer and its activation, as an MLP holds and calls them."""
 
     def __init__(self, linear, activation):
         super().__init__()
-        fuse_linear(linear)
         self.layer, self.activation = linear, activation or nn.Identity()
 
     def forward(self, x):
@@ -154,20 +154,6 @@ def test_graphs_hold_the_layer_itself():
     assert_close(exported.module()(x), fused(x))
 
 
-def test_fusing_keeps_parameters_hooks_and_references():
-    linear = nn.Linear(24, 40)
-    seen = []
-    linear.register_forward_hook(lambda *_: seen.append(1))
-    weight, names = linear.weight, list(linear.state_dict())
-    for _ in range(2):
-        fuse_linear(linear)
-        assert isinstance(linear, FusedLinear) and linear.weight is weight
-    assert list(linear.state_dict()) == names
-    with torch.no_grad():
-        linear(torch.randn(3, 24))
-    assert seen
-
-
 class LowRank(nn.Linear):
     """A layer with a forward of its own, as finetuning libraries have."""
 
@@ -175,11 +161,50 @@ class LowRank(nn.Linear):
         return super().forward(x) + x.mean()
 
 
-@pytest.mark.parametrize("layer", [LowRank(2, 3), nn.Identity(), nn.Bilinear(2, 2, 3)])
-def test_what_is_not_exactly_a_linear_layer_stays(layer):
-    kind = type(layer)
-    fuse_linear(layer)
-    assert type(layer) is kind
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [LowRank(24, 3), nn.Identity(), nn.LayerNorm(24)])
+def test_what_is_not_exactly_a_linear_layer_is_called(layer):
+    x = torch.randn(3, 24)
+    assert not calls_onednn(functools.partial(apply_layer, layer), x)
+    assert_close(apply_then(layer, nn.GELU(), x), nn.GELU()(layer(x)))
+
+
+class Foreign(nn.Module):
+    """A forward of another library, which calls its layer itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.seen = nn.Linear(24, 24), []
+
+    def forward(self, x):
+        if x.isnan().any():
+            raise ValueError("no number")
+        return self.layer(x)
+
+
+@needs_onednn
+@torch.no_grad()
+def test_layers_inside_a_foreign_forward_are_linear_again_behind_it():
+    holder, x = Foreign(), torch.randn(3, 24)
+    expected = holder(x)
+
+    def inside(x):
+        with fused_inside(holder):
+            return holder(x)
+
+    assert calls_onednn(inside, x) and type(holder.layer) is nn.Linear
+    assert_close(inside(x), expected)
+    with pytest.raises(ValueError, match="no number"):
+        inside(x * torch.nan)
+    assert type(holder.layer) is nn.Linear
+    with FlopCounterMode(display=False) as counter:
+        inside(x)
+    assert counter.get_total_flops() == 2 * 3 * 24 * 24
+    handle = holder.layer.register_forward_hook(add_one)
+    assert not calls_onednn(inside, x)
+    assert_close(inside(x), expected + 1.0)
+    handle.remove()
+    assert calls_onednn(inside, x)
 
 
 # -- nothing hides anything ------------------------------------------------------------
@@ -243,7 +268,7 @@ def test_hooks_on_all_modules_see_the_layer_before_its_activation():
     with torch.no_grad():
         fused(x)
         handle.remove()
-        assert_close(seen[FusedLinear], plain[0](x))
+        assert_close(seen[nn.Linear], plain[0](x))
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from mmcastling import castle, switch_to_deploy
-from mmcastling.attention.local_conv import GridConv
+from mmcastling.attention import TokenMixer
 
 WIDE, TALL, ODD = (32, 128), (128, 32), (64, 48)  # at patch 16: (2, 8), (8, 2), (4, 3)
 
@@ -25,8 +25,8 @@ def castled(name="timm", **options):
     model.eval()  # mmpretrain's returns None
     castle(model, local_conv="grid", mask_threshold=1.0, **options)
     for module in model.modules():  # so that the grid shows in the output
-        if isinstance(module, GridConv):
-            nn.init.normal_(module.weight)
+        if isinstance(module, TokenMixer):
+            nn.init.normal_(module.local_conv.weight)
     return model
 
 
@@ -41,11 +41,11 @@ def with_grid(name, size, model):
 def grids(monkeypatch):
     """The grids that reach convolutions."""
     seen = []
-    forward = GridConv.forward
+    convolve = TokenMixer.convolve
     monkeypatch.setattr(
-        GridConv,
-        "forward",
-        lambda conv, v, grid=None: (seen.append(grid), forward(conv, v, grid))[1],
+        TokenMixer,
+        "convolve",
+        lambda mixer, v, grid: (seen.append(grid), convolve(mixer, v, grid))[1],
     )
     return seen
 

@@ -11,15 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.testing import assert_close
 
 from mmcastling.analysis import count_macs
+from mmcastling.attention import fast
 from mmcastling.attention.attention import LayerScale as OwnLayerScale
-from mmcastling.attention.fast import FusedLinear
 from mmcastling.attention.local_conv import merge_heads, split_heads
 from mmcastling.models import CastlingLeViT, CastlingMViT, CastlingViT
 from mmcastling.models.conv_ffn import (
     ConvLeViTMLP,
     ConvMViTMLP,
-    FusedHiddenConv,
-    HiddenConv,
 )
 from mmcastling.models.mvit_blocks import CastlingMultiScaleAttention
 from mmcastling.verbs import set_mask
@@ -162,25 +160,25 @@ def test_pooling_q_k_and_v_together_is_mmpretrains_pooling(stride_q):
 def test_activations_are_computed_with_what_stands_before_them(family, ffn_conv):
     backbone = trained_like(family, ffn_conv=ffn_conv)
     for module in backbone.modules():
-        if isinstance(module, HiddenConv):
-            nn.init.normal_(module.weight, std=0.3)  # no longer the identity
+        if hasattr(module, "dwconv"):
+            nn.init.normal_(module.dwconv.weight, std=0.3)  # no longer the identity
     expected = backbone(images())
     backbone.switch_to_deploy()
     mlps = [
         m for m in backbone.modules() if isinstance(m, (FFN, ConvMViTMLP, ConvLeViTMLP))
     ]
     called = []
-    kind = FusedHiddenConv if ffn_conv else FusedLinear
+    kind = nn.Conv2d if ffn_conv else nn.Linear
     with pytest.MonkeyPatch.context() as patch:
-        then = kind.then
+        compute = fast._OPERATORS[kind]
 
-        def noting(layer, activation, *args):
-            called.append(type(activation))
-            return then(layer, activation, *args)
+        def noting(layer, name, x):
+            called.append(name[0])
+            return compute(layer, name, x)
 
-        patch.setattr(kind, "then", noting)
+        patch.setitem(fast._OPERATORS, kind, noting)
         found = backbone(images())
-    activation = nn.Hardswish if family == "levit" else nn.GELU
+    activation = "hardswish" if family == "levit" else "gelu"
     assert called.count(activation) == len(mlps) > 0
     within(found, expected)
 

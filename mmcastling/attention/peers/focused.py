@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from mmcastling.attention.autocast import in_full_precision
 from mmcastling.attention.functional import kernel_attention, l2_normalize
-from mmcastling.attention.local_conv import Grid, GridConv, merge_heads, split_heads
+from mmcastling.attention.local_conv import (
+    Grid,
+    convolve_on_grid,
+    grid_conv,
+    merge_heads,
+    split_heads,
+)
 from mmcastling.attention.mixer import TokenMixer
 from mmcastling.errors import OptionError
 
@@ -29,18 +35,6 @@ def focused_features(x: Tensor, scale: Tensor, *, focus: float = 3) -> Tensor:
     return length * l2_normalize(l2_normalize(x) ** focus)
 
 
-class FocusedConv(GridConv):
-    """The depthwise convolution of the paper, 5x5: the heads share its kernels."""
-
-    def __init__(self, head_dims: int) -> None:
-        super().__init__(1, head_dims, kernel_size=5)
-        self.bias = nn.Parameter(torch.zeros(head_dims))
-
-    def forward(self, v: Tensor, grid: Grid | None = None) -> Tensor:
-        """Convolve values ``(B, h, N, e)`` whose last tokens fill ``grid``."""
-        return super().forward(v.flatten(0, 1).unsqueeze(1), grid).reshape(v.shape)
-
-
 class FocusedMixer(TokenMixer):
     """Focused linear attention as a mixer.
 
@@ -49,8 +43,9 @@ class FocusedMixer(TokenMixer):
 
     Args:
         num_heads, head_dims, norm_output, key_dims: As in :class:`TokenMixer`.
-        local_conv: ``'focused'`` for the paper's own, which needs the grid, or as in
-            :class:`TokenMixer`. Defaults to ``'focused'``.
+        local_conv: ``'focused'`` for the paper's own, 5x5 on the grid with kernels
+            that the heads share, or as in :class:`TokenMixer`. Defaults to
+            ``'focused'``.
         focus: The power ``p`` that sharpens the features, at least 1. Defaults to 3.
     """
 
@@ -66,14 +61,22 @@ class FocusedMixer(TokenMixer):
         own = local_conv == "focused"
         conv = None if own else local_conv
         super().__init__(num_heads, head_dims, conv, norm_output, key_dims)
+        self.is_shared = own
         if own:
-            self.local_conv = FocusedConv(head_dims)
+            self.local_conv, self.uses_grid = grid_conv(head_dims, 5), True
+            self.local_conv.bias = nn.Parameter(torch.zeros(head_dims))
         if focus < 1:
             raise OptionError(
                 f"focus {focus!r} must be at least 1; below, it would blur the features"
             )
         self.focus = focus
         self.scale = nn.Parameter(torch.zeros(num_heads * self.key_dims))
+
+    def convolve(self, v: Tensor, grid: Grid | None) -> Tensor | None:
+        if not self.is_shared:
+            return super().convolve(v, grid)
+        heads = v.flatten(0, 1).unsqueeze(1)
+        return convolve_on_grid(self.local_conv, heads, grid).reshape(v.shape)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return kernel_attention(self._features(q), self._features(k), v)

@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from mmcastling.attention.fast import apply_layer
 from mmcastling.attention.local_conv import merge_heads, split_qkv
 from mmcastling.castle.adapter_registry import register_adapter
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
@@ -19,7 +20,7 @@ class CastledBiasedAttention(CastledAttention):
         if self.q_bias is None:
             return super().project(x)
         bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        return split_qkv(self.qkv(x) + bias, self.num_heads)
+        return split_qkv(apply_layer(self.qkv, x) + bias, self.num_heads)
 
 
 def table_bias(attention: CastledAttention) -> Tensor:
@@ -44,7 +45,7 @@ class CastledBEiTAttention(CastledBiasedAttention):
         """Attend; a bias that the backbone shares among its blocks is not applied."""
         q, k, v = self.project(x)
         y = self.mix(q, k, v, bias=functools.partial(table_bias, self))
-        return self.proj_drop(self.proj(merge_heads(y)))
+        return self.proj_drop(apply_layer(self.proj, merge_heads(y)))
 
 
 @register_adapter("mmpretrain.models.utils.attention.BEiTAttention")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmcastling.attention.fast import apply_layer, fused_inside
 from mmcastling.attention.local_conv import merge_heads, split_heads
 from mmcastling.attention.opaque import OpaqueModule
 from mmcastling.castle.adapter_registry import (
@@ -98,7 +99,8 @@ class CastledInterfaceAttention(CastledCopy, CastledAttention):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the attention did before, with :func:`mix_states` in its midst."""
-        return super(OpaqueModule, self).forward(*args, **kwargs)
+        with fused_inside(self):
+            return super(OpaqueModule, self).forward(*args, **kwargs)
 
     def mix_states(
         self, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, mask: Any
@@ -269,7 +271,8 @@ class CastledWindowedAttention(CastledAttention):
         check_output_attentions(output_attentions)
         layers = (self.query, self.key, self.value)
         q, k, v = (
-            split_heads(layer(hidden_states), self.num_heads) for layer in layers
+            split_heads(apply_layer(layer, hidden_states), self.num_heads)
+            for layer in layers
         )
         return merge_heads(self.mix(q, k, v)), None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmcastling.attention.fast import apply_layer
 from mmcastling.attention.local_conv import Grid, split_heads
 from mmcastling.attention.peers.softmax import SoftmaxMixer
 from mmcastling.castle.adapter_registry import register_adapter
@@ -92,7 +93,8 @@ class CastledSwinAttention(CastledAttention):
     def forward(self, x: Tensor, window: Grid, shift: Grid) -> Tensor:
         """Attend on a shifted map of whole windows, ``(B, H, W, C)`` to the same."""
         bias = self.relative_position_bias if self.bias_names else None
-        return self.o_proj(attend_in_windows(self, x, window, shift, bias))
+        y = attend_in_windows(self, x, window, shift, bias)
+        return apply_layer(self.o_proj, y)
 
 
 class CastledSwinLayer(CastledCopy, nn.Module):

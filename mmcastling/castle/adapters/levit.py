@@ -12,6 +12,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
+from mmcastling.attention.fast import apply_layer
 from mmcastling.attention.local_conv import Grid, merge_heads, split_heads
 from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
 from mmcastling.castle.adapters.timm_attention import KINDS, CastledTimmAttention
@@ -23,7 +24,9 @@ class CastledLeViTAttention(CastledAttention):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         widths = [self.key_dims, self.key_dims, self.head_dims]
-        return split_heads(self.qkv(x), self.num_heads).split(widths, dim=-1)
+        return split_heads(apply_layer(self.qkv, x), self.num_heads).split(
+            widths, dim=-1
+        )
 
     def find_grid(self, num_tokens: int) -> Grid:
         """The grid that the stem made, halved as often as tokens were subsampled.

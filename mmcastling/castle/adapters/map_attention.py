@@ -11,6 +11,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from mmcastling.attention.fast import apply_layer
 from mmcastling.attention.local_conv import Grid, merge_heads
 from mmcastling.castle.adapter_registry import register_adapter
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
@@ -25,7 +26,8 @@ class CastledMapAttention(CastledAttention):
         grid = (x.shape[1], x.shape[2])
         q, k, v = self.project(x.flatten(1, 2))
         bias = functools.partial(decomposed_bias, self, q, grid)
-        return self.proj(merge_heads(self.mix(q, k, v, grid, bias))).unflatten(1, grid)
+        y = merge_heads(self.mix(q, k, v, grid, bias))
+        return apply_layer(self.proj, y).unflatten(1, grid)
 
 
 class CastledVisionAttention(CastledMapAttention):

@@ -13,6 +13,7 @@ from types import NoneType
 
 from torch import Tensor, nn
 
+from mmcastling.attention.fast import apply_layer
 from mmcastling.attention.local_conv import Grid, merge_heads
 from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
@@ -36,7 +37,7 @@ class CastledMultiScaleAttention(CastledAttention):
         rows, columns = self.stride
         y = y.unflatten(2, grid)[:, :, ::rows, ::columns]
         out_size = (y.shape[2], y.shape[3])
-        return self.proj(merge_heads(y.flatten(2, 3))), out_size
+        return apply_layer(self.proj, merge_heads(y.flatten(2, 3))), out_size
 
     @staticmethod
     def _pool(

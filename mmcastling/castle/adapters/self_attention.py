@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmcastling.attention.fast import apply_layer
 from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
 from mmcastling.errors import OptionError
@@ -45,7 +46,7 @@ class CastledSelfAttention(_FromMultiheadAttention):
             ValueError: If the three differ, or a mask or the weights are asked for.
         """
         _check_self_attention(query, key, value, options)
-        return self.proj(self.attend(query)), None
+        return apply_layer(self.proj, self.attend(query)), None
 
 
 class CastledResidualAttention(_FromMultiheadAttention):
@@ -67,7 +68,9 @@ class CastledResidualAttention(_FromMultiheadAttention):
         """
         key = query if key is None else key
         _check_self_attention(query, key, key if value is None else value, options)
-        y = self.dropout_layer(self.proj_drop(self.proj(self.attend(query))))
+        y = self.dropout_layer(
+            self.proj_drop(apply_layer(self.proj, self.attend(query)))
+        )
         return (query if identity is None else identity) + y
 
 

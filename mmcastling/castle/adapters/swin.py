@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from mmcastling.attention.fast import apply_layer
 from mmcastling.attention.local_conv import Grid
 from mmcastling.attention.mixer import Bias
 from mmcastling.attention.opaque import OpaqueModule
@@ -74,7 +75,7 @@ class CastledShiftWindowMSA(OpaqueModule):
         if attention.bias_names:
             bias = functools.partial(window_bias, attention)
         x = attend_in_windows(attention, x, (window, window), (shift, shift), bias)
-        x = attention.proj_drop(attention.proj(x))
+        x = attention.proj_drop(apply_layer(attention.proj, x))
         if shift:
             x = torch.roll(x, (shift, shift), (1, 2))
         return self.drop(x[:, :height, :width].flatten(1, 2))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmcastling.attention.fast import apply_layer
 from mmcastling.attention.local_conv import Grid, merge_heads, split_heads
 from mmcastling.attention.peers.softmax import SoftmaxMixer
 from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
@@ -176,7 +177,7 @@ class CastledTimmAttention(CastledAttention):
     def _apply_layer(layer: nn.Module, x: Tensor, grid: Grid | None) -> Tensor:
         """Apply a layer, or one of images, to tokens ``(B, N, C)``."""
         if grid is None or not any(isinstance(m, nn.Conv2d) for m in layer.modules()):
-            return layer(x)
+            return apply_layer(layer, x)
         return layer(x.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
 
     def _back(self, y: Tensor, grid: Grid | None) -> Tensor:

@@ -10,6 +10,7 @@ import functools
 
 from torch import Tensor, nn
 
+from mmcastling.attention.fast import apply_layer
 from mmcastling.attention.local_conv import Grid, merge_heads
 from mmcastling.castle.adapter_registry import register_adapter
 from mmcastling.castle.adapters.biased import CastledBiasedAttention
@@ -74,7 +75,7 @@ class CastledTimmWindow(CastledCosineAttention):
             y = attend_in_windows(self, x, self.window_size, self.shift_size, bias)
             y = y.unflatten(2, (-1, wide)).unflatten(1, (-1, tall)).transpose(2, 3)
             y = y.flatten(3, 4).flatten(0, 2)
-        return self.proj_drop(self.proj(y))
+        return self.proj_drop(apply_layer(self.proj, y))
 
     def logits_bias(self) -> Tensor:
         """The bias of the logits, ``(1, h, N, N)``."""
@@ -120,7 +121,7 @@ class CastledLocalAttention(CastledAttention):
         pad = (0, 0, 0, -width % self.ws, 0, -height % self.ws)
         x = nn.functional.pad(x.unflatten(1, (height, width)), pad)
         y = attend_in_windows(self, x, (self.ws, self.ws))[:, :height, :width]
-        return self.proj_drop(self.proj(y.flatten(1, 2)))
+        return self.proj_drop(apply_layer(self.proj, y.flatten(1, 2)))
 
 
 @register_adapter("timm.models.twins.LocallyGroupedAttn")

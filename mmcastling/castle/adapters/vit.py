@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from mmcastling.attention.fast import apply_layer
 from mmcastling.attention.local_conv import Grid, merge_heads
 from mmcastling.castle.adapter_registry import register_adapter
 from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
@@ -17,7 +18,7 @@ class CastledMultiheadAttention(CastledAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.project(x)
-        x = self.proj(merge_heads(self.mix(q, k, v)))
+        x = apply_layer(self.proj, merge_heads(self.mix(q, k, v)))
         x = self.out_drop(self.gamma1(self.proj_drop(x)))
         return v.squeeze(1) + x if self.v_shortcut else x
 
@@ -56,7 +57,9 @@ class CastledRotaryAttention(CastledAttention):
                 for t in (q, k)
             )
         grid = (int(patch_resolution[0]), int(patch_resolution[1]))
-        return self.proj_drop(self.proj(merge_heads(self.mix(q, k, v, grid))))
+        return self.proj_drop(
+            apply_layer(self.proj, merge_heads(self.mix(q, k, v, grid)))
+        )
 
 
 @register_adapter("mmpretrain.models.backbones.vit_eva02.AttentionWithRoPE")
