@@ -4,7 +4,7 @@ python benchmarks/attention.py        # measure (3 minutes), store the result
 python benchmarks/report.py           # write docs/speed.md from the stored results
 
 *castling* is the deployed layer, *softmax* torch's fused attention, *projections* the
-linear layers alone, all with the linear layers that deployment makes; *released* is the
+linear layers alone, all computed as in deployed models; *released* is the
 authors' order of operations for castling in eager mode, with torch's.
 """
 

@@ -96,14 +96,14 @@ ATTENTION = """
 384 channels, 6 heads, tokens as a grid. *projections* is the layer's linear layers
 alone, the floor for any attention between them; *released* the same function in the
 authors' order of operations in eager mode, between torch's linear layers. All others
-have the linear layers that deployment makes, which oneDNN computes in one pass.
+compute theirs as deployed models do, by oneDNN in one pass.
 
 """
 
 ROOFLINE = """
 What bounds it: the projections take {share:.0%} of castling's time at 4,200 tokens.
-They are matrix products, which ran at these GFLOP/s in the same run, in torch's linear
-layer and in the one that deployment makes of it:
+They are matrix products, which ran at these GFLOP/s in the same run, by torch's linear
+layer itself and as deployed models compute it:
 
 | product | GFLOP/s |
 | --- | --- |

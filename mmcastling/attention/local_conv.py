@@ -48,27 +48,16 @@ def on_grid(
 class TokenConv(nn.Conv2d):
     """Depthwise convolution along the flattened token axis, as released.
 
-    What ``nn.Conv2d`` computes of ``(B, h, N, e)``, without a copy of tokens that are
-    the outer axis in memory: one kernel per head, shared by the head's channels; the
-    class token is part of the line. Without bias: ``kernel_size * num_heads``
-    parameters, whatever ``head_dims``. The released ``kernel_size``, an odd number of
-    tokens, is 9.
+    What ``nn.Conv2d`` computes of ``(B, h, N, e)``, and with its arguments, but without
+    a copy of tokens that are the outer axis in memory: one kernel per head, shared by
+    the head's channels; the class token is part of the line.
     """
-
-    def __init__(self, num_heads: int, head_dims: int, kernel_size: int = 9) -> None:
-        _check_odd(kernel_size)
-        super().__init__(
-            num_heads,
-            num_heads,
-            (kernel_size, 1),
-            padding=(kernel_size // 2, 0),
-            groups=num_heads,
-            bias=False,
-        )
 
     def forward(self, v: Tensor) -> Tensor:
         """Convolve values ``(B, h, N, e)`` over ``N``."""
         heads, tokens, channels = v.shape[1:]
+        if not self.in_channels == self.out_channels == self.groups:
+            return super().forward(v)  # as part of a low-rank adapter
         weight = self.weight.expand(-1, channels, -1, -1)  # (h, e, kernel_size, 1)
         convolve = functools.partial(
             nn.functional.conv2d,
@@ -78,6 +67,18 @@ class TokenConv(nn.Conv2d):
         )
         x, _ = on_grid(convolve, merge_heads(v), (tokens, 1))
         return split_heads(x, heads)
+
+
+def token_conv(num_heads: int, kernel_size: int = 9) -> TokenConv:
+    """A :class:`TokenConv` of an odd number of tokens, 9 as released, without bias.
+
+    It has ``kernel_size * num_heads`` parameters, whatever the channels of a head.
+    """
+    _check_odd(kernel_size)
+    size, padding = (kernel_size, 1), (kernel_size // 2, 0)
+    return TokenConv(
+        num_heads, num_heads, size, padding=padding, groups=num_heads, bias=False
+    )
 
 
 def grid_conv(channels: int, kernel_size: int = 3) -> nn.Conv2d:
@@ -146,7 +147,7 @@ def build_local_conv(
     if kind == "grid":
         conv = grid_conv(num_heads * head_dims, **options)
     else:
-        conv = TokenConv(num_heads, head_dims, **options)
+        conv = token_conv(num_heads, **options)
     if init == "zero":
         nn.init.zeros_(conv.weight)
     return conv

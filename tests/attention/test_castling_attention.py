@@ -162,7 +162,8 @@ def test_any_grid_with_or_without_class_token(kind, conv, batch, height, width, 
 
 
 def test_token_conv_has_one_kernel_per_head_and_no_bias():
-    conv = TokenConv(6, 64)
+    conv = MIXERS["softmax"](6, 64, local_conv="token").local_conv
+    assert type(conv) is TokenConv
     assert sum(p.numel() for p in conv.parameters()) == 9 * 6
 
 

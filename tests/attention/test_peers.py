@@ -256,10 +256,10 @@ def test_values_may_be_wider_than_keys(kind):
 
 
 def test_focused_convolution_shares_its_kernels_over_heads_and_skips_class_tokens():
-    conv = mixer("focused", local_conv="focused").local_conv
-    assert sum(p.numel() for p in conv.parameters()) == 4 * 25 + 4
+    peer = mixer("focused", local_conv="focused")
+    assert sum(p.numel() for p in peer.local_conv.parameters()) == 4 * 25 + 4
     v = torch.randn(1, 1, 1 + 30, 4).repeat(1, 3, 1, 1)
-    out = conv(v, (5, 6))
+    out = peer.convolve(v, (5, 6))
     assert_close(out[:, 0], out[:, 2])
     assert (
         out[:, :, 0].abs().max() == 0 and out[:, :, 1:].abs().min(-1).values.max() > 0
