@@ -31,6 +31,8 @@ _LEAST_ROWS = 256
 Name = tuple[str, list[float], str]
 """An activation as oneDNN is told it: name, parameters, variant."""
 
+_ALONE: Name = ("none", [], "")
+
 
 def mixed_linear_angular_attention(
     q: Tensor,
@@ -187,8 +189,8 @@ def one_pass(
     if activation is not None and is_watched(activation):
         return None
     if then is not None:
-        return functools.partial(then, layer, activation)
-    name = onednn_name(activation)
+        return functools.partial(then, layer, activation or _NOTHING)
+    name = _ALONE if activation is None else onednn_name(activation)
     if name is None or not _onednn_takes(x, layer.weight):
         return None
     return functools.partial(operator, layer, name)
@@ -205,6 +207,7 @@ def _convolution(layer: nn.Conv2d, name: Name, x: Tensor) -> Tensor:
     )
 
 
+_NOTHING = nn.Identity()
 _OPERATORS = {nn.Linear: _linear, nn.Conv2d: _convolution}
 
 
@@ -212,10 +215,9 @@ class _LinearInCall(nn.Linear):
     """The class of a linear layer while another library's forward calls it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        recorded = is_tracing_or_needs_grad(x, self.weight, self.bias)
-        if recorded or not _onednn_takes(x, self.weight):
+        if not onednn_serves(x, self.weight, self.bias):
             return super().forward(x)
-        return _linear(self, onednn_name(None), x)
+        return _linear(self, _ALONE, x)
 
 
 @contextmanager
@@ -238,6 +240,12 @@ def fused_inside(holder: nn.Module) -> Iterator[None]:
             layer.__class__ = nn.Linear
 
 
+def onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN may compute with such an input, weight and bias now."""
+    recorded = is_tracing_or_needs_grad(x, weight, bias)
+    return not recorded and _onednn_takes(x, weight)
+
+
 def _onednn_takes(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's fused layers compute with such an input and weight now."""
     return (
@@ -250,10 +258,8 @@ def _onednn_takes(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def onednn_name(activation: nn.Module | None) -> Name | None:
+def onednn_name(activation: nn.Module) -> Name | None:
     """oneDNN's name, parameters and variant of an activation; None if unknown to it."""
-    if activation is None:
-        return "none", [], ""
     if type(activation) is nn.GELU:
         return "gelu", [], activation.approximate
     # Not nn.ReLU, whose NaN oneDNN turns into 0.

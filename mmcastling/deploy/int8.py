@@ -74,9 +74,9 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply to ``(..., in_features)`` in float32; the name is ``nn.Linear``'s."""
-        return self.then(None, input)
+        return self.then(nn.Identity(), input)
 
-    def then(self, activation: nn.Module | None, x: Tensor) -> Tensor:
+    def then(self, activation: nn.Module, x: Tensor) -> Tensor:
         """``activation(layer(x))``, in one pass; see
         :func:`~mmcastling.attention.fast.apply_then`."""
         name = onednn_name(activation)
