@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmcastling.attention.fast import FusedLinear, onednn_name, onednn_serves
+from mmcastling.attention.fast import onednn_name, onednn_serves
 
 _NOTHING = nn.Identity()
 
 
-class HalfLinear(FusedLinear):
+class HalfLinear(nn.Linear):
     """A linear layer in bfloat16 or float16, for inference.
 
     It rounds inputs that arrive in another format, and what it returns stays in its
@@ -51,10 +51,10 @@ def halve_linear(layer: nn.Module, dtype: torch.dtype) -> bool:
     """Make a linear layer a :class:`HalfLinear` of a dtype, in place.
 
     Returns:
-        Whether it is one now: what is not plainly torch's or a deployed model's linear
-        layer, with a weight of its own, stays as it is.
+        Whether it is one now: what is not plainly torch's linear layer, with a weight
+        of its own, stays as it is.
     """
-    plain = type(layer) in (nn.Linear, FusedLinear) and "forward" not in vars(layer)
+    plain = type(layer) is nn.Linear and "forward" not in vars(layer)
     if not plain or layer._parameters.get("weight") is None:
         return False
     layer.to(dtype)
