@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmcastling.analysis import input_channels, paired_medians
 from mmcastling.analysis.data_sample import check_size, whole_pass
@@ -136,12 +136,12 @@ def best_precision(
     shape = (1, input_channels(model), height, width)
     _check_memory(model, shape, device, len(names))
     images = torch.randn(shape, generator=generator).to(device)
-    models = {}
-    expected: list[Tensor] = []
+    models, expected, once = {}, [], 0.0
     for name in names:
         lowered = copy.deepcopy(model)
         lowered.eval()  # some of mmdet's return nothing
         set_precision(lowered, name)
+        start = time.perf_counter()
         try:
             outputs = features(lowered, images)
         except Exception as error:  # the model's own
@@ -150,7 +150,8 @@ def best_precision(
                 f"{name}: {type(error).__name__}: {str(error).strip()[:300]}. Choose "
                 "another size, or name a precision"
             ) from error
-        expected = expected or outputs
+        if name == "fp32":
+            expected, once = outputs, time.perf_counter() - start
         difference, largest = difference_of(expected, outputs)
         if name == "fp32" or difference <= NEAR * largest:  # not where it is NaN
             models[name] = lowered
@@ -159,9 +160,6 @@ def best_precision(
     run = whole_pass(images)
     passes = {name: functools.partial(run, lowered) for name, lowered in models.items()}
     with torch.inference_mode():  # weights were rounded outside of it
-        start = time.perf_counter()
-        passes["fp32"]()
-        once = time.perf_counter() - start
         rounds = min(MOST, max(FEWEST, int(SECONDS / once)))
         seconds = paired_medians(passes, rounds)
     choice = PrecisionChoice(fastest(seconds), seconds, left_out, (height, width))
@@ -175,10 +173,12 @@ def _check_memory(
     """Raise an UnavailableError where passes and copies of the model do not fit."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import
 
+    copied = copy.deepcopy(model)  # which may keep what passes, as tables by size
+    copied.eval()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             fake = torch.empty(shape, device=device)
-            needed = estimated_peak(functools.partial(features, model), fake)
+            needed = estimated_peak(functools.partial(features, copied), fake)
     except Exception:  # what the model does depends on its input
         return
     held = [*model.parameters(), *model.buffers()]
