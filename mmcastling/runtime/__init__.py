@@ -19,27 +19,23 @@ from mmcastling.runtime.model import (
     is_exported,
 )
 
-_OF_PICTURES = (
-    "Classification",
-    "Detections",
-    "ExportedInferencer",
-    "Features",
-    "Prediction",
-    "Segmentation",
-)
-
 __all__ = [
     "RUNTIMES",
     "SUFFIXES",
+    "Classification",
+    "Detections",
     "ExportMetadata",
+    "ExportedInferencer",
     "ExportedModel",
     "ExportedModelError",
+    "Features",
+    "Prediction",
+    "Segmentation",
     "is_exported",
-    *_OF_PICTURES,
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _OF_PICTURES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.inferencer"), name)
