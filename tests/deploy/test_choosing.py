@@ -161,7 +161,7 @@ def test_what_is_far_from_float32_is_left_out(file, times, monkeypatch):
     monkeypatch.setattr(choosing, "set_precision", broken)
     choice = best_precision(vit(deploy=True), SIZE)
     assert choice.precision == "fp32" and set(choice.seconds) == {"fp32", "fp16"}
-    assert "bf16 is off by nan of" in str(choice) and "int8 is off by" in str(choice)
+    assert "bf16 is off by nan% of" in str(choice) and "int8 is off by" in str(choice)
 
 
 def test_what_gains_nothing_is_not_measured(file, times, monkeypatch):
