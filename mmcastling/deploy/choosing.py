@@ -156,7 +156,7 @@ def best_precision(
         if name == "fp32" or difference <= NEAR * largest:  # not where it is NaN
             models[name] = lowered
         else:
-            share = f"{difference / largest:.1%} of the largest feature"
+            share = f"{difference / (largest or 1.0):.1%} of the largest feature"
             left_out[name] = f"is off by {share}, more than {NEAR:.0%}"
     run = whole_pass(images)
     passes = {name: functools.partial(run, lowered) for name, lowered in models.items()}
