@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from mmcv.cnn.bricks import Dropout, DropPath
 from mmcv.cnn.bricks.scale import LayerScale as MMCVLayerScale
@@ -11,7 +12,7 @@ from mmcv.cnn.bricks.wrappers import Linear as MMCVLinear
 from mmengine.model import Sequential
 from mmpretrain.models.backbones.levit import ConvolutionBatchNorm, LinearBatchNorm
 from mmpretrain.models.heads.levit_head import BatchNormLinear
-from mmpretrain.models.utils import LayerScale
+from mmpretrain.models.utils import LayerScale, SwiGLUFFN, SwiGLUFFNFused
 from torch import Tensor, nn
 
 from mmcastling.attention.deploying import (
@@ -20,7 +21,7 @@ from mmcastling.attention.deploying import (
     why_not_plain,
     without_effect,
 )
-from mmcastling.attention.fast import apply_layer, apply_then
+from mmcastling.attention.fast import apply_layer, apply_then, fused_inside
 from mmcastling.models.conv_ffn import ConvFFN
 
 _WITHOUT_EFFECT = (nn.Dropout, Dropout, DropPath)
@@ -45,6 +46,21 @@ class FusedSequential(Sequential):
         return x
 
 
+class FusedSwiGLU(SwiGLUFFN):
+    """mmpretrain's MLP with gates, its linear layers in one pass each."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        with fused_inside(self):
+            return super().forward(*args, **kwargs)
+
+
+_CLASSES = {
+    MMCVLinear: nn.Linear,  # mmcv's wraps torch's for versions long past
+    SwiGLUFFN: FusedSwiGLU,
+    SwiGLUFFNFused: FusedSwiGLU,
+}
+
+
 def fold_for_inference(module: nn.Module) -> None:
     """Fold what stands behind a layer into it, in place.
 
@@ -57,8 +73,8 @@ def fold_for_inference(module: nn.Module) -> None:
     log. Idempotent.
     """
     for name, child in module.named_children():
-        # mmcv's wraps torch's for versions long past.
-        _change_class(child, MMCVLinear, nn.Linear)
+        for old, new in _CLASSES.items():
+            _change_class(child, old, new)
         if isinstance(child, _WITHOUT_EFFECT):
             setattr(module, name, without_effect(child, *_WITHOUT_EFFECT))
         elif isinstance(child, _WITH_BATCH_NORM):

@@ -7,6 +7,7 @@ from mmcv.cnn.bricks.transformer import FFN
 from mmpretrain.models.backbones.mvit import attention_pool
 from mmpretrain.models.utils import LayerScale
 from torch import nn
+from torch.autograd.profiler import profile
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.testing import assert_close
 
@@ -181,6 +182,23 @@ def test_activations_are_computed_with_what_stands_before_them(family, ffn_conv)
     activation = "hardswish" if family == "levit" else "gelu"
     assert called.count(activation) == len(mlps) > 0
     within(found, expected)
+
+
+GATED = dict(layer_cfgs=dict(ffn_type="swiglu_fused"))
+BUILT = [(name, {}) for name in FAMILIES]
+BUILT += [(name, dict(attention=dict(type="softmax"))) for name in FAMILIES]
+BUILT += [("vit", dict(ffn_conv=3)), ("levit", dict(ffn_conv=3)), ("vit", GATED)]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
+@pytest.mark.parametrize(("family", "options"), BUILT, ids=str)
+def test_every_linear_layer_of_a_deployed_backbone_takes_one_pass(family, options):
+    backbone = FAMILIES[family](deploy=True, **options).eval().requires_grad_(False)
+    with profile() as calls:
+        backbone(images())
+    fused = [e for e in calls.function_events if "_linear_pointwise" in e.name]
+    layers = [m for m in backbone.modules() if type(m) is nn.Linear]
+    assert len(fused) == len(layers) > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
