@@ -5,7 +5,7 @@ python benchmarks/castle_table.py --docs   # write the page from the stored resu
 
 Models are built on the meta device. Of each family (a module of ``timm.models``) the
 first two, a middle one and the last by name are tried, which takes minutes, and the
-architectures that people run; with ``--all``, every model.
+architectures that people run; with ``--all``, every model, which takes an hour.
 """
 
 import argparse
@@ -84,7 +84,8 @@ def run(every: bool = False) -> dict[str, Any]:
         except Exception as error:  # of timm's: some need an argument or a package
             results[name] = dict(error=f"{type(error).__name__}: {error}"[:200])
         print(name, results[name], flush=True)
-    return dict(timm=timm.__version__, torch=torch.__version__, models=results)
+    versions = dict(timm=timm.__version__, torch=torch.__version__)
+    return dict(versions, every=every, models=results)
 
 
 def table(stored: dict[str, Any]) -> str:
@@ -95,8 +96,9 @@ def table(stored: dict[str, Any]) -> str:
     refused = len(built) - len(castled) - len(plain)
     unknown = [n for n, r in built.items() if "no adapter" in r["left_alone"]]
     named = [n for n in NAMES if built.get(n, {}).get("castled")]
+    which = "all" if stored["every"] else "a few of each family,"
     lines = [
-        f"Of {len(built)} models of timm {stored['timm']} (a few of each family), "
+        f"Of {which} {len(built)} models of timm {stored['timm']}, "
         f"{len(castled)} are castled, {refused} are refused with the reason, and "
         f"{len(plain)} hold no attention. "
         f"In {len(unknown)} an attention is left alone for want of an adapter. "
@@ -116,7 +118,8 @@ def table(stored: dict[str, Any]) -> str:
         lines.append(f"| `{family}` | {len(rows)} | {count} | {said} |")
     if left := [n for n in NAMES if n not in named]:
         lines += ["", "Of those that people run, not castled: " + ", ".join(left) + "."]
-    lines += ["", "`python benchmarks/castle_table.py`", ""]
+    option = " --all" if stored["every"] else ""
+    lines += ["", f"`python benchmarks/castle_table.py{option}`", ""]
     return "\n".join(lines)
 
 

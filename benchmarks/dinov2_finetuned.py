@@ -100,29 +100,33 @@ def table() -> str:
     """The page's part that is generated, in Markdown."""
     lines = []
     for task, (config, _, metrics) in TASKS.items():
-        lines += [
-            f"`configs/{config}`:",
-            "",
-            "| DINOv2-S | seeds | start of training |",
-        ]
-        heads = " | ".join(f"{metric} (by seed)" for metric in metrics)
-        lines[-1] = f"| DINOv2-S | seeds | {heads} | validations, first seed |"
-        lines.append("| --- | --- | " + "--- | " * (len(metrics) + 1))
-        for row, title in ROWS.items():
-            runs = [
-                json.loads(path.read_text())
-                for path in sorted(STORED.glob(f"{task}-{row}-*.json"))
+        runs = {
+            row: [
+                json.loads(p.read_text())
+                for p in sorted(STORED.glob(f"{task}-{row}-*"))
             ]
-            if not runs:
+            for row in ROWS
+        }
+        if not any(runs.values()):
+            lines += [f"No run of `configs/{config}` is stored yet.", ""]
+            continue
+        heads = " | ".join(f"{metric} (by seed)" for metric in metrics)
+        lines += [
+            f"| `configs/{config}` | {heads} | validations, first seed |",
+            "| --- | " + "--- | " * (len(metrics) + 1),
+        ]
+        for row, found in runs.items():
+            if not found:
                 continue
             cells = []
             for metric in metrics:
-                values = [run["metrics"][metric] for run in runs]
+                values = [run["metrics"][metric] for run in found]
                 each = ", ".join(f"{value:.1f}" for value in values)
                 cells.append(f"{statistics.mean(values):.1f} ({each})")
-            curve = " ".join(f"{value:.1f}" for _, value in runs[0]["curve"])
-            lines.append(f"| {title} | {len(runs)} | {' | '.join(cells)} | {curve} |")
-    return "\n".join([*lines, ""])
+            curve = " ".join(f"{value:.1f}" for _, value in found[0]["curve"])
+            lines.append(f"| {ROWS[row]} | {' | '.join(cells)} | {curve} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def write_page() -> None:
