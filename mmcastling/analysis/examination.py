@@ -34,6 +34,8 @@ BETWEEN = (0.25, 0.375, 0.5, 0.75)
 SECONDS = 2.0
 """For the passes of one size, beyond the fewest that make a median."""
 FEWEST, MOST = 3, 15
+LONG = 8.0
+"""Seconds before and after together beyond which two passes of each will do."""
 
 Groups = dict[str, list[tuple[int, int]]]
 """Of each castled attention's passes, how many groups of how many tokens attend."""
@@ -161,7 +163,8 @@ def _measure(
         except UnavailableError:
             run()
     seconds = time.perf_counter() - start
-    rounds = min(MOST, max(FEWEST, int(SECONDS / seconds)))
+    fewest = FEWEST if seconds < LONG else 2
+    rounds = min(MOST, max(fewest, int(SECONDS / seconds)))
     medians = paired_medians(passes, rounds, warm=True)
     times = (medians["a"] * 1e3, medians["b"] * 1e3)
     found = Measured(size, asked, times, peak_bytes=_pair(peaks))
