@@ -9,7 +9,7 @@ unless the file is torch's exported program. What reads pictures needs OpenCV.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmcastling.runtime.metadata import ExportedModelError, ExportMetadata
 from mmcastling.runtime.model import (
@@ -18,6 +18,16 @@ from mmcastling.runtime.model import (
     ExportedModel,
     is_exported,
 )
+
+if TYPE_CHECKING:
+    from mmcastling.runtime.inferencer import (
+        Classification,
+        Detections,
+        ExportedInferencer,
+        Features,
+        Prediction,
+        Segmentation,
+    )
 
 __all__ = [
     "RUNTIMES",
