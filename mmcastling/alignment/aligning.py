@@ -18,11 +18,13 @@ from mmcastling.alignment.pairs import (
     Images,
     Pairs,
     attention_pairs,
+    blocks_of,
     cosines,
     default_features,
     features_of,
     in_evaluation,
     on_each_attention,
+    outputs_of,
     relative_error,
 )
 from mmcastling.attention import TokenMixer
@@ -54,8 +56,9 @@ def align(
 
     No labels are needed. In the first stage each castled attention, with all of its
     weights, learns to give what the teacher's gives on the teacher's own tokens; in the
-    second the whole student learns the features that the next part reads. The masks are
-    off in the end, so that the student can always be deployed.
+    second the whole student learns the features that the next part reads, and with them
+    what each block gives, which tells the first blocks sooner what to mend. The masks
+    are off in the end, so that the student can always be deployed.
 
     Args:
         student: A castled copy of the teacher, which is trained in place.
@@ -98,6 +101,7 @@ def align(
     student.train(False)
     settings = dict(steps=list(steps), learning_rates=list(learning_rates))
     settings.update(mask=str(mask), amp=amp, student=_described(student))
+    settings["matched"] = "features and blocks"
     settings["teacher"] = _fingerprint(teacher)
     settings["images"] = getattr(images, "described", "")
     device = next(teacher.parameters()).device
@@ -188,22 +192,31 @@ def _match_attentions(
 def _match_features(
     student: nn.Module, teacher: nn.Module, pairs: Pairs, features: Features, x: Tensor
 ) -> dict[str, float]:
-    """Add the gradients of the features' errors; the errors by level."""
-    with torch.no_grad():
+    """Add the gradients of the errors of features and blocks; the errors by level."""
+    names = blocks_of(pairs)
+    with torch.no_grad(), outputs_of(teacher, names) as wanted:
         expected = features_of(teacher, x, features)
-    found = features_of(student, x, features)
+    with outputs_of(student, names) as given:
+        found = features_of(student, x, features)
     if [f.shape for f in found] != [e.shape for e in expected]:
         raise AlignError(
             f"features of the student have shapes {[tuple(f.shape) for f in found]}, "
             f"those of the teacher {[tuple(e.shape) for e in expected]}: give "
             "features=, a function of a model and its images"
         )
-    errors = [
-        1 - cosines(f, e).mean() + 0.1 * relative_error(f, e)
-        for f, e in zip(found, expected, strict=True)
-    ]
-    sum(errors).backward()
-    return {f"features {level}": error.item() for level, error in enumerate(errors)}
+    errors = {
+        f"features {level}": _error(*both)
+        for level, both in enumerate(zip(found, expected, strict=True))
+    }
+    if given:
+        each = [_error(given[name], wanted[name]) for name in given]
+        errors["blocks"] = sum(each) / len(each)
+    sum(errors.values()).backward()
+    return {name: error.item() for name, error in errors.items()}
+
+
+def _error(found: Tensor, expected: Tensor) -> Tensor:
+    return 1 - cosines(found, expected).mean() + 0.1 * relative_error(found, expected)
 
 
 class _Stage:

@@ -119,6 +119,37 @@ def on_each_attention(
             handle.remove()
 
 
+def blocks_of(pairs: Pairs) -> list[str]:
+    """The blocks that hold castled attentions: the nearest elements of a list."""
+    blocks = []
+    for name in pairs:
+        while name and not name.rpartition(".")[2].isdigit():
+            name = _parent(name)
+        blocks.append(name)
+    return [name for name in dict.fromkeys(blocks) if name]
+
+
+@contextmanager
+def outputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """The first tensor that each of some modules gives in the pass inside, by name."""
+    found: dict[str, Tensor] = {}
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            found[name] = next(tensors_in(output))
+
+        return hook
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(hook_of(name)) for name in names
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @contextmanager
 def in_evaluation(*models: nn.Module) -> Iterator[None]:
     """Have models in evaluation: what drops paths gives no features to compare."""

@@ -21,6 +21,7 @@ from mmcastling.alignment import (
     feature_similarity,
     scan,
 )
+from mmcastling.alignment.pairs import blocks_of, cosines, outputs_of
 from mmcastling.alignment.scanning import ScanRow, choose_kept
 from mmcastling.decay import MaskDecay
 
@@ -86,6 +87,45 @@ def test_attentions_and_features_come_close(teacher, aligned):
         feature_similarity(s, teacher, HELD_OUT) for s in (end, start)
     )
     assert 1 - cosine < 0.5 * (1 - untrained)
+
+
+def test_the_second_stage_matches_what_blocks_give(teacher):
+    student, names = (
+        castled(teacher),
+        blocks_of(attention_pairs(castled(teacher), teacher)),
+    )
+    assert names == ["blocks.0", "blocks.1"]
+
+    def distances():
+        given = []
+        for model in (student, teacher):
+            with torch.no_grad(), outputs_of(model, names) as found:
+                model(HELD_OUT[0])
+            given.append(found)
+        ours, theirs = given
+        return [1 - cosines(ours[name], theirs[name]).mean().item() for name in names]
+
+    def nothing(model, x):  # so that blocks alone have a gradient
+        return 0 * model.forward_features(x)
+
+    set_mask(student, 1.0)
+    before = distances()
+    options = dict(steps=(0, 30), learning_rates=(1e-3, 1e-3))
+    align(student, teacher, images, features=nothing, **options)
+    assert all(b < 0.8 * a for a, b in zip(before, distances(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("attention", "block"),
+    [
+        ("stages.1.blocks.2.attn.w_msa", ["stages.1.blocks.2"]),
+        ("encoder.layer.0.attention.attention", ["encoder.layer.0"]),
+        ("0", ["0"]),
+        ("attn", []),
+    ],
+)
+def test_the_block_of_an_attention_is_its_nearest_place_in_a_list(attention, block):
+    assert blocks_of({attention: None}) == block
 
 
 def test_masks_are_off_and_deploying_changes_nothing(aligned):
