@@ -34,7 +34,7 @@ def test_a_named_model_is_exported(run_main, tmp_path):
         (("doctor.py", "tim:test_vit"), "no config and no model's name"),
         (("doctor.py", "none.py"), "does not exist"),
         (("doctor.py", "timm:resnet18", "--size", "64", "64"), "do not castle this"),
-        (("doctor.py", "timm:test_vit", "--size", "-1", "64"), "above 0"),
+        (("doctor.py", "timm:test_vit", "--size", "-1", "64"), "two positive integers"),
         (("doctor.py", "timm:test_vit", "--out", "x.gif"), "end the name in .png"),
         (("doctor.py", "timm:test_vit", "none.pth"), "does not exist"),
         (("export.py", "timm:test_vit"), "name the file to write"),
