@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from castle_and_distil import Pictures, find_data
 from common import ROOT
+from marked import replace_between
 from mmpretrain.datasets import FashionMNIST
 from torch import Tensor, nn
 
@@ -254,10 +255,8 @@ def write_page() -> None:
             "the class token, 2,000 training and 1,000 test images of Fashion-MNIST at "
             "112x112.\n"
         )
-    page = PAGE.read_text()
-    head, rest = page.split(BEGIN)
-    _, tail = rest.split(END)
-    write_text_atomically(PAGE, head + BEGIN + text + END + tail)
+    page = replace_between(PAGE.read_text(), BEGIN, END, text)
+    write_text_atomically(PAGE, page)
 
 
 def parse_args() -> argparse.Namespace:

@@ -27,6 +27,7 @@ import mmengine
 import mmseg
 import numpy as np
 import torch
+from marked import replace_between
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS
@@ -365,9 +366,7 @@ def table(result: dict[str, Any]) -> str:
 
 def page_with(result: dict[str, Any], text: str) -> str:
     """The page's text with the tables between its two marks."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}{table(result)}{END}{after}"
+    return replace_between(text, BEGIN, END, table(result))
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from marked import replace_between
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from mmpretrain.datasets import FashionMNIST
@@ -400,9 +401,7 @@ def table(result: dict[str, Any]) -> str:
 
 def page_with(result: dict[str, Any], text: str) -> str:
     """The page's text with the table between its two marks."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}{table(result)}{END}{after}"
+    return replace_between(text, BEGIN, END, table(result))
 
 
 def command(options: list[str]) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 import timm
 import torch
+from marked import replace_between
 
 from mmcastling.castle import castle
 from mmcastling.castle.swap import NothingToCastle
@@ -125,9 +126,7 @@ def table(stored: dict[str, Any]) -> str:
 
 def page_with(stored: dict[str, Any], text: str) -> str:
     """The page's text with the table between its two marks."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}{table(stored)}{END}{after}"
+    return replace_between(text, BEGIN, END, table(stored))
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from marked import replace_between
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 ASSETS = ROOT / "docs" / "assets"
@@ -45,9 +47,7 @@ def table(summary: dict[str, Any]) -> str:
 
 def readme_with(summary: dict[str, Any], text: str) -> str:
     """The README's text with the table between its two marks."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}{table(summary)}{END}{after}"
+    return replace_between(text, BEGIN, END, table(summary))
 
 
 def main() -> None:

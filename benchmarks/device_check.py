@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 import mmcastling
+from mmcastling.analysis import paired_medians
 from mmcastling.analysis.machine import PeakMemory, environment, instruction_set
-from mmcastling.analysis.timing import synchronize
 from mmcastling.attention import MIXERS, Attention, masked_softmax_attention
 from mmcastling.checkpoint import write_json_atomically
 from mmcastling.errors import OptionError, UnavailableError
@@ -166,14 +165,8 @@ def milliseconds_and_bytes(
         most = peak.bytes
     except UnavailableError:
         most = None
-    seconds = []
-    for _ in range(repeats):
-        synchronize()
-        start = time.perf_counter()
-        run()
-        synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(seconds), most
+    medians = paired_medians({"run": run}, repeats, warm=True)
+    return 1e3 * medians["run"], most
 
 
 def training_step(module: nn.Module, x: Tensor) -> Callable[[], None]:

@@ -17,14 +17,15 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
 from align_dinov2 import PAGE, imported_weights
 from common import ROOT
+from marked import replace_between
 from mmengine.config import Config
 
 from mmcastling.analysis.machine import environment
 from mmcastling.checkpoint import (
     load_checkpoint,
+    save_atomically,
     write_json_atomically,
     write_text_atomically,
 )
@@ -70,9 +71,10 @@ def carry_out(task: str, row: str, seed: int, args: argparse.Namespace) -> Any:
     data = args.data_root or TASKS[task][1]
     cfg = config_of(task, row, seed, work_dir, data)
     start = work_dir / "start.pth"
-    work_dir.mkdir(parents=True, exist_ok=True)
-    state = {f"backbone.{k}": v for k, v in start_weights(row, args).items()}
-    torch.save(dict(state_dict=state), start)
+    if not start.is_file():  # else this run goes on
+        work_dir.mkdir(parents=True, exist_ok=True)
+        state = {f"backbone.{k}": v for k, v in start_weights(row, args).items()}
+        save_atomically(dict(state_dict=state), start)
     cfg.load_from = str(start)
     train(cfg, resume="auto")
     last = (work_dir / "last_checkpoint").read_text().strip()
@@ -131,9 +133,8 @@ def table() -> str:
 
 def write_page() -> None:
     """Put the table of stored runs into the page."""
-    head, rest = PAGE.read_text().split(BEGIN)
-    _, tail = rest.split(END)
-    write_text_atomically(PAGE, head + BEGIN + table() + END + tail)
+    page = replace_between(PAGE.read_text(), BEGIN, END, table())
+    write_text_atomically(PAGE, page)
 
 
 def parse_args() -> argparse.Namespace:

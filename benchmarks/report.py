@@ -28,6 +28,7 @@ from common import (
     load,
     median,
 )
+from marked import replace_between
 
 from mmcastling.checkpoint import write_text_atomically
 from mmcastling.deploy.choosing import GAIN, NEAR
@@ -377,8 +378,6 @@ def readme_with(machines: dict[str, Results], text: str) -> str:
         machines: The stored results of ``benchmarks/backbones.py`` by kind of machine.
         text: The README.
     """
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
     height, width = backbones.LARGE
     rows = [
         f"| backbone, {height}x{width} pixels | on | softmax, ms | castled and "
@@ -400,7 +399,7 @@ def readme_with(machines: dict[str, Results], text: str) -> str:
         "Medians of forward passes in float32 with batch 1; weights are random. "
         f"{'; '.join(places)}.\n"
     )
-    return before + BEGIN + "\n".join([*rows, "", caption]) + END + after
+    return replace_between(text, BEGIN, END, "\n".join([*rows, "", caption]))
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from mmcastling.analysis.complexity import SELF, count_macs
 from mmcastling.analysis.data_sample import check_size, input_channels
 from mmcastling.analysis.diagnosis import Diagnosis, Measured, Size, Stage, size_text
 from mmcastling.analysis.machine import PeakMemory, environment
-from mmcastling.analysis.timing import paired_medians, synchronize
+from mmcastling.analysis.timing import paired_medians, repeats_within, synchronize
 from mmcastling.attention import TokenMixer
 from mmcastling.castle import CastleReport, castle
 from mmcastling.errors import OptionError, UnavailableError
@@ -33,7 +33,6 @@ BETWEEN = (0.25, 0.375, 0.5, 0.75)
 """Sides of further images, for the curve, as shares of the largest's."""
 SECONDS = 2.0
 """For the passes of one size, beyond the fewest that make a median."""
-FEWEST, MOST = 3, 15
 LONG = 8.0
 """Seconds before and after together beyond which two passes of each will do."""
 
@@ -163,8 +162,7 @@ def _measure(
         except UnavailableError:
             run()
     seconds = time.perf_counter() - start
-    fewest = FEWEST if seconds < LONG else 2
-    rounds = min(MOST, max(fewest, int(SECONDS / seconds)))
+    rounds = 2 if seconds >= LONG else repeats_within(SECONDS, seconds)
     medians = paired_medians(passes, rounds, warm=True)
     times = (medians["a"] * 1e3, medians["b"] * 1e3)
     found = Measured(size, asked, times, peak_bytes=_pair(peaks))
@@ -189,20 +187,20 @@ def _add_stages(
     counts = []
     for one, parts in zip(models, attentions, strict=True):
         try:
-            macs, tokens = _counts(one, image, parts)
+            counts.append(_counts(one, image, parts))
         except Exception:  # what the model does depends on its input
-            macs, tokens = _counts(one, image, parts, real=True)
-        counts.append(macs)
-    found.macs = (sum(counts[0].values()), sum(counts[1].values()))
+            counts.append(_counts(one, image, parts, real=True))
+    (before, _), (after, tokens) = counts
+    found.macs = (sum(before.values()), sum(after.values()))
     for item in report.castled:
         stage = found.stages.setdefault(item.stage, Stage())
         stage.attentions += 1
         groups = tokens.get(item.name, [(1, 0)])
         stage.tokens = max(stage.tokens, max(count for _, count in groups))
         stage.windows = max(stage.windows, sum(batch for batch, _ in groups))
-        for side in (0, 1):
-            stage.macs[side] += counts[side].get(item.name, 0)
-        stage.share_of_macs += counts[0].get(item.name, 0) / max(found.macs[0], 1)
+        for side, macs in enumerate((before, after)):
+            stage.macs[side] += macs.get(item.name, 0)
+        stage.share_of_macs += before.get(item.name, 0) / max(found.macs[0], 1)
         stage.share_of_time += shares.get(item.name, 0.0)
 
 

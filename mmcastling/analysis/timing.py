@@ -58,6 +58,11 @@ def paired_medians(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def repeats_within(budget: float, seconds: float) -> int:
+    """How many passes of so many seconds a budget is for: 3 at least, 15 at most."""
+    return min(15, max(3, int(budget / seconds)))
+
+
 class PartTimer:
     """Times every forward pass of a model inside a ``with`` block, split by part.
 

@@ -21,6 +21,7 @@ from torch import nn
 from mmcastling.analysis import input_channels, paired_medians
 from mmcastling.analysis.data_sample import check_size, whole_pass
 from mmcastling.analysis.machine import available_bytes, environment, estimated_peak
+from mmcastling.analysis.timing import repeats_within
 from mmcastling.checkpoint import write_json_atomically
 from mmcastling.deploy.precision import (
     PRECISIONS,
@@ -46,7 +47,6 @@ NEAR = 0.1
 
 SECONDS = 4.0
 """For the passes of one precision, beyond the fewest that make a median."""
-FEWEST, MOST = 3, 15
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,7 @@ def best_precision(
     run = whole_pass(images)
     passes = {name: functools.partial(run, lowered) for name, lowered in models.items()}
     with torch.inference_mode():  # weights were rounded outside of it
-        rounds = min(MOST, max(FEWEST, int(SECONDS / once)))
-        seconds = paired_medians(passes, rounds)
+        seconds = paired_medians(passes, repeats_within(SECONDS, once))
     choice = PrecisionChoice(fastest(seconds), seconds, left_out, (height, width))
     _remember(key, choice)
     return choice

@@ -28,10 +28,10 @@ def save_figure(figure: Figure, path: str | Path, dpi: int) -> None:
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 
-def tidy(axes: Axes, which: str = "major") -> None:
+def tidy(axes: Axes) -> None:
     """Leave out the frame's upper and right side, and draw a pale grid."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, which=which)
+    axes.grid(alpha=0.25)
 
 
 def plot_mask_density(
