@@ -36,6 +36,7 @@ from mmcastling.verbs import castling_modules, set_mask
 logger = logging.getLogger("mmcastling")
 STATE_FILE = "align.pth"
 _WARM_UP = 0.1  # of a stage's steps
+_NEW = 10.0  # times the rate, of weights that the teacher has not got
 
 
 def align(
@@ -65,7 +66,8 @@ def align(
         teacher: The softmax network, which is left as it is.
         images: Gives the batch of a step, such as :class:`PictureBatches`.
         steps: Of the two stages; either may be 0. Defaults to (150, 300).
-        learning_rates: Peaks of the two stages. Defaults to (3e-4, 4e-5).
+        learning_rates: Peaks of the two stages for the teacher's weights; what castling
+            added learns ten times as fast. Defaults to (3e-4, 4e-5).
         mask: How the masks decay over both stages, off before the end. Defaults to None
             (off from the start, which was measured to be better, see docs/align.md).
         features: Called as ``features(model, images)``; the features to match. Defaults
@@ -113,7 +115,7 @@ def align(
                 if not count:
                     continue
                 _select(student, pairs, wanted, stage)
-                run = _Stage(stage, count, learning_rates[stage], student)
+                run = _Stage(stage, count, learning_rates[stage], student, teacher)
                 first = state.resume(run, student)
                 compute = _match_attentions if stage == 0 else _match_features
                 for step in range(first, count):
@@ -151,6 +153,17 @@ def _described(student: nn.Module) -> list[str]:
         for name, mixer in student.named_modules()
         if isinstance(mixer, TokenMixer)
     ]
+
+
+def _new_parameters(student: nn.Module, teacher: nn.Module) -> set[str]:
+    """Names of what castling added: of mixers, and not of the teacher."""
+    names = {
+        name
+        for path, mixer in student.named_modules()
+        if isinstance(mixer, TokenMixer)
+        for name, _ in mixer.named_parameters(prefix=path)
+    }
+    return names - {name for name, _ in teacher.named_parameters()}
 
 
 def _select(student: nn.Module, pairs: Pairs, wanted: list[bool], stage: int) -> None:
@@ -220,12 +233,24 @@ def _error(found: Tensor, expected: Tensor) -> Tensor:
 
 
 class _Stage:
-    """The optimizer of a stage; its learning rate is a function of the step."""
+    """The optimizer of a stage; its learning rates are functions of the step."""
 
-    def __init__(self, index: int, steps: int, rate: float, student: nn.Module) -> None:
+    def __init__(
+        self,
+        index: int,
+        steps: int,
+        rate: float,
+        student: nn.Module,
+        teacher: nn.Module,
+    ) -> None:
         self.index, self.steps, self.rate = index, steps, rate
-        parameters = [p for p in student.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+        learns = {n: p for n, p in student.named_parameters() if p.requires_grad}
+        new = _new_parameters(student, teacher) & learns.keys()
+        groups = [
+            dict(params=[learns[n] for n in learns if n not in new], factor=1.0),
+            dict(params=[learns[n] for n in learns if n in new], factor=_NEW),
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0)
         self.optimizer.zero_grad()  # of earlier backward passes
         self.started = time.monotonic()
         self.first = 0
@@ -235,15 +260,16 @@ class _Stage:
         for name, loss in losses.items():
             if not math.isfinite(loss):
                 self._stop(step, f"the error of {name} is {loss}")
-        (group,) = self.optimizer.param_groups
         warm = max(1, round(_WARM_UP * self.steps))
         if step < warm:
             factor = (step + 1) / warm
         else:
             rest = (step - warm) / max(1, self.steps - warm)
             factor = (1 + math.cos(math.pi * rest)) / 2
-        group["lr"] = self.rate * factor
-        norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
+        groups = self.optimizer.param_groups
+        for group in groups:
+            group["lr"] = self.rate * factor * group["factor"]
+        norm = nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], 1.0)
         if not torch.isfinite(norm):
             self._stop(step, "a gradient is not finite")
         self.optimizer.step()

@@ -76,9 +76,10 @@ class MixerCall:
         if mixer.form == "released":
             angular, own = cosine * linear_factor(k, mixer.reference_tokens), 0.5
         else:
-            angular, own = (1 + 4 * cosine) / tokens, 0.0
-        if mixer.form == "learned":
-            angular, own = mixer.gain[:, None] * angular, mixer.own
+            own, even, gain = 0.0, 1.0, 1.0
+            if mixer.form == "learned":
+                own, even, gain = mixer.own, mixer.even[:, None], mixer.gain[:, None]
+            angular = (even + 4 * gain * cosine) / tokens
         angular[:, query] += own
         return angular
 

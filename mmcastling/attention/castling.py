@@ -36,8 +36,9 @@ class LinearAngularMixer(TokenMixer):
         norm_output: As in :class:`TokenMixer`. Defaults to None (True in the released
             form alone, whose magnitude depends on the number of tokens).
         form: ``'released'`` or ``'average'``, see :func:`linear_angular_attention`, or
-            ``'learned'``: the average form with a learned balance per head between it
-            and the token itself, at first the average form. Defaults to ``'released'``.
+            ``'learned'``: the average form with a learned balance per head of the token
+            itself, the average and the linear term, at first 0, 1 and 1. Defaults to
+            ``'released'``.
         center_keys: See :func:`linear_angular_attention`. Defaults to False.
         reference_tokens: See there. Defaults to None.
         **options: Further arguments of :class:`TokenMixer`.
@@ -79,6 +80,7 @@ class LinearAngularMixer(TokenMixer):
         self.center_keys = center_keys
         if form == "learned":
             self.own = nn.Parameter(torch.zeros(num_heads))
+            self.even = nn.Parameter(torch.ones(num_heads))
             self.gain = nn.Parameter(torch.ones(num_heads))
 
     @property
@@ -88,7 +90,7 @@ class LinearAngularMixer(TokenMixer):
         return dict(
             form="average" if learned else self.form,
             center_keys=self.center_keys,
-            balance=(self.own, self.gain) if learned else None,
+            balance=(self.own, self.even, self.gain) if learned else None,
             reference_tokens=self.reference_tokens,
         )
 

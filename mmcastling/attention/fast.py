@@ -43,7 +43,7 @@ def mixed_linear_angular_attention(
     residual: Tensor | None = None,
     form: str = "released",
     center_keys: bool = False,
-    balance: tuple[Tensor, Tensor] | None = None,
+    balance: tuple[Tensor, Tensor, Tensor] | None = None,
     reference_tokens: int | None = None,
 ) -> Tensor:
     """Linear-angular attention, its norm and what is added, in few passes over memory.
@@ -88,8 +88,8 @@ def mixed_linear_angular_attention(
         own = None
         if balance is not None:
             dtype = keys_values.dtype
-            own, gain = (factor.to(dtype)[:, None, None] for factor in balance)
-            mean, keys_values = gain * mean, gain * keys_values
+            own, even, gain = (factor.to(dtype)[:, None, None] for factor in balance)
+            mean, keys_values = even * mean, gain * keys_values
     terms = dict(mean=mean, own=own, norm_output=norm_output)
     if size is None:
         return _mix(q, v, keys_values, residual=residual, **terms)

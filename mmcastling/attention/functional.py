@@ -120,7 +120,7 @@ def linear_angular_attention(
     *,
     form: str = "released",
     center_keys: bool = False,
-    balance: tuple[Tensor, Tensor] | None = None,
+    balance: tuple[Tensor, Tensor, Tensor] | None = None,
     reference_tokens: int | None = None,
 ) -> Tensor:
     """The linear terms of angular attention in O(N), in one of two forms.
@@ -139,8 +139,9 @@ def linear_angular_attention(
         form: One of :data:`FORMS`. Defaults to ``'released'``.
         center_keys: Take the mean of all keys from each, which softmax attention would
             not notice. Defaults to False.
-        balance: Factors ``(h,)`` of the token itself and of the average form, ``own v_i
-            + gain average_i``. Defaults to None (0 and 1).
+        balance: Factors ``(h,)`` of the token itself and of both terms of the average
+            form, ``own v_i + even mean_j v_j + gain (4 / N) ...``. Defaults to None (0,
+            1 and 1).
         reference_tokens: Scale the released form's second term by ``reference_tokens /
             N``. That term is a sum over the tokens while the first is not, so the
             balance learned at one resolution shifts at another; naming the number of
@@ -153,11 +154,11 @@ def linear_angular_attention(
     if form == "released":
         keys_values = keys_values * linear_factor(k, reference_tokens)
         return 0.5 * v + l2_normalize(q) @ keys_values
-    average = mean_of_tokens(v) + l2_normalize(q) @ (4 * keys_values / v.shape[2])
+    average, keys_values = mean_of_tokens(v), 4 * keys_values / v.shape[2]
     if balance is None:
-        return average
-    own, gain = (factor.to(v.dtype)[:, None, None] for factor in balance)
-    return own * v + gain * average
+        return average + l2_normalize(q) @ keys_values
+    own, even, gain = (factor.to(v.dtype)[:, None, None] for factor in balance)
+    return own * v + even * average + l2_normalize(q) @ (gain * keys_values)
 
 
 def mean_of_tokens(x: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def test_released_constant_acts_on_the_token_itself():
 
 def learned(heads):
     noise = torch.Generator().manual_seed(5)
-    return tuple(torch.randn(2, heads, generator=noise, dtype=torch.float64))
+    return tuple(torch.randn(3, heads, generator=noise, dtype=torch.float64))
 
 
 FORMS = {
@@ -101,11 +101,10 @@ def pairwise(q, k, v, form="released", center_keys=False, balance=None, **option
     if form == "released":
         scale = options.get("reference_tokens", tokens) / tokens
         return (alone / 2 + scale * cosine / math.pi) @ v
-    weights = 1 / tokens + 4 / tokens * cosine
+    own, even, gain = 0, 1, 1
     if balance is not None:
-        own, gain = (factor[:, None, None] for factor in balance)
-        weights = own * alone + gain * weights
-    return weights @ v
+        own, even, gain = (factor[:, None, None] for factor in balance)
+    return (own * alone + even / tokens + gain * 4 / tokens * cosine) @ v
 
 
 @pytest.mark.parametrize("form", FORMS)

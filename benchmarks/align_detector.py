@@ -1,0 +1,202 @@
+"""The demo's detector: trained with softmax, then castled and aligned without labels.
+
+python tools/data/prepare_nuclei.py
+python benchmarks/align_detector.py               # hours; resumable, seed by seed
+python benchmarks/align_detector.py --docs        # the page's table
+
+For every seed: train ``configs/mask_rcnn_castling_nano_nuclei.py`` with softmax; castle
+its backbone and test it as it is; align it, heads frozen, on the pictures of its
+training tiles alone, as ``tools/align.py`` does; test it deployed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import ROOT
+from marked import replace_between
+from mmengine.config import Config
+from torch import nn
+
+from mmcastling import castle, switch_to_deploy
+from mmcastling.analysis import paired_medians
+from mmcastling.analysis.machine import environment
+from mmcastling.checkpoint import (
+    load_checkpoint,
+    save_atomically,
+    write_json_atomically,
+    write_text_atomically,
+)
+from mmcastling.run import ConfigError, evaluate, load_config, run_cli, train
+from mmcastling.run.align_model import ALIGNED, CONFIG, RECOMMENDED, align_model
+from mmcastling.run.load import load_model
+
+STORED = ROOT / "benchmarks" / "results" / "align_detector"
+PAGE = ROOT / "docs" / "align.md"
+BEGIN, END = "<!-- detector-table -->\n", "<!-- /detector-table -->"
+BASE = ROOT / "configs" / "mask_rcnn_castling_nano_nuclei.py"
+METRICS = ("coco/bbox_mAP", "coco/segm_mAP", "coco/segm_mAP_50")
+ROWS = {
+    "softmax": "softmax (the teacher)",
+    "castled": "castled, not aligned",
+    "aligned": "castled and aligned",
+}
+# Training sees 256x256 and testing 512x512 pixels, 1,024 and 4,096 tokens.
+SIZES = ((256, 256), (512, 512))
+TIMED = (512, 1024)
+RECIPE = dict(steps=(150, 300), learning_rates=(3e-4, 4e-5), batch_size=4, sizes=SIZES)
+
+
+def softmax_config(seed: int, args: argparse.Namespace, folder: Path) -> Config:
+    """The demo's config with softmax attention."""
+    options = {"data_root": args.data_root, "randomness.seed": seed}
+    options["train_cfg.val_interval"] = 10**6  # tested below
+    cfg = load_config(BASE, options, str(folder / "softmax"))
+    cfg.model.backbone.attention = dict(type="softmax")
+    cfg.custom_hooks = []
+    return cfg
+
+
+def untrained(cfg: Config, checkpoint: Path, castled: Path, seed: int) -> None:
+    """Write the checkpoint of a castled model that was not aligned."""
+    whole = load_model(cfg, load_checkpoint(checkpoint), str(checkpoint))
+    torch.manual_seed(seed)
+    whole.backbone = castle(whole.backbone, **RECOMMENDED)
+    save_atomically(dict(state_dict=whole.state_dict(), meta={}), castled)
+
+
+@torch.no_grad()
+def milliseconds(teacher: nn.Module, student: nn.Module) -> dict[str, list[float]]:
+    """Medians of softmax and of the deployed backbone, by side of the picture."""
+    student, found = switch_to_deploy(student), {}
+    for side in TIMED:
+        x = torch.randn(1, 3, side, side)
+        passes = {"softmax": lambda x=x: teacher(x), "castled": lambda x=x: student(x)}
+        found[str(side)] = [1000 * s for s in paired_medians(passes, 5).values()]
+    return found
+
+
+def carry_out(seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Train, or go on; castle, align and test."""
+    folder = args.work_dir / f"seed{seed}"
+    cfg = softmax_config(seed, args, folder)
+    train(copy.deepcopy(cfg), resume="auto")
+    teacher = Path((folder / "softmax" / "last_checkpoint").read_text().strip())
+    report = align_model(
+        cfg,
+        str(teacher),
+        Path(args.data_root) / "train",
+        folder / "aligned",
+        seed=seed,
+        amp=args.amp,
+        **RECIPE,
+    )
+    castled_config = load_config(
+        folder / "aligned" / CONFIG, None, str(folder / "test")
+    )
+    untrained(cfg, teacher, folder / "castled.pth", seed)
+    tested = dict(
+        softmax=(cfg, teacher),
+        castled=(castled_config, folder / "castled.pth"),
+        aligned=(castled_config, folder / "aligned" / ALIGNED),
+    )
+    metrics, models = {}, {}
+    for row, (config, checkpoint) in tested.items():
+        found = evaluate(copy.deepcopy(config), str(checkpoint)).metrics
+        metrics[row] = {name: found[name] for name in METRICS}
+        state = load_checkpoint(checkpoint)
+        models[row] = load_model(config, state, str(checkpoint)).backbone.eval()
+    recipe = dict(RECIPE, amp=args.amp, iterations=cfg.max_iters)
+    return dict(
+        recipe=recipe,
+        metrics=metrics,
+        cosines=dict(before=report.cosines_before, after=report.cosines_after),
+        milliseconds=milliseconds(models["softmax"], models["aligned"]),
+        environment=environment("cpu"),
+    )
+
+
+def table() -> str:
+    """The page's part that is generated, in Markdown."""
+    runs = [json.loads(path.read_text()) for path in sorted(STORED.glob("seed*.json"))]
+    if not runs:
+        return "No run is stored yet.\n"
+    lines = [
+        "| Mask R-CNN Castling-nano, nuclei | box AP | mask AP | mask AP50 |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row, title in ROWS.items():
+        cells = []
+        for metric in METRICS:
+            values = [run["metrics"][row][metric] for run in runs]
+            each = ", ".join(f"{value:.3f}" for value in values)
+            cells.append(f"{statistics.mean(values):.3f} ({each})")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    teacher, aligned = (
+        [run["metrics"][row]["coco/segm_mAP"] for run in runs]
+        for row in ("softmax", "aligned")
+    )
+    share = statistics.mean(b / a for a, b in zip(teacher, aligned, strict=True))
+    times = "; ".join(
+        f"{side} pixels {softmax:.0f} and {castled:.0f} ms"
+        for side, (softmax, castled) in runs[-1]["milliseconds"].items()
+    )
+    lines += [
+        "",
+        f"{share:.3f} of the teacher's mask AP remains, the mean of {len(runs)} "
+        f"seed{'s' * (len(runs) > 1)} (in brackets each). The backbone alone takes "
+        f"with softmax and castled at {times} "
+        f"({runs[-1]['environment']['device']}).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def write_page() -> None:
+    """Put the table of stored runs into the page."""
+    page = replace_between(PAGE.read_text(), BEGIN, END, table())
+    write_text_atomically(PAGE, page)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
+    add("--data-root", default="data/nuclei", help="of prepare_nuclei.py")
+    add("--work-dir", type=Path, default=Path("work_dirs/align_detector"))
+    add("--amp", action="store_true", help="align in bfloat16")
+    add("--docs", action="store_true", help="only write the page's table")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.docs:
+        write_page()
+        return
+    if not (Path(args.data_root) / "train").is_dir():
+        raise ConfigError(
+            f"{args.data_root} has no pictures: python tools/data/prepare_nuclei.py "
+            f"--out {args.data_root}"
+        )
+    STORED.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        path = STORED / f"seed{seed}.json"
+        if path.is_file():
+            print(f"{path.stem}: stored already")
+            continue
+        result = carry_out(seed, args)
+        write_json_atomically(path, result)
+        print(path.stem, json.dumps(result["metrics"]))
+
+
+if __name__ == "__main__":
+    run_cli(main)
