@@ -3,6 +3,7 @@
 python tools/data/fetch_dinov2_s.py data/dinov2_s
 python benchmarks/align_dinov2.py data/dinov2_s PICTURES --rows all
 python benchmarks/dinov2_finetuned.py camvid data/dinov2_s        # hours; resumable
+python benchmarks/dinov2_finetuned.py dsb2018 data/dinov2_s
 python benchmarks/dinov2_finetuned.py --docs                      # the page's table
 
 All rows of a task are one config, seed by seed with the same data; they differ in the
@@ -30,11 +31,27 @@ from mmcastling.checkpoint import (
     write_text_atomically,
 )
 from mmcastling.run import ConfigError, evaluate, load_config, run_cli, train
+from mmcastling.run.training import enable_amp
 
 STORED = ROOT / "benchmarks" / "results" / "dinov2_finetuned"
 BEGIN, END = "<!-- finetuned-table -->\n", "<!-- /finetuned-table -->"
-TASKS = {
-    "camvid": ("upernet_castling_dinov2_s_camvid.py", "data/camvid", ["mIoU"]),
+# The config, its data, the metrics with their headings and digits. The first is the one
+# whose validations are shown.
+TASKS: dict[str, tuple[str, str, dict[str, tuple[str, int]]]] = {
+    "camvid": (
+        "upernet_castling_dinov2_s_camvid.py",
+        "data/camvid",
+        {"mIoU": ("mIoU", 1)},
+    ),
+    "dsb2018": (
+        "mask_rcnn_castling_dinov2_s_dsb2018.py",
+        "data/dsb2018",
+        {
+            "coco/segm_mAP": ("mask AP", 3),
+            "coco/segm_mAP_50": ("mask AP50", 3),
+            "coco/bbox_mAP": ("box AP", 3),
+        },
+    ),
 }
 ROWS = {
     "softmax": "softmax",
@@ -56,12 +73,16 @@ def start_weights(row: str, args: argparse.Namespace) -> dict[str, Any]:
     return load_checkpoint(path)["state_dict"]
 
 
-def config_of(task: str, row: str, seed: int, work_dir: Path, data: str) -> Config:
+def config_of(
+    task: str, row: str, seed: int, work_dir: Path, data: str, amp: bool
+) -> Config:
     """The config of a run."""
     options = {"data_root": data, "randomness.seed": seed}
     cfg = load_config(ROOT / "configs" / TASKS[task][0], options, str(work_dir))
     if row == "softmax":
         cfg.model.backbone.attention = dict(type="softmax")
+    if amp:
+        enable_amp(cfg, "bfloat16")
     return cfg
 
 
@@ -69,7 +90,7 @@ def carry_out(task: str, row: str, seed: int, args: argparse.Namespace) -> Any:
     """Train, or go on, and test."""
     work_dir = args.work_dir / f"{task}-{row}-{seed}"
     data = args.data_root or TASKS[task][1]
-    cfg = config_of(task, row, seed, work_dir, data)
+    cfg = config_of(task, row, seed, work_dir, data, args.amp)
     start = work_dir / "start.pth"
     if not start.is_file():  # else this run goes on
         work_dir.mkdir(parents=True, exist_ok=True)
@@ -78,12 +99,13 @@ def carry_out(task: str, row: str, seed: int, args: argparse.Namespace) -> Any:
     cfg.load_from = str(start)
     train(cfg, resume="auto")
     last = (work_dir / "last_checkpoint").read_text().strip()
-    cfg = config_of(task, row, seed, work_dir, data)
+    cfg = config_of(task, row, seed, work_dir, data, args.amp)
     metrics = evaluate(cfg, last).metrics
     return dict(
         metrics=metrics,
-        curve=validations(work_dir, TASKS[task][2][0]),
+        curve=validations(work_dir, next(iter(TASKS[task][2]))),
         iterations=cfg.max_iters,
+        amp=args.amp,
         environment=environment("cpu"),
     )
 
@@ -112,7 +134,7 @@ def table() -> str:
         if not any(runs.values()):
             lines += [f"No run of `configs/{config}` is stored yet.", ""]
             continue
-        heads = " | ".join(f"{metric} (by seed)" for metric in metrics)
+        heads = " | ".join(f"{title} (by seed)" for title, _ in metrics.values())
         lines += [
             f"| `configs/{config}` | {heads} | validations, first seed |",
             "| --- | " + "--- | " * (len(metrics) + 1),
@@ -121,11 +143,12 @@ def table() -> str:
             if not found:
                 continue
             cells = []
-            for metric in metrics:
+            for metric, (_, digits) in metrics.items():
                 values = [run["metrics"][metric] for run in found]
-                each = ", ".join(f"{value:.1f}" for value in values)
-                cells.append(f"{statistics.mean(values):.1f} ({each})")
-            curve = " ".join(f"{value:.1f}" for _, value in found[0]["curve"])
+                each = ", ".join(f"{value:.{digits}f}" for value in values)
+                cells.append(f"{statistics.mean(values):.{digits}f} ({each})")
+            _, digits = next(iter(metrics.values()))
+            curve = " ".join(f"{value:.{digits}f}" for _, value in found[0]["curve"])
             lines.append(f"| {ROWS[row]} | {' | '.join(cells)} | {curve} |")
         lines.append("")
     return "\n".join(lines)
@@ -154,6 +177,7 @@ def parse_args() -> argparse.Namespace:
         default=Path("work_dirs/align_dinov2/all/align.pth"),
         help="of an alignment (work_dirs/align_dinov2/all/align.pth)",
     )
+    add("--amp", action="store_true", help="train in bfloat16")
     add("--docs", action="store_true", help="only write the page's table")
     args = parser.parse_args()
     if not args.docs and args.weights is None:

@@ -19,12 +19,12 @@ def check_annotations(
     classes: Container[str] | None = None,
     masks: bool | None = None,
     evaluated: bool = True,
+    polygons: bool = False,
 ) -> tuple[int, Counter[str]]:
     """Check every annotation, with ``(width, height)`` and names by id.
 
-    ``classes``, ``masks`` and ``evaluated`` are as in
-    :func:`~mmcastling.data.check_coco`. Returns how many annotations mmdet trains on,
-    and what it leaves out, counted by the reason.
+    The options are as in :func:`~mmcastling.data.check_coco`. Returns how many
+    annotations mmdet trains on, and what it leaves out, counted by the reason.
     """
     seen: set = set()
     kept, left_out = 0, Counter[str]()
@@ -77,7 +77,7 @@ def check_annotations(
         if not any(found):
             name = names[category_id]
             is_named = classes is None or name in classes
-            reason = _left_out(entry) if is_named else f"category {name!r}"
+            reason = _left_out(entry, polygons) if is_named else f"category {name!r}"
             kept += reason is None
             left_out[reason or ""] += 1
         mask = entry.get("segmentation")
@@ -95,12 +95,15 @@ def check_annotations(
     return kept, left_out
 
 
-def _left_out(entry: Mapping[str, Any]) -> str | None:
+def _left_out(entry: Mapping[str, Any], polygons: bool) -> str | None:
     """Why mmdet does not train on an annotation that is well-formed, if it does not."""
     if entry.get("ignore"):
         return "'ignore' is set"
     if min(entry["bbox"][2:]) < 1:
         return "a side of the box is below 1 px"
+    is_coded = isinstance(entry.get("segmentation"), dict) and not entry.get("iscrowd")
+    if polygons and is_coded:
+        return "run-length mask, which LoadAnnotations ignores with poly2mask=False"
     return None if entry["area"] else "area is 0"
 
 

@@ -43,6 +43,7 @@ def check_coco(
     masks: bool | None = None,
     evaluated: bool = True,
     upright: bool = True,
+    polygons: bool = False,
 ) -> list[str]:
     """Check that mmdet trains what an annotation file in COCO's format says.
 
@@ -59,6 +60,8 @@ def check_coco(
             than training does. Defaults to True.
         upright: Whether images are turned as EXIF says when they are loaded. Defaults
             to True.
+        polygons: Whether masks are loaded as polygons, for which mmdet ignores objects
+            with a run-length mask. Defaults to False.
 
     Returns:
         Warnings: what mmdet leaves out, and which classes it cannot learn.
@@ -77,7 +80,9 @@ def check_coco(
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        return _check(Path(ann_file), image_dir, classes, masks, evaluated, upright)
+        return _check(
+            Path(ann_file), image_dir, classes, masks, evaluated, upright, polygons
+        )
     finally:
         if was_enabled:
             gc.enable()
@@ -90,6 +95,7 @@ def _check(
     masks: bool | None,
     evaluated: bool,
     upright: bool,
+    polygons: bool,
 ) -> list[str]:
     data = _load(path)
     if problem := _table_problem(data):
@@ -110,6 +116,7 @@ def _check(
         classes=classes,
         masks=masks,
         evaluated=evaluated,
+        polygons=polygons,
     )
     if not (kept or evaluated or problems):
         problems.append(

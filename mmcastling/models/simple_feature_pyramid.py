@@ -63,7 +63,7 @@ class SimpleFeaturePyramid(BaseModule):
         out_channels: Channels of every level. Defaults to 256.
         in_stride: Stride of the backbone's map in pixels. Defaults to 16.
         strides: Strides of the levels, rising; each is ``in_stride`` times or divided
-            by a power of two. Defaults to (4, 8, 16, 32).
+            by a power of two, such as 3.5 of 14. Defaults to (4, 8, 16, 32).
         num_extra_levels: Levels added by subsampling the last one; one gives the
             stride-64 level that a region proposal network expects. Defaults to 1.
         norm_cfg: Norm after each convolution. Defaults to None
@@ -80,7 +80,7 @@ class SimpleFeaturePyramid(BaseModule):
         in_channels: int,
         out_channels: int = 256,
         in_stride: int = 16,
-        strides: Sequence[int] = (4, 8, 16, 32),
+        strides: Sequence[float] = (4, 8, 16, 32),
         num_extra_levels: int = 1,
         norm_cfg: dict | None = None,
         init_cfg: dict | list[dict] | None = None,
@@ -105,7 +105,7 @@ class SimpleFeaturePyramid(BaseModule):
             self._make_level(stride, norm_cfg) for stride in strides
         )
 
-    def _make_level(self, stride: int, norm_cfg: dict) -> nn.Sequential:
+    def _make_level(self, stride: float, norm_cfg: dict) -> nn.Sequential:
         layers, channels = self._make_resampling(stride, norm_cfg)
         conv_cfg = dict(norm_cfg=norm_cfg, act_cfg=None)
         return nn.Sequential(
@@ -115,11 +115,11 @@ class SimpleFeaturePyramid(BaseModule):
         )
 
     def _make_resampling(
-        self, stride: int, norm_cfg: dict
+        self, stride: float, norm_cfg: dict
     ) -> tuple[list[nn.Module], int]:
         """Layers from ``in_stride`` to ``stride``, and the channels they end with."""
         fine, coarse = sorted((stride, self.in_stride))
-        factor = coarse // max(fine, 1)
+        factor = int(coarse // fine) if fine > 0 else 0
         if factor * fine != coarse or factor & (factor - 1):
             raise OptionError(
                 f"stride {stride} is not in_stride {self.in_stride} times or divided "

@@ -21,7 +21,7 @@ from mmcastling.data import DatasetError, check_coco
 from mmcastling.data.image_sizes import is_upright
 from mmcastling.errors import ConfigError
 from mmcastling.run.arguments import DATA_VARIABLE
-from mmcastling.run.label_maps import check_label_maps, loading_of
+from mmcastling.run.label_maps import check_label_maps, loading_of, step_of
 
 HOW_TO_GET = {
     "ADEChallengeData2016": "get ADE20K (images/, annotations/) from the MIT Scene "
@@ -29,6 +29,8 @@ HOW_TO_GET = {
     "camvid": "get CamVid (images/ and annotations/, each with train/ and val/), "
     "labelled as for SegNet",
     "coco": "get COCO 2017 (train2017/, val2017/, annotations/) from cocodataset.org",
+    "dsb2018": "make it of a clone of the source with: python "
+    "tools/data/prepare_dsb2018.py",
     "imagenet": "get ImageNet-1k (train/, val/, a folder a class) from image-net.org",
     "nuclei": "make it with: python tools/data/prepare_nuclei.py",
 }
@@ -234,6 +236,7 @@ def check_data(cfg: Config, *splits: str) -> list[str]:
                 masks=_asks_for_masks(cfg, split),
                 evaluated=split != "train",
                 upright=is_upright(loading_of(dataset)),
+                polygons=not step_of(dataset, "LoadAnnotations").get("poly2mask", True),
             )
             if (key := (ann_file, *what.values())) not in seen:
                 seen.add(key)

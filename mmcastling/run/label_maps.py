@@ -62,8 +62,13 @@ def check_label_maps(
 
 def loading_of(dataset: dict[str, Any]) -> dict[str, Any]:
     """The step of a dataset's pipeline that reads images; empty where it has none."""
+    return step_of(dataset, "LoadImageFromFile")
+
+
+def step_of(dataset: dict[str, Any], name: str) -> dict[str, Any]:
+    """The first step of a dataset's pipeline of that type; empty where it has none."""
     steps = dataset.get("pipeline") or []
-    return next((s for s in steps if type_name(s["type"]) == "LoadImageFromFile"), {})
+    return next((s for s in steps if type_name(s["type"]) == name), {})
 
 
 def _check_heads(model: dict[str, Any], count: int) -> set[int]:

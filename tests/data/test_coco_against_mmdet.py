@@ -287,6 +287,27 @@ def test_an_evaluation_asks_for_more_than_training(tmp_path):
     assert "no category: 'dog'" in str(error.value)
 
 
+@pytest.mark.parametrize("poly2mask", [True, False])
+def test_objects_with_a_run_length_mask_are_not_loaded_as_polygons(tmp_path, poly2mask):
+    data = copy.deepcopy(GOOD)
+    data["annotations"][0]["segmentation"] = {"size": [50, 100], "counts": [0, 5000]}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(data))
+    for image in GOOD["images"]:
+        (tmp_path / image["file_name"]).touch()
+    cfg = config(path, CLASSES, masks=True)
+    (step,) = cfg.train_dataloader.dataset.pipeline
+    step.poly2mask = poly2mask
+    options = dict(metainfo=dict(classes=CLASSES), data_prefix=dict(img=""))
+    dataset = CocoDataset(str(path), pipeline=[], **options)
+    options = {key: value for key, value in step.items() if key != "type"}
+    info = {**dataset.get_data_info(0), "ori_shape": (50, 100)}
+    loaded = LoadAnnotations(**options)(info)
+    assert loaded["gt_ignore_flags"].tolist() == [not poly2mask]
+    warnings = check_data(cfg, "train")
+    assert ("1 as run-length mask" in " ".join(warnings)) is not poly2mask
+
+
 def test_a_metric_of_masks_needs_every_mask(tmp_path):
     data = copy.deepcopy(GOOD)
     data["annotations"][0].update(area=0, segmentation=[])

@@ -4,7 +4,8 @@ Costs are those of the deployed graph for one image, as get_flops.py counts them
 size of the config's test images. No weights are published, so no entry names any.
 
 Example:
-    python tools/analysis/make_metafile.py
+    python tools/analysis/make_metafile.py                     # many minutes
+    python tools/analysis/make_metafile.py configs/NEW.py      # the others as they are
 """
 
 import argparse
@@ -35,6 +36,7 @@ DATA = {
     "in1k": "ImageNet-1k",
     "coco": "COCO",
     "nuclei": "nuclei",
+    "dsb2018": "Data Science Bowl 2018",
     "ade20k": "ADE20K",
     "camvid": "CamVid",
 }
@@ -49,12 +51,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.parse_args()
+    parser.add_argument("configs", nargs="*", help="count these alone (all)")
+    chosen = {Path(path).stem for path in parser.parse_args().configs}
+    known = {item["Name"]: item for item in stored()} if chosen else {}
     models: dict[str, list[dict[str, Any]]] = {task: [] for task in TASKS.values()}
     for path in sorted(CONFIGS.glob("*.py")):
         cfg = load_config(path)
-        models[TASKS[cfg.default_scope]].append(entry(cfg))
-        print(path.name, models[TASKS[cfg.default_scope]][-1]["Metadata"], flush=True)
+        item = known.get(path.stem)
+        if item is None or path.stem in chosen:
+            item = entry(cfg)
+            print(path.name, item["Metadata"], flush=True)
+        models[TASKS[cfg.default_scope]].append(item)
     for task, entries in models.items():
         used = {item["In Collection"] for item in entries}
         collections = [
@@ -64,6 +71,14 @@ def main() -> None:
             dict(Collections=collections, Models=entries), sort_keys=False
         )
         (CONFIGS / f"metafile_{task}.yml").write_text(text)
+
+
+def stored() -> list[dict[str, Any]]:
+    """The entries of the metafiles as they are."""
+    files = sorted(CONFIGS.glob("metafile_*.yml"))
+    return [
+        item for path in files for item in yaml.safe_load(path.read_text())["Models"]
+    ]
 
 
 def entry(cfg: Config) -> dict[str, Any]:
