@@ -53,8 +53,13 @@ BACKBONE = dict(arch="small", img_size=518, patch_size=14, layer_scale_init_valu
 LEARNED = dict(form="learned", center_keys=True, mask_threshold="4/N")
 GRID = dict(type="grid", kernel_size=3, init="zero")
 RECIPE = dict(steps=(150, 300), learning_rates=(3e-4, 4e-5), batch_size=4)
-SHORT = dict(steps=(60, 0), learning_rates=(1e-3, 4e-5), batch_size=4)
-NO_BRANCH = dict(start=1.0)
+# Sizes in turn, so that other resolutions are learnt, too.
+LONG = dict(
+    RECIPE, steps=(150, 600), sizes=((224, 224), (280, 280), (224, 336), (336, 336))
+)
+SHORT = dict(RECIPE, steps=(100, 0))
+NO_BRANCH, BRANCH = dict(start=1.0), dict(start="4/N")
+RECOMMENDED = dict(LEARNED, local_conv=GRID)
 # What each row castles with, what it keeps, and how it is aligned.
 ROWS: dict[str, dict[str, Any]] = {
     "softmax": dict(title="softmax (the teacher)"),
@@ -63,41 +68,68 @@ ROWS: dict[str, dict[str, Any]] = {
         attention=dict(form="released", local_conv=None),
     ),
     "untrained": dict(
-        title="castled in the learned form, not aligned",
-        attention=dict(LEARNED, local_conv=GRID),
+        title="castled in the learned form, not aligned", attention=RECOMMENDED
     ),
     "all": dict(
         title="all 12 castled, aligned",
-        attention=dict(LEARNED, local_conv=GRID),
+        attention=RECOMMENDED,
         mask=NO_BRANCH,
         **RECIPE,
+    ),
+    "all-long": dict(
+        title="the same, 600 steps of the second stage at four sizes",
+        attention=RECOMMENDED,
+        mask=NO_BRANCH,
+        **LONG,
     ),
     "all-branch": dict(
-        title="the same with the decaying branch",
-        attention=dict(LEARNED, local_conv=GRID),
-        mask=dict(start="4/N"),
+        title="all 12 castled, aligned with the decaying branch",
+        attention=RECOMMENDED,
+        mask=BRANCH,
         **RECIPE,
-    ),
-    "short": dict(
-        title="60 steps of the first stage alone, at 1e-3",
-        attention=dict(LEARNED, local_conv=GRID),
-        mask=NO_BRANCH,
-        **SHORT,
-    ),
-    "short-branch": dict(
-        title="the same with the decaying branch",
-        attention=dict(LEARNED, local_conv=GRID),
-        mask=dict(start="4/N"),
-        **SHORT,
     ),
     "two-kept": dict(
         title="two blocks kept softmax, aligned",
-        attention=dict(LEARNED, local_conv=GRID),
+        attention=RECOMMENDED,
         keep=2,
         mask=NO_BRANCH,
         **RECIPE,
     ),
 }
+# The first stage alone, for what is compared in short.
+SHORT_ROWS: dict[str, dict[str, Any]] = {
+    f"short-{name}": dict(title=title, attention=attention, mask=mask, **SHORT)
+    for name, title, attention, mask in (
+        ("recommended", "what `align` does", RECOMMENDED, NO_BRANCH),
+        ("branch", "with the decaying branch", RECOMMENDED, BRANCH),
+        (
+            "released",
+            'form="released", keys not centred',
+            dict(form="released", local_conv=GRID, mask_threshold="4/N"),
+            NO_BRANCH,
+        ),
+        ("average", 'form="average"', dict(RECOMMENDED, form="average"), NO_BRANCH),
+        (
+            "uncentred",
+            "keys not centred",
+            dict(RECOMMENDED, center_keys=False),
+            NO_BRANCH,
+        ),
+        (
+            "no-conv",
+            "without the convolution",
+            dict(RECOMMENDED, local_conv=None),
+            NO_BRANCH,
+        ),
+        (
+            "conv5",
+            "a convolution of 5x5",
+            dict(RECOMMENDED, local_conv=dict(GRID, kernel_size=5)),
+            NO_BRANCH,
+        ),
+    )
+}
+ALL_ROWS = ROWS | SHORT_ROWS
 
 
 def features(model: nn.Module, images: Tensor) -> Tensor:
@@ -127,16 +159,19 @@ def teacher_of(folder: Path) -> nn.Module:
     return model.eval()
 
 
-def pictures_of(folder: Path, batch_size: int = 8) -> tuple[PictureBatches, ...]:
+def pictures_of(
+    folder: Path, sizes: Any = SIZES[:1], batch_size: int = 8
+) -> tuple[PictureBatches, ...]:
     """Pictures to train on, and those that are held out."""
-    return PictureBatches(folder, SIZES[:1], batch_size, MEAN, STD).split(0.1)
+    return PictureBatches(folder, sizes, batch_size, MEAN, STD).split(0.1)
 
 
 @torch.no_grad()
 def compare(student: nn.Module, teacher: nn.Module, held_out: Any) -> dict[str, Any]:
     """Cosines of patch and class features on held-out pictures, by size."""
-    found = {}
-    for size, count in zip(SIZES, (4, 1, 1), strict=True):
+    found, held_out = {}, copy.copy(held_out)
+    held_out.batch_size = 4
+    for size, count in zip(SIZES, (20, 8, 8), strict=True):
         patches, classes = [], []
         for step in range(count):
             x = held_out.batch(step, size)
@@ -187,9 +222,11 @@ def milliseconds(model: nn.Module, teacher: nn.Module) -> dict[str, list[float]]
 
 def carry_out(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One row: castle, align where it says so, deploy, compare."""
-    row, teacher = ROWS[name], teacher_of(args.weights)
-    batches, held_out = pictures_of(args.pictures, row.get("batch_size", 8))
-    result: dict[str, Any] = dict(settings={**row, "seed": args.seed})
+    row, teacher = ALL_ROWS[name], teacher_of(args.weights)
+    options = {key: row[key] for key in ("sizes", "batch_size") if key in row}
+    batches, held_out = pictures_of(args.pictures, **options)
+    settings = {**row, "seed": args.seed, "amp": args.amp}
+    result: dict[str, Any] = dict(settings=settings)
     started, student = time.process_time(), copy.deepcopy(teacher)
     if "attention" in row:
         torch.manual_seed(args.seed)
@@ -209,6 +246,7 @@ def carry_out(name: str, args: argparse.Namespace) -> dict[str, Any]:
             mask=MaskDecay(**row["mask"]),
             features=features,
             folder=args.work_dir / name,
+            amp=args.amp,
         )
     result["cpu_seconds"] = time.process_time() - started
     if "attention" in row:
@@ -218,7 +256,7 @@ def carry_out(name: str, args: argparse.Namespace) -> dict[str, Any]:
             student, teacher, [held_out.batch(0, SIZES[0])], features
         )
     result["cosine"] = compare(student, teacher, held_out)
-    if args.fashion is not None:
+    if args.fashion is not None and name in ROWS:
         result["knn"] = nearest_neighbours(student, args.fashion, 2000, 1000)
     if name == "all":
         result["milliseconds"] = milliseconds(student, teacher)
@@ -266,10 +304,12 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("weights", type=Path, nargs="?", help="folder of fetch_dinov2_s.py")
     add("pictures", type=Path, nargs="?", help="folder of pictures")
-    add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    rows = list(ALL_ROWS)
+    add("--rows", nargs="+", choices=rows, default=rows, metavar="ROW")
     add("--fashion", type=Path, help="folder of Fashion-MNIST")
     add("--work-dir", type=Path, default=Path("work_dirs/align_dinov2"))
     add("--seed", type=int, default=0)
+    add("--amp", action="store_true", help="align in bfloat16")
     add("--docs", action="store_true", help="only write the page's table")
     args = parser.parse_args()
     if not args.docs and args.pictures is None:

@@ -36,7 +36,7 @@ from mmcastling.verbs import castling_modules, set_mask
 logger = logging.getLogger("mmcastling")
 STATE_FILE = "align.pth"
 _WARM_UP = 0.1  # of a stage's steps
-_NEW = 10.0  # times the rate, of weights that the teacher has not got
+_NEW = 30.0  # times the rate, of weights that the teacher has not got
 
 
 def align(
@@ -67,7 +67,7 @@ def align(
         images: Gives the batch of a step, such as :class:`PictureBatches`.
         steps: Of the two stages; either may be 0. Defaults to (150, 300).
         learning_rates: Peaks of the two stages for the teacher's weights; what castling
-            added learns ten times as fast. Defaults to (3e-4, 4e-5).
+            added learns thirty times as fast. Defaults to (3e-4, 4e-5).
         mask: How the masks decay over both stages, off before the end. Defaults to None
             (off from the start, which was measured to be better, see docs/align.md).
         features: Called as ``features(model, images)``; the features to match. Defaults

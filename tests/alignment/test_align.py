@@ -147,13 +147,13 @@ def test_the_first_stage_trains_attentions_alone(teacher):
     assert "blocks.0.attn.mixer.gain" in changed
 
 
-def test_what_the_teacher_lacks_learns_ten_times_as_fast(teacher):
+def test_what_the_teacher_lacks_learns_thirty_times_as_fast(teacher):
     student = castled(teacher)
     before = copy.deepcopy(student.state_dict())
     align(student, teacher, images, steps=(1, 0), learning_rates=(1e-4, 1e-4))
     moved = {n: (v - before[n]).abs().max() for n, v in student.state_dict().items()}
     # The first step of Adam has the length of the learning rate, nearly.
-    for name, rate in (("qkv.weight", 1e-4), ("mixer.gain", 1e-3)):
+    for name, rate in (("qkv.weight", 1e-4), ("mixer.gain", 3e-3)):
         assert moved[f"blocks.1.attn.{name}"] == pytest.approx(rate, rel=0.1)
 
 
