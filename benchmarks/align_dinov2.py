@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -324,6 +325,8 @@ def main() -> None:
         return
     if args.fashion is not None:
         args.fashion = find_data(args.fashion, download=False)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("mmcastling").setLevel(logging.INFO)
     STORED.mkdir(parents=True, exist_ok=True)
     for name in args.rows:
         path = STORED / f"{name}.json"
