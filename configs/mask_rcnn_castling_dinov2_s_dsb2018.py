@@ -75,7 +75,12 @@ train_cfg = dict(max_iters=max_iters, val_interval=200)
 optim_wrapper = dict(
     optimizer=dict(lr=1e-3),
     # Trained weights learn at a twentieth of the rate of the new ones.
-    paramwise_cfg=dict(custom_keys={"backbone": dict(lr_mult=0.05)}),
+    paramwise_cfg=dict(
+        custom_keys={
+            "backbone": dict(lr_mult=0.05),
+            "backbone.pos_embed": dict(lr_mult=0.05, decay_mult=0.0),
+        }
+    ),
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.02, by_epoch=False, begin=0, end=50),

@@ -92,6 +92,21 @@ def test_every_config_that_castles_decays_its_masks(path):
     assert ("MaskDecayHook" in hooks) == castles
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_rate_of_the_backbone_is_that_of_all_its_weights(path):
+    cfg = load(path)
+    options = cfg.get("optim_wrapper", {}).get("paramwise_cfg", {})
+    keys = options.get("custom_keys", {})
+    if "backbone" not in keys:
+        pytest.skip("one rate for all")
+    # The longest key that a weight's name contains is the one that holds for it.
+    rates = {
+        keys[max((key for key in keys if key in name), key=len)].get("lr_mult", 1.0)
+        for name in ("backbone.pos_embed", "backbone.cls_token", "backbone.ln1.bias")
+    }
+    assert rates == {keys["backbone"]["lr_mult"]}
+
+
 def test_the_softmax_twin_differs_in_its_attention_only():
     changed = differences("mask_rcnn_softmax_s_coco.py")
     assert all(
