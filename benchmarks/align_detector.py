@@ -33,6 +33,7 @@ from mmcastling.checkpoint import (
     write_json_atomically,
     write_text_atomically,
 )
+from mmcastling.deploy import may_gain
 from mmcastling.run import ConfigError, evaluate, load_config, run_cli, train
 from mmcastling.run.align_model import ALIGNED, CONFIG, RECOMMENDED, align_model
 from mmcastling.run.load import load_model
@@ -94,7 +95,6 @@ def carry_out(seed: int, args: argparse.Namespace) -> dict[str, Any]:
         Path(args.data_root) / "train",
         folder / "aligned",
         seed=seed,
-        amp=args.amp,
         **RECIPE,
     )
     castled_config = load_config(
@@ -112,7 +112,7 @@ def carry_out(seed: int, args: argparse.Namespace) -> dict[str, Any]:
         metrics[row] = {name: found[name] for name in METRICS}
         state = load_checkpoint(checkpoint)
         models[row] = load_model(config, state, str(checkpoint)).backbone.eval()
-    recipe = dict(RECIPE, amp=args.amp, iterations=cfg.max_iters)
+    recipe = dict(RECIPE, amp=may_gain("bf16"), iterations=cfg.max_iters)
     return dict(
         recipe=recipe,
         metrics=metrics,
@@ -172,7 +172,6 @@ def parse_args() -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
     add("--data-root", default="data/nuclei", help="of prepare_nuclei.py")
     add("--work-dir", type=Path, default=Path("work_dirs/align_detector"))
-    add("--amp", action="store_true", help="align in bfloat16")
     add("--docs", action="store_true", help="only write the page's table")
     return parser.parse_args()
 

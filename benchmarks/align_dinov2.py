@@ -37,6 +37,7 @@ from mmcastling.checkpoint import (
     write_text_atomically,
 )
 from mmcastling.decay import MaskDecay
+from mmcastling.deploy import may_gain
 from mmcastling.files import temporary_folder
 from mmcastling.models import CastlingViT
 from mmcastling.run import ConfigError, run_cli
@@ -226,7 +227,7 @@ def carry_out(name: str, args: argparse.Namespace) -> dict[str, Any]:
     row, teacher = ALL_ROWS[name], teacher_of(args.weights)
     options = {key: row[key] for key in ("sizes", "batch_size") if key in row}
     batches, held_out = pictures_of(args.pictures, **options)
-    settings = {**row, "seed": args.seed, "amp": args.amp}
+    settings = {**row, "seed": args.seed, "amp": may_gain("bf16")}
     result: dict[str, Any] = dict(settings=settings)
     started, student = time.process_time(), copy.deepcopy(teacher)
     if "attention" in row:
@@ -247,7 +248,6 @@ def carry_out(name: str, args: argparse.Namespace) -> dict[str, Any]:
             mask=MaskDecay(**row["mask"]),
             features=features,
             folder=args.work_dir / name,
-            amp=args.amp,
         )
     result["cpu_seconds"] = time.process_time() - started
     if "attention" in row:
@@ -310,7 +310,6 @@ def parse_args() -> argparse.Namespace:
     add("--fashion", type=Path, help="folder of Fashion-MNIST")
     add("--work-dir", type=Path, default=Path("work_dirs/align_dinov2"))
     add("--seed", type=int, default=0)
-    add("--amp", action="store_true", help="align in bfloat16")
     add("--docs", action="store_true", help="only write the page's table")
     args = parser.parse_args()
     if not args.docs and args.pictures is None:

@@ -55,7 +55,11 @@ def parse_args() -> argparse.Namespace:
         help="with --keep auto: how many, or the share of the saved time that must "
         "remain, as 0.8 (2)",
     )
-    add("--amp", action="store_true", help="compute layers in bfloat16")
+    add(
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        help="compute layers in bfloat16 (where this machine multiplies it faster)",
+    )
     return parser.parse_args()
 
 

@@ -30,6 +30,7 @@ from mmcastling.alignment.pairs import (
 from mmcastling.attention import TokenMixer
 from mmcastling.checkpoint import load_checkpoint, save_atomically
 from mmcastling.decay import MaskDecay
+from mmcastling.deploy import may_gain
 from mmcastling.errors import OptionError
 from mmcastling.verbs import castling_modules, set_mask
 
@@ -51,7 +52,7 @@ def align(
     folder: str | Path | None = None,
     save_every: int = 20,
     log_every: int = 20,
-    amp: bool = False,
+    amp: bool | None = None,
 ) -> nn.Module:
     """Train a castled network to compute what its softmax original computes.
 
@@ -76,8 +77,8 @@ def align(
             interrupted. Defaults to None (nowhere).
         save_every: Steps between two savings. Defaults to 20.
         log_every: Steps between two lines of the logger ``mmcastling``. Defaults to 20.
-        amp: Compute layers in bfloat16 (autocast), which pays where the processor
-            multiplies it faster. Defaults to False.
+        amp: Compute layers in bfloat16 (autocast). Defaults to None (where the device
+            has instructions that multiply it faster).
 
     Returns:
         The student, in evaluation.
@@ -101,12 +102,14 @@ def align(
         )
     has_branch = any(True for _ in castling_modules(student))
     student.train(False)
+    device = next(teacher.parameters()).device
+    if amp is None:
+        amp = may_gain("bf16", device)
     settings = dict(steps=list(steps), learning_rates=list(learning_rates))
     settings.update(mask=str(mask), amp=amp, student=_described(student))
     settings["matched"] = "features and blocks"
     settings["teacher"] = _fingerprint(teacher)
     settings["images"] = getattr(images, "described", "")
-    device = next(teacher.parameters()).device
     state = _State(Path(folder) / STATE_FILE if folder else None, settings)
     wanted = [parameter.requires_grad for parameter in student.parameters()]
     try:

@@ -16,6 +16,7 @@ from mmcastling.deploy.precision import (
     PRECISIONS,
     check_precision,
     computes_in,
+    may_gain,
     set_precision,
 )
 from mmcastling.deploy.verify import (
@@ -39,6 +40,7 @@ __all__ = [
     "features",
     "is_deployed",
     "largest_difference",
+    "may_gain",
     "select_weights",
     "set_precision",
     "tensors_in",

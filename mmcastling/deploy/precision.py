@@ -92,6 +92,13 @@ def gains_nothing(precision: str, device: torch.device | str = "cpu") -> str | N
     )
 
 
+def may_gain(precision: str, device: torch.device | str = "cpu") -> bool:
+    """Whether a device has instructions for bf16 or fp16 that may pay."""
+    device = torch.device(device)
+    known = computes_in(_DTYPES[precision], device)
+    return known and gains_nothing(precision, device) is None
+
+
 def check_lowerable(model: nn.Module, precision: str) -> None:
     """Raise an OptionError unless a model is deployed, and all of it in float32."""
     if name := next((name for name, _ in castling_modules(model)), None):

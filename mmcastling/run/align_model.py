@@ -132,7 +132,7 @@ def align_model(
     keep: Sequence[int | str] | str = (),
     budget: int | float = 2,
     seed: int = 0,
-    amp: bool = False,
+    amp: bool | None = None,
 ) -> AlignmentReport:
     """Castle a trained model, align it, and write it with a report and a picture.
 

@@ -16,6 +16,7 @@ from mmcastling.alignment import (
     AlignError,
     PictureBatches,
     align,
+    aligning,
     attention_errors,
     attention_pairs,
     feature_similarity,
@@ -23,6 +24,7 @@ from mmcastling.alignment import (
 )
 from mmcastling.alignment.pairs import blocks_of, cosines, outputs_of
 from mmcastling.alignment.scanning import ScanRow, choose_kept
+from mmcastling.checkpoint import load_checkpoint
 from mmcastling.decay import MaskDecay
 
 SIZE = 32
@@ -145,6 +147,21 @@ def test_the_first_stage_trains_attentions_alone(teacher):
     assert changed
     assert all(".attn." in name for name in changed)
     assert "blocks.0.attn.mixer.gain" in changed
+
+
+@pytest.mark.parametrize("gains", [True, False])
+def test_layers_compute_in_bfloat16_where_it_may_gain(
+    teacher, tmp_path, monkeypatch, gains
+):
+    monkeypatch.setattr(aligning, "may_gain", lambda precision, device: gains)
+    seen = []
+    student = castled(teacher)
+    student.blocks[0].attn.qkv.register_forward_hook(
+        lambda layer, inputs, output: seen.append(output.dtype)
+    )
+    align(student, teacher, images, steps=(0, 1), folder=tmp_path)
+    assert set(seen) == {torch.bfloat16 if gains else torch.float32}
+    assert load_checkpoint(tmp_path / "align.pth")["settings"]["amp"] is gains
 
 
 def test_what_the_teacher_lacks_learns_thirty_times_as_fast(teacher):
