@@ -74,11 +74,11 @@ max_iters = 600
 train_cfg = dict(max_iters=max_iters, val_interval=200)
 optim_wrapper = dict(
     optimizer=dict(lr=1e-3),
-    # Trained weights learn at a twentieth of the rate of the new ones.
+    # Trained weights learn at a hundredth of the rate of the new ones.
     paramwise_cfg=dict(
         custom_keys={
-            "backbone": dict(lr_mult=0.05),
-            "backbone.pos_embed": dict(lr_mult=0.05, decay_mult=0.0),
+            "backbone": dict(lr_mult=0.01),
+            "backbone.pos_embed": dict(lr_mult=0.01, decay_mult=0.0),
         }
     ),
 )
