@@ -106,8 +106,11 @@ class QuantizedLinear(nn.Module):
         else:
             rounded = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
             rows = (t.reshape(-1, self.in_features).split(_ROWS) for t in (x, rounded))
+            factor = factor.item()
             for part, target in zip(*rows, strict=True):
-                target.copy_(torch.addcmul(shift, part, factor))
+                # By way of int32: torch converts to bytes one number at a time.
+                scaled = torch.add(shift, part, alpha=factor)
+                target.copy_(scaled.to(torch.int32))
         return torch.ops.onednn.qlinear_pointwise(
             *(rounded, step, zero.to(torch.int32)),
             *(self._packed, self.weight_steps, self._zeros, self.bias),
