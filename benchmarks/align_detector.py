@@ -64,10 +64,9 @@ def softmax_config(seed: int, args: argparse.Namespace, folder: Path) -> Config:
     return cfg
 
 
-def untrained(cfg: Config, checkpoint: Path, castled: Path, seed: int) -> None:
+def untrained(cfg: Config, checkpoint: Path, castled: Path) -> None:
     """Write the checkpoint of a castled model that was not aligned."""
     whole = load_model(cfg, load_checkpoint(checkpoint), str(checkpoint))
-    torch.manual_seed(seed)
     whole.backbone = castle(whole.backbone, **RECOMMENDED)
     save_atomically(dict(state_dict=whole.state_dict(), meta={}), castled)
 
@@ -100,7 +99,7 @@ def carry_out(seed: int, args: argparse.Namespace) -> dict[str, Any]:
     castled_config = load_config(
         folder / "aligned" / CONFIG, None, str(folder / "test")
     )
-    untrained(cfg, teacher, folder / "castled.pth", seed)
+    untrained(cfg, teacher, folder / "castled.pth")
     tested = dict(
         softmax=(cfg, teacher),
         castled=(castled_config, folder / "castled.pth"),

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from mmcastling import align, castle, set_mask, switch_to_deploy
 from mmcastling.alignment import PictureBatches, attention_errors
+from mmcastling.alignment.aligning import STATE_FILE
 from mmcastling.analysis import paired_medians
 from mmcastling.analysis.machine import environment
 from mmcastling.checkpoint import (
@@ -232,13 +233,13 @@ def carry_out(name: str, args: argparse.Namespace) -> dict[str, Any]:
     row, teacher = ALL_ROWS[name], teacher_of(args.weights)
     options = {key: row[key] for key in ("sizes", "batch_size") if key in row}
     batches, held_out = pictures_of(args.pictures, **options)
-    settings = {**row, "seed": args.seed, "amp": may_gain("bf16")}
+    settings = {**row, "amp": may_gain("bf16")}
     result: dict[str, Any] = dict(settings=settings)
     started, student = time.process_time(), copy.deepcopy(teacher)
+    goes_on = (args.work_dir / name / STATE_FILE).is_file()
     if "attention" in row:
-        torch.manual_seed(args.seed)
         keep = dict(keep="auto", budget=row["keep"]) if "keep" in row else {}
-        scanned = [held_out.batch(10, SIZES[0])] if keep else ()
+        scanned = [batches.batch(0, SIZES[0])] if keep else ()
         student, report = castle(
             student, images=scanned, return_report=True, **keep, **row["attention"]
         )
@@ -254,7 +255,8 @@ def carry_out(name: str, args: argparse.Namespace) -> dict[str, Any]:
             features=features,
             folder=args.work_dir / name,
         )
-    result["cpu_seconds"] = time.process_time() - started
+    if not goes_on:  # of which only the last sitting is known
+        result["cpu_seconds"] = time.process_time() - started
     if "attention" in row:
         set_mask(student, 1.0)
         student = switch_to_deploy(student)
@@ -284,7 +286,8 @@ def table(rows: dict[str, dict[str, Any]], knn: bool) -> tuple[str, dict[str, An
         cells.append(f"{found['cosine']['224x224']['cls']:.3f}")
         if knn:
             cells.append(f"{found['knn']:.1f}" if "knn" in found else "")
-            cells.append(f"{found['cpu_seconds'] / 60:.0f}" if "steps" in row else "")
+            seconds = found.get("cpu_seconds") if "steps" in row else None
+            cells.append("" if seconds is None else f"{seconds / 60:.0f}")
         title = row["title"]
         if kept := found.get("kept"):
             title += f" ({', '.join(kept)})"
@@ -338,7 +341,6 @@ def parse_args() -> argparse.Namespace:
     add("--rows", nargs="+", choices=rows, default=rows, metavar="ROW")
     add("--fashion", type=Path, help="folder of Fashion-MNIST")
     add("--work-dir", type=Path, default=Path("work_dirs/align_dinov2"))
-    add("--seed", type=int, default=0)
     add("--docs", action="store_true", help="only write the page's table")
     args = parser.parse_args()
     if not args.docs and args.pictures is None:

@@ -3,7 +3,6 @@
 python benchmarks/fashion.py rates             # a learning rate for each row; hours
 python benchmarks/fashion.py train --seeds 0   # every row from scratch; hours
 python benchmarks/fashion.py finetune          # castle, align and finetune softmax
-python benchmarks/fashion.py docs              # write the page's tables
 
 All is resumable, epoch by epoch, and every result is a file. Needs Fashion-MNIST as idx
 files; Debian's package ``dataset-fashion-mnist`` has them. The last 5,000 training
@@ -180,8 +179,12 @@ def train(
     epochs: int,
     rate: float,
     count: int = TRAINED,
+    decays: bool = True,
 ) -> dict[str, Any]:
-    """Train in place, going on from the last epoch in ``state``; curves and seconds."""
+    """Train in place, going on from the last epoch in ``state``; curves and seconds.
+
+    Masks decay if the model has any and ``decays``, and otherwise stay as they are.
+    """
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -189,8 +192,8 @@ def train(
         lr=rate,
         weight_decay=WEIGHT_DECAY,
     )
-    has_branch = any(True for _ in castling_modules(model))
-    hook = MaskDecayHook(start="1/N", finish=0.7) if has_branch else None
+    decays = decays and any(True for _ in castling_modules(model))
+    hook = MaskDecayHook(start="1/N", finish=0.7) if decays else None
     curve: list[dict[str, float]] = []
     if state.is_file():
         saved = load_checkpoint(state)
@@ -312,7 +315,8 @@ def train_row(name: str, seed: int, data: Data, args: argparse.Namespace) -> Non
     options = dict(epochs=EPOCHS, rate=chosen_rate(name), seed=seed)
     model = ROWS[name].build(seed)
     result = train(model, data, args.work_dir / f"{run}.pth", **options)
-    _store(run, {**result, **tested(model, data)}, options)
+    title = dict(title=ROWS[name].title)
+    _store(run, {**title, **result, **tested(model, data)}, options)
 
 
 def finetune(start: str, seed: int, data: Data, args: argparse.Namespace) -> None:
@@ -321,13 +325,14 @@ def finetune(start: str, seed: int, data: Data, args: argparse.Namespace) -> Non
     if _is_stored(run):
         return
     weights = args.work_dir / f"train-softmax-{seed}.pth"
-    if not weights.is_file():
+    saved = load_checkpoint(weights) if weights.is_file() else dict(curve=[])
+    if len(saved["curve"]) < EPOCHS:
         raise ConfigError(
-            f"{weights} does not exist: python benchmarks/fashion.py train --rows "
-            f"softmax --seeds {seed}"
+            f"{weights} is not trained to its end: python benchmarks/fashion.py train "
+            f"--rows softmax --seeds {seed}"
         )
     teacher = ROWS["softmax"].build(seed)
-    teacher.load_state_dict(load_checkpoint(weights)["state_dict"])
+    teacher.load_state_dict(saved["state_dict"])
     model, result = copy.deepcopy(teacher), {}
     if start != "softmax":
         torch.manual_seed(seed)
@@ -338,7 +343,8 @@ def finetune(start: str, seed: int, data: Data, args: argparse.Namespace) -> Non
     if start == "aligned":
 
         def images(step: int) -> Tensor:
-            batch, _ = data.batch(200 + seed, 0, step, TRAINED)
+            epoch, step = divmod(step, TRAINED // BATCH)
+            batch, _ = data.batch(200 + seed, epoch, step, TRAINED)
             return model.data_preprocessor(dict(inputs=batch))["inputs"]
 
         folder = args.work_dir / f"align-{seed}"
@@ -346,8 +352,13 @@ def finetune(start: str, seed: int, data: Data, args: argparse.Namespace) -> Non
         result["aligned"] = accuracy(model, data.validation)
     # Other batches than those that the network was trained with.
     options = dict(epochs=FINETUNE_EPOCHS, rate=FINETUNE_RATE, seed=seed + 100)
-    trained = train(model, data, args.work_dir / f"{run}.pth", **options)
-    _store(run, {**result, **trained, **tested(model, data)}, options)
+    # The branch stays off, as it was in the alignment.
+    trained = train(model, data, args.work_dir / f"{run}.pth", decays=False, **options)
+    _store(
+        run,
+        {**result, "title": STARTS[start], **trained, **tested(model, data)},
+        options,
+    )
 
 
 def _is_stored(run: str) -> bool:

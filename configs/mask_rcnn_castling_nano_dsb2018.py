@@ -47,6 +47,9 @@ test_pipeline = [
 ]
 train_dataloader = dict(dataset=dict(data_root=data_root, pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(data_root=data_root, pipeline=test_pipeline))
+# Of the validation part; annotations/instances_test.json is there for a last look. AP
+# counts 100 objects of a micrograph, as COCO's does, AP50 and AP75 1,000; a tenth of
+# the micrographs has more than 100.
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + "annotations/instances_val.json")
 test_evaluator = val_evaluator

@@ -26,6 +26,7 @@ from mmcastling.alignment.pairs import (
     on_each_attention,
     outputs_of,
     relative_error,
+    widths_of,
 )
 from mmcastling.attention import TokenMixer
 from mmcastling.checkpoint import load_checkpoint, save_atomically
@@ -70,7 +71,7 @@ def align(
         learning_rates: Peaks of the two stages for the teacher's weights; what castling
             added learns thirty times as fast. Defaults to (3e-4, 4e-5).
         mask: How the masks decay over both stages, off before the end. Defaults to None
-            (off from the start, which was measured to be better, see docs/align.md).
+            (off from the start, see docs/align.md).
         features: Called as ``features(model, images)``; the features to match. Defaults
             to those of the backbone, or of timm's ``forward_features``.
         folder: Where the state is saved, and from where an alignment goes on that was
@@ -220,19 +221,21 @@ def _match_features(
             f"those of the teacher {[tuple(e.shape) for e in expected]}: give "
             "features=, a function of a model and its images"
         )
+    widths = widths_of(student)
     errors = {
-        f"features {level}": _error(*both)
+        f"features {level}": _error(*both, widths)
         for level, both in enumerate(zip(found, expected, strict=True))
     }
     if given:
-        each = [_error(given[name], wanted[name]) for name in given]
+        each = [_error(given[name], wanted[name], widths) for name in given]
         errors["blocks"] = sum(each) / len(each)
     sum(errors.values()).backward()
     return {name: error.item() for name, error in errors.items()}
 
 
-def _error(found: Tensor, expected: Tensor) -> Tensor:
-    return 1 - cosines(found, expected).mean() + 0.1 * relative_error(found, expected)
+def _error(found: Tensor, expected: Tensor, widths: set[int]) -> Tensor:
+    kept = cosines(found, expected, widths).mean()
+    return 1 - kept + 0.1 * relative_error(found, expected)
 
 
 class _Stage:

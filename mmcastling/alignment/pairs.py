@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmcastling.attention import is_castled
+from mmcastling.attention import TokenMixer, is_castled
 from mmcastling.castle.grid import noted_by
 from mmcastling.deploy.verify import tensors_in
 from mmcastling.errors import UserError
@@ -171,9 +171,20 @@ def relative_error(found: Tensor, expected: Tensor) -> Tensor:
     return difference / expected.square().sum().clamp_min(1e-12)
 
 
-def cosines(found: Tensor, expected: Tensor) -> Tensor:
-    """Of each position's channels: the second axis of maps, the last of tokens."""
-    axis = 1 if expected.ndim == 4 else -1
+def widths_of(student: nn.Module) -> set[int]:
+    """The numbers of channels of what castled attentions mix."""
+    mixers = (m for m in student.modules() if isinstance(m, TokenMixer))
+    return {mixer.num_heads * mixer.head_dims for mixer in mixers}
+
+
+def cosines(found: Tensor, expected: Tensor, widths: Container[int] = ()) -> Tensor:
+    """Of each position's channels: the last axis of tokens, the second of maps.
+
+    Where the last axis of a map alone has one of ``widths``, as in timm's Swin
+    ``(B, H, W, C)``, it is the last one there, too.
+    """
+    last = expected.shape[-1] in widths and expected.shape[1] not in widths
+    axis = 1 if expected.ndim == 4 and not last else -1
     return nn.functional.cosine_similarity(found.float(), expected.float(), dim=axis)
 
 
@@ -207,10 +218,11 @@ def feature_similarity(
 ) -> list[float]:
     """Mean cosine of the features of two networks, one number for each tensor."""
     with in_evaluation(student, teacher):
-        return mean_cosines(
+        found = (
             [features_of(model, images, features) for model in (student, teacher)]
             for images in batches
         )
+        return mean_cosines(found, widths_of(student))
 
 
 def features_of(model: nn.Module, images: Tensor, features: Features) -> list[Tensor]:
@@ -218,10 +230,12 @@ def features_of(model: nn.Module, images: Tensor, features: Features) -> list[Te
     return list(tensors_in(features(model, images)))
 
 
-def mean_cosines(batches: Iterable[Iterable[list[Tensor]]]) -> list[float]:
+def mean_cosines(
+    batches: Iterable[Iterable[list[Tensor]]], widths: Container[int]
+) -> list[float]:
     """Of pairs of features, a pair for each batch: one number for each tensor."""
     found = [
-        [float(cosines(*pair).mean()) for pair in zip(*both, strict=True)]
+        [float(cosines(*pair, widths).mean()) for pair in zip(*both, strict=True)]
         for both in batches
     ]
     return [sum(level) / len(level) for level in zip(*found, strict=True)]

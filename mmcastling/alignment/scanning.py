@@ -17,6 +17,7 @@ from mmcastling.alignment.pairs import (
     default_features,
     features_of,
     mean_cosines,
+    widths_of,
 )
 from mmcastling.analysis import paired_medians
 from mmcastling.castle import castle
@@ -77,7 +78,7 @@ def scan(
         set_mask(deployed, 1.0)
     deployed = switch_to_deploy(deployed, inplace=True)
     expected = [features_of(hybrid, images, features) for images in batches]
-    rows = []
+    rows, widths = [], widths_of(student)
     with noted_by(deployed, hybrid):
         for name in pairs:
             original, castled = hybrid.get_submodule(name), deployed.get_submodule(name)
@@ -91,7 +92,7 @@ def scan(
             )
             hybrid.set_submodule(name, castled)
             found = (features_of(hybrid, images, features) for images in batches)
-            kept = min(mean_cosines(zip(found, expected, strict=True)))
+            kept = min(mean_cosines(zip(found, expected, strict=True), widths))
             hybrid.set_submodule(name, original)
             milliseconds = (1000 * value for value in seconds.values())
             rows.append(ScanRow(name, 1 - kept, *milliseconds))

@@ -150,7 +150,8 @@ def align_model(
         steps: See :func:`mmcastling.align`; so are ``learning_rates`` and ``amp``.
         batch_size: Pictures of a step. Defaults to 4.
         attention: Options of :func:`mmcastling.castle` beside :data:`RECOMMENDED`.
-        keep: See :func:`mmcastling.castle`; ``'auto'`` scans held-out pictures.
+        keep: See :func:`mmcastling.castle`; ``'auto'`` scans pictures that are trained
+            on.
         budget: See there.
         seed: Of everything random. Defaults to 0.
 
@@ -161,10 +162,7 @@ def align_model(
 
     out = Path(out)
     whole, teacher = trained_model(model, checkpoint)
-    options = {**RECOMMENDED, **(attention or {})}
-    if options.get("type", "castling") != "castling":
-        # Another mixer has none of the options that are recommended for ours.
-        options = dict(attention or {})
+    options = _options(attention)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file: give the name of a folder")
     batches, held_out = _pictures(whole, pictures, sizes, batch_size, seed)
@@ -217,6 +215,13 @@ def align_model(
     plot_errors(report.errors_before, report.errors_after, out / "errors.png")
     (out / STATE_FILE).unlink(missing_ok=True)  # three times the weights
     return report
+
+
+def _options(attention: dict[str, Any] | None) -> dict[str, Any]:
+    """Options of ``castle``: those given, and the recommended ones of our mixer."""
+    given = dict(attention or {})
+    is_ours = given.get("type", "castling") == "castling"
+    return {**RECOMMENDED, **given} if is_ours else given
 
 
 def _stored(out: Path, given: dict[str, Any]) -> dict[str, Any]:
@@ -290,7 +295,7 @@ def scan_model(
     whole, teacher = trained_model(model, checkpoint)
     batches, _ = _pictures(whole, pictures, [size], batch_size, seed)
     torch.manual_seed(seed)
-    options = {**RECOMMENDED, **(attention or {})}
+    options = _options(attention)
     if aligned is None:
         student = castle(copy.deepcopy(teacher), **options)
     else:

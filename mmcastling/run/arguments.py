@@ -102,7 +102,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--attention",
         nargs="+",
-        action=KeyValueAction,
+        action=LiteralAction,
         default={},
         metavar="KEY=VALUE",
         help="options of castle() beside the recommended ones",

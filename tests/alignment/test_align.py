@@ -117,6 +117,38 @@ def test_the_second_stage_matches_what_blocks_give(teacher):
     assert all(b < 0.8 * a for a, b in zip(before, distances(), strict=True))
 
 
+def test_cosines_are_of_channels_in_maps_of_either_layout():
+    found, expected = torch.randn(2, 2, 6, 4, 8).unbind(0)
+    wanted = torch.cosine_similarity(found, expected, dim=-1)
+    assert_close(cosines(found, expected, {8}), wanted)  # as of timm's Swin
+    turned = (tensor.permute(0, 3, 1, 2) for tensor in (found, expected))
+    assert_close(cosines(*turned, {8}), wanted)
+    # A width of the network is the channels even where the map is as wide.
+    assert_close(cosines(found, expected, {6, 8}), cosines(found, expected))
+
+
+def test_features_of_timms_swin_are_compared_by_channels():
+    teacher = timm.create_model(
+        "swin_tiny_patch4_window7_224",
+        img_size=64,
+        embed_dim=16,
+        depths=(1, 1),
+        num_heads=(1, 2),
+        window_size=4,
+        num_classes=0,
+    ).eval()
+    student = castled(teacher)
+    set_mask(student, 1.0)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        ours, theirs = (m.eval().forward_features(x) for m in (student, teacher))
+    assert ours.shape[-1] == 32  # (B, H, W, C)
+    (found,) = feature_similarity(student, teacher, [x])
+    expected = torch.cosine_similarity(ours, theirs, dim=-1).mean().item()
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert found != pytest.approx(torch.cosine_similarity(ours, theirs).mean().item())
+
+
 @pytest.mark.parametrize(
     ("attention", "block"),
     [

@@ -101,10 +101,14 @@ def test_a_rate_of_the_backbone_is_that_of_all_its_weights(path):
         pytest.skip("one rate for all")
     # The longest key that a weight's name contains is the one that holds for it.
     rates = {
-        keys[max((key for key in keys if key in name), key=len)].get("lr_mult", 1.0)
+        name: keys[max((key for key in keys if key in name), key=len)]["lr_mult"]
         for name in ("backbone.pos_embed", "backbone.cls_token", "backbone.ln1.bias")
     }
-    assert rates == {keys["backbone"]["lr_mult"]}
+    assert set(rates.values()) == {keys["backbone"]["lr_mult"]}
+    schedule = cfg.param_scheduler[-1]  # whose end is one for all weights
+    assert schedule.eta_min <= 0.1 * cfg.optim_wrapper.optimizer.lr * min(
+        rates.values()
+    )
 
 
 def test_the_softmax_twin_differs_in_its_attention_only():

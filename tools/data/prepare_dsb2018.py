@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pycocotools import mask as rle
 from rich.console import Console
 from rich.progress import track
@@ -75,7 +75,7 @@ def prepare_dsb2018(clone: Path, out: Path) -> dict[str, tuple[int, int]]:
         DatasetError: If the clone is not one, or ``out`` is in use.
     """
     folders = sorted(p for p in (clone / "stage1_train").glob("*") if p.is_dir())
-    if len(folders) < 3:
+    if len(folders) < 7:  # the first for validation is the seventh
         raise DatasetError(
             f"{clone} has {len(folders)} micrographs in stage1_train: give a clone of "
             f"{SOURCE}"
@@ -151,9 +151,11 @@ def outlines(folder: Path, size: tuple[int, int]) -> Iterator[dict[str, Any]]:
 def read(path: Path) -> Image.Image:
     """A picture; DatasetError if there is none."""
     try:
-        return Image.open(path)
-    except (OSError, UnidentifiedImageError) as error:
+        picture = Image.open(path)
+        picture.load()
+    except (OSError, SyntaxError) as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error
+    return picture
 
 
 if __name__ == "__main__":
