@@ -108,7 +108,7 @@ def carry_out(seed: int, args: argparse.Namespace) -> dict[str, Any]:
     metrics, models = {}, {}
     for row, (config, checkpoint) in tested.items():
         found = evaluate(copy.deepcopy(config), str(checkpoint)).metrics
-        metrics[row] = {name: float(found[name]) for name in METRICS}
+        metrics[row] = {name: found[name] for name in METRICS}
         state = load_checkpoint(checkpoint)
         models[row] = load_model(config, state, str(checkpoint)).backbone.eval()
     recipe = dict(RECIPE, amp=may_gain("bf16"), iterations=cfg.max_iters)

@@ -108,7 +108,7 @@ def carry_out(task: str, row: str, seed: int, args: argparse.Namespace) -> Any:
     cfg = config_of(task, row, seed, work_dir, data, args.amp)
     metrics = evaluate(cfg, last.read_text().strip()).metrics
     return dict(
-        metrics={name: float(value) for name, value in metrics.items()},
+        metrics=metrics,
         curve=validations(work_dir, next(iter(TASKS[task][2]))),
         iterations=cfg.max_iters,
         amp=args.amp,

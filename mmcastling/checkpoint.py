@@ -289,5 +289,17 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json_atomically(path: str | os.PathLike[str], value: Any) -> None:
-    """Write a value as JSON, indented, as :func:`write_atomically` writes bytes."""
-    write_text_atomically(path, json.dumps(value, indent=2) + "\n")
+    """Write a value as JSON, indented, as :func:`write_atomically` writes bytes.
+
+    Numbers of NumPy and torch are written as plain ones.
+    """
+    text = json.dumps(value, indent=2, default=_plain_number)
+    write_text_atomically(path, text + "\n")
+
+
+def _plain_number(value: Any) -> Any:
+    if isinstance(value, (np.generic, torch.Tensor)) and getattr(value, "ndim", 0) == 0:
+        return value.item()
+    raise TypeError(
+        f"{value!r} of type {type(value).__name__} cannot be written as JSON"
+    )

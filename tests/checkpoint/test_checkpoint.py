@@ -1,5 +1,6 @@
 """Checkpoints: nothing in them is executed, and what is written is written whole."""
 
+import json
 import os
 import pickle
 import stat
@@ -22,6 +23,7 @@ from mmcastling.checkpoint import (
     load_weights,
     save_atomically,
     weights_of,
+    write_json_atomically,
 )
 from mmcastling.compat.safe_loading import safe_mmengine_loading
 
@@ -403,3 +405,15 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path):
         os.umask(before)
     mode = stat.S_IMODE((tmp_path / "weights.pth").stat().st_mode)
     assert mode == 0o640
+
+
+def test_numbers_of_numpy_and_torch_are_written_as_plain_ones(tmp_path):
+    value = dict(
+        a=np.float32(0.5), b=np.int64(2), c=torch.tensor(1.5), d=np.bool_(True)
+    )
+    write_json_atomically(tmp_path / "a.json", value)
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found == dict(a=0.5, b=2, c=1.5, d=True)
+    with pytest.raises(TypeError, match="cannot be written as JSON"):
+        write_json_atomically(tmp_path / "a.json", dict(a=np.zeros(2)))
+    assert json.loads((tmp_path / "a.json").read_text()) == found
