@@ -86,12 +86,10 @@ class AlignmentReport:
                 ", ".join(f"{value:.3f}" for value in values)
                 for values in (self.cosines_before[size], after)
             )
-            slower = " (slower: tools/doctor.py says from where on it pays)"
-            lines.append(
-                "{}: cosine of the features {} -> {}; {:.1f} -> {:.1f} ms an image"
-                "".format(size, *shown, softmax, castled)
-                + (slower if castled > softmax else "")
-            )
+            line = "{}: cosine of the features {} -> {}; {:.1f} -> {:.1f} ms an image"
+            lines.append(line.format(size, *shown, softmax, castled))
+            if castled > softmax:
+                lines[-1] += " (slower: tools/doctor.py says from where on it pays)"
         return "\n".join(lines)
 
 
@@ -150,8 +148,7 @@ def align_model(
         steps: See :func:`mmcastling.align`; so are ``learning_rates`` and ``amp``.
         batch_size: Pictures of a step. Defaults to 4.
         attention: Options of :func:`mmcastling.castle` beside :data:`RECOMMENDED`.
-        keep: See :func:`mmcastling.castle`; ``'auto'`` scans pictures that are trained
-            on.
+        keep: See :func:`mmcastling.castle`; ``'auto'`` scans pictures trained on.
         budget: See there.
         seed: Of everything random. Defaults to 0.
 
