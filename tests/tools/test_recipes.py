@@ -143,6 +143,12 @@ def small_config(name, root, folder, imagenet, tiny_coco, teacher):
         if "rcnn" in name:
             text += FEW_PROPOSALS
         options = dict(data_root=str(tiny_coco) + "/")
+        if "dsb2018" in name:  # on people in place of nuclei
+            options["train_dataloader.dataset"] = dict(
+                ann_file="annotations/instances_train2017.json",
+                data_prefix=dict(img="train2017/"),
+                metainfo=dict(classes=("person",), palette=[(220, 20, 60)]),
+            )
         # Jitter's padding to 1024x1024.
         options["model.data_preprocessor.batch_augments"] = None
     path = folder / f"small_{name}.py"
