@@ -18,14 +18,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
+from align_dinov2 import PAGE, milliseconds
 from common import ROOT
-from marked import replace_between
+from marked import mean_and_each, replace_between
 from mmengine.config import Config
-from torch import nn
 
-from mmcastling import castle, switch_to_deploy
-from mmcastling.analysis import paired_medians
+from mmcastling import castle
 from mmcastling.analysis.machine import environment
 from mmcastling.checkpoint import (
     load_checkpoint,
@@ -39,7 +37,6 @@ from mmcastling.run.align_model import ALIGNED, CONFIG, RECOMMENDED, align_model
 from mmcastling.run.load import load_model
 
 STORED = ROOT / "benchmarks" / "results" / "align_detector"
-PAGE = ROOT / "docs" / "align.md"
 BEGIN, END = "<!-- detector-table -->\n", "<!-- /detector-table -->"
 BASE = ROOT / "configs" / "mask_rcnn_castling_nano_nuclei.py"
 METRICS = ("coco/bbox_mAP", "coco/segm_mAP", "coco/segm_mAP_50")
@@ -50,7 +47,7 @@ ROWS = {
 }
 # Training sees 256x256 and testing 512x512 pixels, 1,024 and 4,096 tokens.
 SIZES = ((256, 256), (512, 512))
-TIMED = (512, 1024)
+TIMED = ((512, 512), (1024, 1024))
 RECIPE = dict(steps=(150, 300), learning_rates=(3e-4, 4e-5), batch_size=4, sizes=SIZES)
 
 
@@ -69,17 +66,6 @@ def untrained(cfg: Config, checkpoint: Path, castled: Path) -> None:
     whole = load_model(cfg, load_checkpoint(checkpoint), str(checkpoint))
     whole.backbone = castle(whole.backbone, **RECOMMENDED)
     save_atomically(dict(state_dict=whole.state_dict(), meta={}), castled)
-
-
-@torch.no_grad()
-def milliseconds(teacher: nn.Module, student: nn.Module) -> dict[str, list[float]]:
-    """Medians of softmax and of the deployed backbone, by side of the picture."""
-    student, found = switch_to_deploy(student), {}
-    for side in TIMED:
-        x = torch.randn(1, 3, side, side)
-        passes = {"softmax": lambda x=x: teacher(x), "castled": lambda x=x: student(x)}
-        found[str(side)] = [1000 * s for s in paired_medians(passes, 5).values()]
-    return found
 
 
 def carry_out(seed: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -116,7 +102,7 @@ def carry_out(seed: int, args: argparse.Namespace) -> dict[str, Any]:
         recipe=recipe,
         metrics=metrics,
         cosines=dict(before=report.cosines_before, after=report.cosines_after),
-        milliseconds=milliseconds(models["softmax"], models["aligned"]),
+        milliseconds=milliseconds(models["softmax"], models["aligned"], TIMED),
         environment=environment("cpu"),
     )
 
@@ -133,9 +119,7 @@ def table() -> str:
     for row, title in ROWS.items():
         cells = []
         for metric in METRICS:
-            values = [run["metrics"][row][metric] for run in runs]
-            each = ", ".join(f"{value:.3f}" for value in values)
-            cells.append(f"{statistics.mean(values):.3f} ({each})")
+            cells.append(mean_and_each([run["metrics"][row][metric] for run in runs]))
         lines.append(f"| {title} | {' | '.join(cells)} |")
     teacher, aligned = (
         [run["metrics"][row]["coco/segm_mAP"] for run in runs]
@@ -143,8 +127,8 @@ def table() -> str:
     )
     share = statistics.mean(b / a for a, b in zip(teacher, aligned, strict=True))
     times = "; ".join(
-        f"{side} pixels {softmax:.0f} and {castled:.0f} ms"
-        for side, (softmax, castled) in runs[-1]["milliseconds"].items()
+        f"{size} pixels {softmax:.0f} and {castled:.0f} ms"
+        for size, (softmax, castled) in runs[-1]["milliseconds"].items()
     )
     lines += [
         "",

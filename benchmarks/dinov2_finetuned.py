@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
 from align_dinov2 import PAGE, imported_weights
 from common import ROOT
-from marked import replace_between
+from marked import mean_and_each, replace_between
 from mmengine.config import Config
 
 from mmcastling.analysis.machine import environment
@@ -151,8 +150,7 @@ def table() -> str:
             cells = []
             for metric, (_, digits) in metrics.items():
                 values = [run["metrics"][metric] for run in found]
-                each = ", ".join(f"{value:.{digits}f}" for value in values)
-                cells.append(f"{statistics.mean(values):.{digits}f} ({each})")
+                cells.append(mean_and_each(values, digits))
             _, digits = next(iter(metrics.values()))
             curve = " ".join(f"{value:.{digits}f}" for _, value in found[0]["curve"])
             lines.append(f"| {ROWS[row]} | {' | '.join(cells)} | {curve} |")

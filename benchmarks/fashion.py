@@ -38,16 +38,15 @@ from mmcastling.checkpoint import (
     save_atomically,
     write_json_atomically,
 )
-from mmcastling.run import ConfigError, run_cli
+from mmcastling.run import ConfigError, align_model, run_cli
 from mmcastling.train import MaskDecayHook
 from mmcastling.verbs import castling_modules
 
 STORED = ROOT / "benchmarks" / "results" / "fashion"
-TRAINED, WIDTH, SIDE = 55_000, 64, 14  # pictures; channels; tokens of a row
+TRAINED, WIDTH = 55_000, 64  # pictures; channels
 BATCH, WEIGHT_DECAY, WARM_UP = 128, 0.05, 0.1
 EPOCHS, RATE_EPOCHS, RATE_PICTURES, FINETUNE_EPOCHS = 8, 3, 15_000, 2
 RATES, FINETUNE_RATE = (1e-3, 2e-3, 4e-3), 5e-4
-ALIGN = dict(steps=(150, 300), learning_rates=(3e-4, 4e-5))
 
 # 28x28 pixels, a convolutional stem of stride 2: 14x14 = 196 tokens, as ImageNet's.
 BACKBONE = dict(
@@ -150,24 +149,18 @@ class Data:
     ) -> None:
         whole = Pictures(folder, FashionMNIST.train_list, trained + validated)
         test = Pictures(folder, FashionMNIST.test_list, tested)
-        parts = (slice(trained), slice(trained, None))
-        self.train, self.validation = (
-            (whole.images[p], whole.labels[p]) for p in parts
-        )
+        self.pictures = whole
+        self.validation = whole.images[trained:], whole.labels[trained:]
         self.test = test.images, test.labels
 
     def batch(self, seed: int, epoch: int, step: int, count: int) -> tuple[Tensor, ...]:
         """Flipped and shifted pictures, decided by the arguments alone."""
         noise = torch.Generator().manual_seed(1_000 * seed + epoch)
         order = torch.randperm(count, generator=noise)
-        chosen = order[step * BATCH : (step + 1) * BATCH]
-        images, labels = self.train[0][chosen], self.train[1][chosen]
+        chosen = order[step * BATCH : (step + 1) * BATCH].tolist()
         noise = torch.Generator().manual_seed((1_000 * seed + epoch) * 10_000 + step)
-        flip = torch.rand(len(images), 1, 1, 1, generator=noise) < 0.5
-        images = torch.where(flip, images.flip(3), images)
-        up, left = torch.randint(0, 5, (2,), generator=noise).tolist()
-        padded = nn.functional.pad(images, (2, 2, 2, 2))
-        return padded[:, :, up : up + 28, left : left + 28], labels
+        self.pictures.augment = noise
+        return self.pictures.__getitems__(chosen)
 
 
 def train(
@@ -335,9 +328,7 @@ def finetune(start: str, seed: int, data: Data, args: argparse.Namespace) -> Non
     teacher.load_state_dict(saved["state_dict"])
     model, result = copy.deepcopy(teacher), {}
     if start != "softmax":
-        torch.manual_seed(seed)
-        options = dict(form="learned", center_keys=True, local_conv=GRID)
-        model.backbone = castle(model.backbone, mask_threshold="4/N", **options)
+        model.backbone = castle(model.backbone, **align_model.RECOMMENDED)
         set_mask(model, 1.0)
         result["castled"] = accuracy(model, data.validation)
     if start == "aligned":
@@ -348,7 +339,7 @@ def finetune(start: str, seed: int, data: Data, args: argparse.Namespace) -> Non
             return model.data_preprocessor(dict(inputs=batch))["inputs"]
 
         folder = args.work_dir / f"align-{seed}"
-        align(model.backbone, teacher.backbone, images, folder=folder, **ALIGN)
+        align(model.backbone, teacher.backbone, images, folder=folder)
         result["aligned"] = accuracy(model, data.validation)
     # Other batches than those that the network was trained with.
     options = dict(epochs=FINETUNE_EPOCHS, rate=FINETUNE_RATE, seed=seed + 100)

@@ -108,7 +108,7 @@ def align(
         amp = may_gain("bf16", device)
     settings = dict(steps=list(steps), learning_rates=list(learning_rates))
     settings.update(mask=str(mask), amp=amp, student=_described(student))
-    settings["matched"] = "features and blocks"
+    settings.update(matched="features and blocks", new_weights=_NEW)
     settings["teacher"] = _fingerprint(teacher)
     settings["images"] = getattr(images, "described", "")
     state = _State(Path(folder) / STATE_FILE if folder else None, settings)
@@ -251,7 +251,7 @@ class _Stage:
     ) -> None:
         self.index, self.steps, self.rate = index, steps, rate
         learns = {n: p for n, p in student.named_parameters() if p.requires_grad}
-        new = _new_parameters(student, teacher) & learns.keys()
+        new = _new_parameters(student, teacher)
         groups = [
             dict(params=[learns[n] for n in learns if n not in new], factor=1.0),
             dict(params=[learns[n] for n in learns if n in new], factor=_NEW),

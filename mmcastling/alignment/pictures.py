@@ -22,7 +22,7 @@ IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 class PictureBatches:
     """Normalised crops of the pictures in a folder and those below it, without labels.
 
-    A random crop has at least half of the area of the largest of its shape, and is
+    A random crop has half to all of the area of the largest of its shape, and is
     flipped half of the time. Which pictures, crops and size a step has depends on the
     step and the seed alone.
 

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -147,7 +148,9 @@ def run_test(runner: Runner) -> dict[str, float]:
         if library:
             say(f"COCO evaluation by {library}")
         with whole_local_files():  # every process writes the metrics, to one file
-            return runner.test()
+            found = runner.test()
+    # mmseg's are numbers of NumPy.
+    return {k: v.item() if isinstance(v, np.generic) else v for k, v in found.items()}
 
 
 def say(text: str) -> None:

@@ -1,6 +1,7 @@
 """Segmentation: every recipe trains and predicts, and the commands on real scenes."""
 
 import copy
+import json
 import math
 import pickle
 import re
@@ -178,6 +179,7 @@ def test_void_counts_neither_in_the_loss_nor_in_the_metric(
     )
     enable_output(cfg, str(tmp_path / "out.pkl"))
     metrics = evaluate(cfg, trained_segmentor.masks_off).metrics
+    json.dumps(metrics)  # plain numbers
     (item,) = pickle.loads((tmp_path / "out.pkl").read_bytes())
     corner = item["pred_sem_seg"]["data"][0, :9, :9]
     share = (corner == 3).float().mean().item()

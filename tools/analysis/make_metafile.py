@@ -16,6 +16,7 @@ import yaml
 from get_flops import AS_BUILT, DEPLOYED, count_graphs
 from mmengine.config import Config
 
+from mmcastling.compat.model_index import models
 from mmcastling.registry import type_name
 from mmcastling.run import load_config, run_cli
 
@@ -53,16 +54,16 @@ def main() -> None:
     )
     parser.add_argument("configs", nargs="*", help="count these alone (all)")
     chosen = {Path(path).stem for path in parser.parse_args().configs}
-    known = {item["Name"]: item for item in stored()} if chosen else {}
-    models: dict[str, list[dict[str, Any]]] = {task: [] for task in TASKS.values()}
+    known = models() if chosen else {}
+    tasks: dict[str, list[dict[str, Any]]] = {task: [] for task in TASKS.values()}
     for path in sorted(CONFIGS.glob("*.py")):
         cfg = load_config(path)
         item = known.get(path.stem)
         if item is None or path.stem in chosen:
             item = entry(cfg)
             print(path.name, item["Metadata"], flush=True)
-        models[TASKS[cfg.default_scope]].append(item)
-    for task, entries in models.items():
+        tasks[TASKS[cfg.default_scope]].append(item)
+    for task, entries in tasks.items():
         used = {item["In Collection"] for item in entries}
         collections = [
             dict(Name=name, Paper=PAPER, README="README.md") for name in sorted(used)
@@ -71,14 +72,6 @@ def main() -> None:
             dict(Collections=collections, Models=entries), sort_keys=False
         )
         (CONFIGS / f"metafile_{task}.yml").write_text(text)
-
-
-def stored() -> list[dict[str, Any]]:
-    """The entries of the metafiles as they are."""
-    files = sorted(CONFIGS.glob("metafile_*.yml"))
-    return [
-        item for path in files for item in yaml.safe_load(path.read_text())["Models"]
-    ]
 
 
 def entry(cfg: Config) -> dict[str, Any]:
