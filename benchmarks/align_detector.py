@@ -33,7 +33,7 @@ from mmcastling.checkpoint import (
 )
 from mmcastling.deploy import may_gain
 from mmcastling.run import ConfigError, evaluate, load_config, run_cli, train
-from mmcastling.run.align_model import ALIGNED, CONFIG, RECOMMENDED, align_model
+from mmcastling.run.align_model import ALIGNED, CONFIG, align_model
 from mmcastling.run.load import load_model
 
 STORED = ROOT / "benchmarks" / "results" / "align_detector"
@@ -64,7 +64,7 @@ def softmax_config(seed: int, args: argparse.Namespace, folder: Path) -> Config:
 def untrained(cfg: Config, checkpoint: Path, castled: Path) -> None:
     """Write the checkpoint of a castled model that was not aligned."""
     whole = load_model(cfg, load_checkpoint(checkpoint), str(checkpoint))
-    whole.backbone = castle(whole.backbone, **RECOMMENDED)
+    whole.backbone = castle(whole.backbone)
     save_atomically(dict(state_dict=whole.state_dict(), meta={}), castled)
 
 

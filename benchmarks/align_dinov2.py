@@ -33,6 +33,7 @@ from mmcastling.alignment import PictureBatches, attention_errors
 from mmcastling.alignment.aligning import STATE_FILE
 from mmcastling.analysis import paired_medians
 from mmcastling.analysis.machine import environment
+from mmcastling.castle import RECOMMENDED
 from mmcastling.checkpoint import (
     load_checkpoint,
     write_json_atomically,
@@ -43,7 +44,6 @@ from mmcastling.deploy import may_gain
 from mmcastling.files import temporary_folder
 from mmcastling.models import CastlingViT
 from mmcastling.run import ConfigError, run_cli
-from mmcastling.run.align_model import RECOMMENDED
 from mmcastling.weights.importing import import_checkpoint
 
 STORED = ROOT / "benchmarks" / "results" / "align_dinov2"
@@ -68,7 +68,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "softmax": dict(title="softmax (the teacher)"),
     "released": dict(
         title="castled in the released form, not aligned",
-        attention=dict(form="released", local_conv=None),
+        attention=dict(form="released", center_keys=False, local_conv=None),
     ),
     "untrained": dict(
         title="castled in the learned form, not aligned", attention=RECOMMENDED
@@ -108,7 +108,7 @@ SHORT_ROWS: dict[str, dict[str, Any]] = {
         (
             "released",
             'form="released", keys not centred',
-            dict(form="released", local_conv=GRID, mask_threshold="4/N"),
+            dict(RECOMMENDED, form="released", center_keys=False),
             NO_BRANCH,
         ),
         ("average", 'form="average"', dict(RECOMMENDED, form="average"), NO_BRANCH),

@@ -38,7 +38,7 @@ from mmcastling.checkpoint import (
     save_atomically,
     write_json_atomically,
 )
-from mmcastling.run import ConfigError, align_model, run_cli
+from mmcastling.run import ConfigError, run_cli
 from mmcastling.train import MaskDecayHook
 from mmcastling.verbs import castling_modules
 
@@ -328,7 +328,7 @@ def finetune(start: str, seed: int, data: Data, args: argparse.Namespace) -> Non
     teacher.load_state_dict(saved["state_dict"])
     model, result = copy.deepcopy(teacher), {}
     if start != "softmax":
-        model.backbone = castle(model.backbone, **align_model.RECOMMENDED)
+        model.backbone = castle(model.backbone)
         set_mask(model, 1.0)
         result["castled"] = accuracy(model, data.validation)
     if start == "aligned":

@@ -22,7 +22,7 @@ model = dict(
         # In a window of 7x7 linear attention saves little: it is there to make larger
         # windows cheap. window_size=14 above resizes the tables of position biases,
         # which the auxiliary branch reads while it is on.
-        attention=dict(type="castling", local_conv="grid", mask_threshold="4/N"),
+        attention=dict(type="castling"),  # its form for trained weights
     ),
 )
 

@@ -23,7 +23,7 @@ model = dict(
             dynamic_img_size=True,
             drop_path_rate=0.1,
         ),
-        attention=dict(type="castling", local_conv="grid", mask_threshold="4/N"),
+        attention=dict(type="castling"),  # its form for trained weights
     ),
 )
 

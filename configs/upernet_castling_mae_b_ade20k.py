@@ -30,7 +30,7 @@ model = dict(
                 prefix="backbone.",
             ),
         ),
-        attention=dict(type="castling", local_conv="grid", mask_threshold="4/N"),
+        attention=dict(type="castling"),  # its form for trained weights
     ),
     neck=dict(in_channels=768),
 )

@@ -1,6 +1,6 @@
 """Teach a castled network what its softmax original knows, from pictures alone.
 
-    student = castle(copy.deepcopy(teacher), form="learned", center_keys=True)
+    student = castle(copy.deepcopy(teacher))
     align(student, teacher, images)
 
 First each castled attention learns to give what the softmax one gives, then the whole

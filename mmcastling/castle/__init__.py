@@ -3,11 +3,17 @@
 from mmcastling.castle import adapters  # noqa: F401, registers them
 from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
 from mmcastling.castle.adapters.hugging_face import castled_from_pretrained
-from mmcastling.castle.castled_attention import CastledAttention, MixerBuilder
+from mmcastling.castle.castled_attention import (
+    RECOMMENDED,
+    CastledAttention,
+    MixerBuilder,
+    recommended_options,
+)
 from mmcastling.castle.report import Castled, CastleReport
 from mmcastling.castle.swap import castle
 
 __all__ = [
+    "RECOMMENDED",
     "CannotCastle",
     "CastleReport",
     "Castled",
@@ -15,5 +21,6 @@ __all__ = [
     "MixerBuilder",
     "castle",
     "castled_from_pretrained",
+    "recommended_options",
     "register_adapter",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,29 @@ from mmcastling.attention.local_conv import Grid, merge_heads, split_qkv
 from mmcastling.attention.mixer import Bias
 from mmcastling.attention.opaque import OpaqueModule
 from mmcastling.attention.peers.softmax import SoftmaxMixer
+from mmcastling.castle.adapter_registry import CannotCastle
 from mmcastling.castle.grid import GridSource
 from mmcastling.errors import OptionError
+
+RECOMMENDED: dict[str, Any] = dict(
+    form="learned",
+    center_keys=True,
+    local_conv=dict(type="grid", init="zero"),
+    mask_threshold="4/N",
+)
+"""What ``castle`` gives an attention that says nothing else: the form that keeps most
+of trained weights, as measured in docs/align.md."""
+
+
+def recommended_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a mixer: those given, and for the rest :data:`RECOMMENDED`."""
+    kind = given.get("type", "castling")
+    if kind == "castling":
+        return {**RECOMMENDED, **given}
+    if kind == "linear_angular":  # without the branch that a threshold would mask
+        rest = {k: v for k, v in RECOMMENDED.items() if k != "mask_threshold"}
+        return {**rest, **given}
+    return dict(given)
 
 
 @dataclass
@@ -26,7 +47,7 @@ class MixerBuilder:
 
     Args:
         attention: The attention that will be replaced.
-        options: Those of the mixer, with ``type``.
+        options: Those of the mixer that were given, with ``type``.
         deploy: Whether to build deployed forms.
         grid: ``(H, W)`` of the attention's tokens, if it was given.
         grid_source: What knows it of each image that passes, if something does.
@@ -36,6 +57,9 @@ class MixerBuilder:
         holders: The modules that hold the attention, the nearest first.
         notes: What the report should say about this attention.
         shared: What :meth:`drop_shared` was told.
+        off_grid: Why the tokens are not in the order of a grid, set by an adapter whose
+            are not. A convolution that was not asked for then runs along their line, as
+            it does where nothing knows the grid.
     """
 
     attention: nn.Module
@@ -49,6 +73,7 @@ class MixerBuilder:
     holders: Sequence[nn.Module] = ()
     notes: list[str] = field(default_factory=list)
     shared: list[tuple[nn.Module, str]] = field(default_factory=list)
+    off_grid: str = ""
 
     def __call__(
         self, num_heads: int, head_dims: int, key_dims: int | None = None
@@ -57,10 +82,17 @@ class MixerBuilder:
 
         Raises:
             ValueError: If an option is not known or has a bad value.
+            CannotCastle: If the tokens are not on the grid that it asks for.
         """
+        options = recommended_options(self.options)
+        no_grid = self.off_grid or (self.grid is None and self.grid_source is None)
+        if no_grid and "local_conv" in {*options} - {*self.options}:
+            options["local_conv"] = dict(options["local_conv"], type="token")
         mixer = build_mixer(
-            self.options, num_heads, head_dims, key_dims=key_dims, deploy=self.deploy
+            options, num_heads, head_dims, key_dims=key_dims, deploy=self.deploy
         )
+        if self.off_grid and mixer.uses_grid:
+            raise CannotCastle(f"{self.off_grid}: use local_conv='token'")
         for weight in filter(Tensor.is_floating_point, self.attention.parameters()):
             mixer.to(weight)
             break

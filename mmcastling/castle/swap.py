@@ -111,8 +111,9 @@ def castle(
             that of the map which the tokens come from, at any size.
         return_report: Also return what was done. Defaults to False.
         **attention: Options of the attention: ``type`` (``'castling'`` unless given)
-            and its arguments, such as ``local_conv`` and ``mask_threshold``; with
-            ``deploy=True`` in its deployed form, to load a deployed checkpoint.
+            and its arguments, such as ``local_conv`` and ``mask_threshold``, which
+            default to :data:`RECOMMENDED`; with ``deploy=True`` in its deployed form,
+            to load a deployed checkpoint.
 
     Returns:
         The model, or with ``return_report`` a pair of it and a :class:`CastleReport`.

@@ -23,7 +23,7 @@ from mmcastling.alignment import (
 from mmcastling.alignment.aligning import STATE_FILE
 from mmcastling.alignment.scanning import ScanRow, choose_kept
 from mmcastling.analysis import paired_medians
-from mmcastling.castle import castle
+from mmcastling.castle import castle, recommended_options
 from mmcastling.checkpoint import (
     load_checkpoint,
     save_atomically,
@@ -40,13 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("mmcastling")
 
-RECOMMENDED = dict(
-    form="learned",
-    center_keys=True,
-    local_conv=dict(type="grid", init="zero"),
-    mask_threshold="4/N",
-)
-"""Options of ``castle`` for trained weights, see docs/align.md."""
 ALIGNED, CONFIG, REPORT = "aligned.pth", "aligned.py", "report.json"
 SETTINGS = "settings.json"
 _HELD_OUT = 0.1  # of the pictures: what errors are measured on
@@ -147,7 +140,7 @@ def align_model(
         sizes: ``(H, W)`` that steps have in turn. Defaults to 224x224.
         steps: See :func:`mmcastling.align`; so are ``learning_rates`` and ``amp``.
         batch_size: Pictures of a step. Defaults to 4.
-        attention: Options of :func:`mmcastling.castle` beside :data:`RECOMMENDED`.
+        attention: Options of the attention, as of :func:`mmcastling.castle`.
         keep: See :func:`mmcastling.castle`; ``'auto'`` scans pictures trained on.
         budget: See there.
         seed: Of everything random. Defaults to 0.
@@ -159,7 +152,7 @@ def align_model(
 
     out = Path(out)
     whole, teacher = trained_model(model, checkpoint)
-    options = _options(attention)
+    options = recommended_options(attention or {})
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file: give the name of a folder")
     batches, held_out = _pictures(whole, pictures, sizes, batch_size, seed)
@@ -212,13 +205,6 @@ def align_model(
     plot_errors(report.errors_before, report.errors_after, out / "errors.png")
     (out / STATE_FILE).unlink(missing_ok=True)  # three times the weights
     return report
-
-
-def _options(attention: dict[str, Any] | None) -> dict[str, Any]:
-    """Options of ``castle``: those given, and the recommended ones of our mixer."""
-    given = dict(attention or {})
-    is_ours = given.get("type", "castling") == "castling"
-    return {**RECOMMENDED, **given} if is_ours else given
 
 
 def _stored(out: Path, given: dict[str, Any]) -> dict[str, Any]:
@@ -292,7 +278,7 @@ def scan_model(
     whole, teacher = trained_model(model, checkpoint)
     batches, _ = _pictures(whole, pictures, [size], batch_size, seed)
     torch.manual_seed(seed)
-    options = _options(attention)
+    options = recommended_options(attention or {})
     if aligned is None:
         student = castle(copy.deepcopy(teacher), **options)
     else:

@@ -105,7 +105,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         action=LiteralAction,
         default={},
         metavar="KEY=VALUE",
-        help="options of castle() beside the recommended ones",
+        help="options of the attention, as castle() takes them",
     )
     add("--seed", type=int, default=0, help="of everything random (0)")
 

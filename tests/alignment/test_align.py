@@ -24,6 +24,7 @@ from mmcastling.alignment import (
 )
 from mmcastling.alignment.pairs import blocks_of, cosines, outputs_of
 from mmcastling.alignment.scanning import ScanRow, choose_kept
+from mmcastling.castle import RECOMMENDED
 from mmcastling.checkpoint import load_checkpoint
 from mmcastling.decay import MaskDecay
 
@@ -351,8 +352,8 @@ def test_our_own_softmax_network_is_castled_and_aligned():
     options = dict(img_size=32, patch_size=8, out_type="featmap", with_cls_token=False)
     torch.manual_seed(0)
     own = CastlingViT(arch, attention=dict(type="softmax"), **options)
-    ours = castle(copy.deepcopy(own), local_conv="grid")
-    built = CastlingViT(arch, attention=dict(local_conv="grid"), **options)
+    ours = castle(copy.deepcopy(own))
+    built = CastlingViT(arch, attention=RECOMMENDED, **options)
     built.load_state_dict(ours.state_dict())
     x = torch.randn(2, 3, 48, 32)
     assert_close(ours.eval()(x), built.eval()(x))

@@ -1,6 +1,7 @@
 """Every adapter on the library's own model: weights, outputs, gradients, deploy."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -57,8 +58,9 @@ def test_weights_that_keep_a_meaning_are_the_same_parameters(case):
     assert set(lost) <= set(report.dropped)
     had = {id(p) for p in before.values()}
     new = [name for name, p in after.items() if id(p) not in had]
-    assert len(new) == count  # the local convolutions
-    assert all(name.endswith("mixer.local_conv.weight") for name in new), new
+    ours = re.compile(r".*\bmixer\.(own|even|gain|local_conv\.weight)")
+    assert len(new) == 4 * count
+    assert all(ours.fullmatch(name) for name in new), new
 
 
 def test_as_softmax_attention_the_model_computes_what_it_did(case):

@@ -20,8 +20,13 @@ from mmcastling import (
     set_mask,
     switch_to_deploy,
 )
-from mmcastling.attention import Attention, TokenMixer
-from mmcastling.castle import CannotCastle, CastledAttention, adapter_registry
+from mmcastling.attention import Attention, TokenConv, TokenMixer
+from mmcastling.castle import (
+    RECOMMENDED,
+    CannotCastle,
+    CastledAttention,
+    adapter_registry,
+)
 
 
 class ToyAttention(nn.Module):
@@ -216,6 +221,39 @@ def test_a_part_of_the_model_can_be_chosen(options, chosen):
     assert_close(switch_to_deploy(model)(x), model(x))
 
 
+@pytest.mark.parametrize(
+    ("given", "form", "threshold", "conv"),
+    [
+        ({}, "learned", "4/N", nn.Conv2d),
+        (dict(form="released", center_keys=False), "released", "4/N", nn.Conv2d),
+        (dict(local_conv="token", mask_threshold=0.1), "learned", "0.1", TokenConv),
+        (dict(type="linear_angular"), "learned", None, nn.Conv2d),
+    ],
+)
+def test_what_is_not_given_is_the_form_for_trained_weights(
+    given, form, threshold, conv
+):
+    model = castle(ToyModel(2), grid=(3, 3), **given)
+    mixer = model.blocks[0].mixer
+    assert mixer.form == form and mixer.center_keys is (form == "learned")
+    assert isinstance(mixer.local_conv, conv)
+    assert mixer.branch is None or str(mixer.branch.threshold) == threshold
+    if not given:
+        assert not mixer.local_conv.weight.any()  # no effect until it is trained
+        assert RECOMMENDED["form"] == form
+
+
+def test_a_convolution_runs_along_the_line_where_no_grid_is_known():
+    mixer = castle(ToyModel(2)).blocks[0].mixer
+    assert isinstance(mixer.local_conv, TokenConv)
+    assert not mixer.local_conv.weight.any()
+
+
+def test_other_types_of_attention_take_none_of_its_options():
+    mixer = castle(ToyModel(2), type="performer").blocks[0].mixer
+    assert mixer.local_conv is None
+
+
 def test_stages_are_what_names_first_differ_in():
     model = nn.ModuleDict(dict(a=ToyModel(2), b=ToyModel(3)))
     castle(model, stages=[1])
@@ -227,14 +265,17 @@ def test_the_report_tells_what_was_kept_dropped_and_new():
     model.other_attention = nn.MultiheadAttention(12, 3)
     _, report = castle(model, return_report=True)
     assert report.dropped == ["blocks.0.bias", "blocks.1.bias"]
-    assert report.new == [f"blocks.{i}.mixer.local_conv.weight" for i in range(2)]
+    names = ("own", "even", "gain", "local_conv.weight")
+    assert report.new == [
+        f"blocks.{i}.mixer.{name}" for i in range(2) for name in names
+    ]
     assert report.num_kept == 8 + 4
     assert report.left_alone == {"other_attention": "no adapter"}
     assert str(report).splitlines() == [
         "castled     blocks.* (x2)                          ToyAttention -> castling",
         "left alone  other_attention                        no adapter",
         "dropped     blocks.*.bias (x2)",
-        "new         blocks.*.mixer.local_conv.weight (x2)",
+        *(f"new         blocks.*.mixer.{name} (x2)" for name in names),
         "kept        12 weights and buffers",
     ]
 

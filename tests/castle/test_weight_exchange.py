@@ -6,11 +6,16 @@ from mmpretrain.models.backbones import VisionTransformer
 from torch.testing import assert_close
 
 from mmcastling import castle
+from mmcastling.castle import RECOMMENDED
 from mmcastling.checkpoint import load_checkpoint
 from mmcastling.models import CastlingViT
 from mmcastling.weights.importing import import_checkpoint
 
 ARCH = dict(embed_dims=24, num_layers=2, num_heads=3, feedforward_channels=48)
+
+RELEASED = dict(
+    form="released", center_keys=False, local_conv="token", mask_threshold="1/N"
+)
 
 
 def images():
@@ -28,8 +33,8 @@ def randomised(model):
 
 @pytest.mark.parametrize("kind", ["castling", "performer", "focused"])
 def test_mmpretrains_transformer_and_ours_exchange_weights(kind):
-    spec = dict(type=kind, local_conv="token", mask_threshold="1/N")
-    spec = spec if kind == "castling" else dict(type=kind, local_conv="token")
+    spec = dict(type=kind, local_conv="token")
+    spec |= RECOMMENDED if kind == "castling" else {}
     options = dict(img_size=64, layer_scale_init_value=0.5)
     theirs = randomised(castle(VisionTransformer(ARCH, **options), **spec))
     ours = CastlingViT(ARCH, attention=spec, **options)
@@ -46,7 +51,7 @@ def test_timms_transformer_becomes_ours_through_the_importer(tmp_path):
     theirs = timm_models.VisionTransformer(
         img_size=64, embed_dim=24, depth=2, num_heads=3, mlp_ratio=2, init_values=0.5
     )
-    theirs = randomised(castle(theirs, mask_threshold="1/N"))
+    theirs = randomised(castle(theirs, **RELEASED))
     source, destination = tmp_path / "timm.pth", tmp_path / "ours.pth"
     torch.save(theirs.state_dict(), source)
     report = import_checkpoint(source, destination, "vit", ARCH)
@@ -55,7 +60,7 @@ def test_timms_transformer_becomes_ours_through_the_importer(tmp_path):
         ARCH,
         img_size=64,
         layer_scale_init_value=0.5,
-        attention=dict(mask_threshold="1/N"),
+        attention=RELEASED,
     )
     weights = load_checkpoint(destination)["state_dict"]
     ours.load_state_dict({k.removeprefix("backbone."): v for k, v in weights.items()})

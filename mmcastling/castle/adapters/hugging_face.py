@@ -285,18 +285,13 @@ _RFDETR = "rfdetr.models.backbone.dinov2_with_windowed_attn"
 def castle_windowed_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
     """The attention of RF-DETR's backbone."""
     build.note_dropout(old.dropout)
-    new = CastledWindowedAttention(
+    build.off_grid = "RF-DETR orders tokens by windows, each with a class token"
+    return CastledWindowedAttention(
         build,
         old.num_attention_heads,
         old.attention_head_size,
         keep=("query", "key", "value"),
     )
-    if new.mixer.uses_grid:
-        raise CannotCastle(
-            "RF-DETR orders tokens by windows, each with a class token: use "
-            "local_conv='token', which needs no grid"
-        )
-    return new
 
 
 # What transformers calls attention and castling leaves alone, by the reason.

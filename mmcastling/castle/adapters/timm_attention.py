@@ -70,6 +70,9 @@ class CastledTimmAttention(CastledAttention):
         old = build.attention
         heads, keys, values = _sizes(old)
         build.note_dropout(getattr(old, "attn_drop", 0.0))
+        if kind.layout == "units":
+            build.off_grid = "its tokens are not in the order of a grid"
+            build.grid_source = None
         super().__init__(
             *(build, heads, values, keys),
             scale=getattr(old, "scale", None),
@@ -77,12 +80,6 @@ class CastledTimmAttention(CastledAttention):
             bias=kind.bias,
             **layers,
         )
-        if kind.layout == "units":
-            self.grid_source = None
-            if self.mixer.uses_grid:
-                raise CannotCastle(
-                    "its tokens are not in the order of a grid: use local_conv='token'"
-                )
         self.kind = kind
         self.key_groups = getattr(old, "num_kv_groups", 1)
         self.pool = getattr(old, "pool", None)
