@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import logging
 import time
@@ -32,6 +33,7 @@ from mmcastling import align, castle, set_mask, switch_to_deploy
 from mmcastling.alignment import PictureBatches, attention_errors
 from mmcastling.alignment.aligning import STATE_FILE
 from mmcastling.analysis import paired_medians
+from mmcastling.analysis.data_sample import whole_pass
 from mmcastling.analysis.machine import environment
 from mmcastling.castle import RECOMMENDED
 from mmcastling.checkpoint import (
@@ -218,13 +220,27 @@ def milliseconds(
 ) -> dict[str, list[float]]:
     """Medians of softmax and of the castled network, deployed, by size."""
     set_mask(student, 1.0)
-    model, found = switch_to_deploy(student), {}
+    models, found = (teacher, switch_to_deploy(student)), {}
+    for model in models:
+        model.eval()  # mmdet's backbones return nothing
     for height, width in sizes:
-        x = torch.randn(1, 3, height, width)
-        passes = {"softmax": lambda x=x: teacher(x), "castled": lambda x=x: model(x)}
-        seconds = paired_medians(passes, repeats=5)
+        run = whole_pass(torch.randn(1, 3, height, width))
+        passes = [functools.partial(run, model) for model in models]
+        named = dict(zip(("softmax", "castled"), passes, strict=True))
+        with torch.inference_mode():
+            seconds = paired_medians(named, repeats=5)
         found[f"{height}x{width}"] = [1000 * s for s in seconds.values()]
     return found
+
+
+def times_text(result: dict[str, Any]) -> str:
+    """What :func:`milliseconds` found, in a sentence's second half."""
+    times = "; ".join(
+        f"{size} {softmax:,.0f} and {castled:,.0f}"
+        for size, (softmax, castled) in result["milliseconds"].items()
+    )
+    machine = result["environment"]
+    return f"{times} (float32, {machine['threads']} threads, {machine['device']})"
 
 
 def carry_out(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -312,14 +328,9 @@ def write_page() -> None:
         )
     if (STORED / f"{TIMES}.json").is_file():
         measured = json.loads((STORED / f"{TIMES}.json").read_text())
-        times = "; ".join(
-            f"{size} {softmax:,.0f} and {castled:,.0f}"
-            for size, (softmax, castled) in measured["milliseconds"].items()
-        )
         text += (
-            f"\nMilliseconds of a picture, softmax and castled: {times} (float32, "
-            f"{measured['environment']['threads']} threads, "
-            f"{measured['environment']['device']}).\n"
+            f"\nMilliseconds of a picture, softmax and castled: {times_text(measured)}."
+            "\n"
         )
     page = replace_between(PAGE.read_text(), BEGIN, END, text)
     text, stored = table(SHORT_ROWS, knn=False)

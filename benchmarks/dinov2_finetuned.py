@@ -4,6 +4,7 @@ python tools/data/fetch_dinov2_s.py data/dinov2_s
 python benchmarks/align_dinov2.py data/dinov2_s PICTURES --rows all
 python benchmarks/dinov2_finetuned.py camvid data/dinov2_s        # hours; resumable
 python benchmarks/dinov2_finetuned.py dsb2018 data/dinov2_s
+python benchmarks/dinov2_finetuned.py --times                     # a minute
 python benchmarks/dinov2_finetuned.py --docs                      # the page's table
 
 All rows of a task are one config, seed by seed with the same data; they differ in the
@@ -17,10 +18,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align_dinov2 import PAGE, imported_weights
+from align_dinov2 import PAGE, TIMES, imported_weights, milliseconds, times_text
 from common import ROOT
 from marked import mean_and_each, replace_between
 from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
 
 from mmcastling.analysis.machine import environment
 from mmcastling.checkpoint import (
@@ -52,6 +54,11 @@ TASKS: dict[str, tuple[str, str, dict[str, tuple[str, int]]]] = {
             "coco/bbox_mAP_50": ("box AP50", 3),
         },
     ),
+}
+# Of a whole picture, and twice that.
+SIZES = {
+    "camvid": ((504, 672), (1008, 1344)),
+    "dsb2018": ((504, 504), (1008, 1008)),
 }
 ROWS = {
     "softmax": "softmax",
@@ -154,8 +161,25 @@ def table() -> str:
             _, digits = next(iter(metrics.values()))
             curve = " ".join(f"{value:.{digits}f}" for _, value in found[0]["curve"])
             lines.append(f"| {ROWS[row]} | {' | '.join(cells)} | {curve} |")
+        path = STORED / f"{task}-{TIMES}.json"
+        if path.is_file():
+            text = times_text(json.loads(path.read_text()))
+            lines += ["", f"Milliseconds of a picture, softmax and castled: {text}."]
         lines.append("")
     return "\n".join(lines)
+
+
+def measure_times(task: str, args: argparse.Namespace) -> None:
+    """Time the network with softmax and castled; the weights do not matter."""
+    models = []
+    for row in ("softmax", "castled"):
+        cfg = config_of(task, row, 0, args.work_dir, TASKS[task][1], False)
+        with DefaultScope.overwrite_default_scope(cfg.default_scope):
+            models.append(MODELS.build(cfg.model))
+    times = milliseconds(*models, SIZES[task])
+    result = dict(milliseconds=times, environment=environment("cpu"))
+    write_json_atomically(STORED / f"{task}-{TIMES}.json", result)
+    print(task, json.dumps(times))
 
 
 def write_page() -> None:
@@ -182,10 +206,11 @@ def parse_args() -> argparse.Namespace:
         help="of an alignment (work_dirs/align_dinov2/all/align.pth)",
     )
     add("--amp", action="store_true", help="train in bfloat16")
+    add("--times", action="store_true", help="only time both, with nothing beside")
     add("--docs", action="store_true", help="only write the page's table")
     args = parser.parse_args()
-    if not args.docs and args.weights is None:
-        parser.error("give TASK and WEIGHTS, or --docs")
+    if not (args.docs or args.times) and args.weights is None:
+        parser.error("give TASK and WEIGHTS, or --times, or --docs")
     return args
 
 
@@ -195,6 +220,10 @@ def main() -> None:
         write_page()
         return
     STORED.mkdir(parents=True, exist_ok=True)
+    if args.times:
+        for task in TASKS:
+            measure_times(task, args)
+        return
     for seed in args.seeds:
         for row in args.rows:
             path = STORED / f"{args.task}-{row}-{seed}.json"

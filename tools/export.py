@@ -105,9 +105,7 @@ def main() -> None:
 
 def export_named(args: argparse.Namespace) -> mmcastling.export.ExportReport:
     """Export a model of a library by its name."""
-    for name, usual in dict(
-        image=None, ema=None, part="model", precision="fp32"
-    ).items():
+    for name, usual in dict(image=None, ema=None, part="model").items():
         if getattr(args, name) != usual:
             raise OptionError(f"--{name} is for configs, not for {args.config}")
     checkpoint, out = args.checkpoint, args.out
@@ -123,7 +121,8 @@ def export_named(args: argparse.Namespace) -> mmcastling.export.ExportReport:
         args.config, checkpoint, castle=args.castle, **args.model_options
     )
     example = torch.randn(1, *image_shape(model, args.size))
-    return mmcastling.export(model, out, example, opset=args.opset, force=args.force)
+    options = dict(opset=args.opset, force=args.force, precision=args.precision)
+    return mmcastling.export(model, out, example, **options)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ def l2_normalize(
     *,
     residual: Tensor | None = None,
     eps: float = NORM_EPS,
+    least: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """L2-normalise the last axis; a zero row stays zero, with a zero gradient.
@@ -33,12 +34,16 @@ def l2_normalize(
         x: A tensor of any shape. Half precision is computed in float32.
         residual: Added to the result, in the same pass over memory. Defaults to None.
         eps: Rows up to this length become zero. Defaults to 1e-12.
+        least: Lengths that broadcast to the rows': a shorter row is divided by that
+            instead, and stays shorter than 1. Defaults to None.
         out: Where to write the result. Defaults to None (a new tensor).
 
     Returns:
         A tensor of the same shape whose rows have length 1 or 0, plus ``residual``.
     """
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    if least is not None:
+        length = torch.maximum(length, least)
     length = torch.threshold(length, eps, math.inf)  # divides to zero
     if residual is None:
         return torch.div(x, length, out=out)
@@ -111,6 +116,10 @@ def angular_attention(
 
 FORMS = ("released", "average")
 
+LEAST_CENTERED = 2.0**-7
+"""Of the length of the mean of keys, below which a centred key is not stretched to 1:
+twice what bfloat16 rounds off at most."""
+
 
 @in_full_precision
 def linear_angular_attention(
@@ -138,7 +147,9 @@ def linear_angular_attention(
         v: Values ``(B, h, N, e)``.
         form: One of :data:`FORMS`. Defaults to ``'released'``.
         center_keys: Take the mean of all keys from each, which softmax attention would
-            not notice. Defaults to False.
+            not notice. What is left counts less where it is shorter than
+            :data:`LEAST_CENTERED` of the mean, as rounding leaves it. Defaults to
+            False.
         balance: Factors ``(h,)`` of the token itself and of both terms of the average
             form, ``own v_i + even mean_j v_j + gain (4 / N) ...``. Defaults to None (0,
             1 and 1).
@@ -170,9 +181,11 @@ def mean_of_tokens(x: Tensor) -> Tensor:
 @in_full_precision
 def key_value_sum(k: Tensor, v: Tensor, *, center: Tensor | None = None) -> Tensor:
     """``k^T^ v``, the sum over tokens of every head, ``(B, h, d, e)``."""
+    least = None
     if center is not None:
         k = k - center
-    return l2_normalize(k).transpose(-2, -1) @ v
+        least = LEAST_CENTERED * torch.linalg.vector_norm(center, dim=-1, keepdim=True)
+    return l2_normalize(k, least=least).transpose(-2, -1) @ v
 
 
 def linear_factor(k: Tensor, reference_tokens: int | None) -> float:

@@ -8,6 +8,7 @@ import functools
 import inspect
 import logging
 import operator
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -125,9 +126,10 @@ def set_precision(model: nn.Module, precision: str) -> None:
     attention normalizes and sums over tokens in float32, and the sum of residuals stays
     float32. A warning says where the processor's instructions rule a gain out.
 
-    ``'int8'`` quantizes the linear layers of the backbone only, see
-    :class:`~mmcastling.deploy.int8.QuantizedLinear`; convolutions and what lies outside
-    the backbone stay float32.
+    ``'int8'`` quantizes the linear layers of the backbone, see
+    :class:`~mmcastling.deploy.int8.QuantizedLinear`; its convolutions stay float32.
+    What lies outside the backbone is in bfloat16 where the processor's instructions
+    may gain by it, and in float32 elsewhere.
 
     Layers whose weights another module reads past them, as softmax attention in torch
     and in BEiT does, stay float32 as well, and so do layers that are not plainly linear
@@ -156,12 +158,38 @@ def set_precision(model: nn.Module, precision: str) -> None:
         )
     backbone = getattr(model, "backbone", model)
     inside = set(backbone.modules())
-    kinds, of = (nn.Linear, backbone) if precision == "int8" else (_LAYERS, model)
-    layers = {m: name for name, m in of.named_modules() if isinstance(m, kinds)}
-    holders = _read_past(of)
-    stay = {m for m in layers if any(m in read for read in holders.values())}
+    holders = _read_past(model)
+    read = {layer for layers in holders.values() for layer in layers}
     if precision == "int8":
-        stay |= {m for m in layers if not is_plain_linear(m)}
+        linear = _named_layers(backbone, nn.Linear)
+        stay = {m for m in linear if m in read or not is_plain_linear(m)}
+        _say_what_stays(precision, linear, stay)
+        quantize_in_place(m for m in linear if m not in stay)
+        if may_gain("bf16", device):
+            others = _named_layers(model, _LAYERS)
+            _halve([m for m in others if m not in inside | read], torch.bfloat16)
+        return
+    layers = _named_layers(model, _LAYERS)
+    stay = read & set(layers)
+    _say_what_stays(precision, layers, stay)
+    for holder in holders:
+        holder.register_forward_pre_hook(_float32_input, with_kwargs=True)
+    if softmax_attentions(backbone):  # which may add float32 biases
+        inside = set()
+    lowered = [m for m in layers if m not in stay]
+    _halve(lowered, _DTYPES[precision], inside)
+    backbone.register_forward_hook(_float32_output)
+
+
+def _named_layers(
+    model: nn.Module, kinds: type[nn.Module] | tuple[type[nn.Module], ...]
+) -> dict[nn.Module, str]:
+    return {m: name for name, m in model.named_modules() if isinstance(m, kinds)}
+
+
+def _say_what_stays(
+    precision: str, layers: dict[nn.Module, str], stay: set[nn.Module]
+) -> None:
     if stay:
         logger.warning(
             "precision %s: %d of %d layers stay float32, since their weights are not "
@@ -169,21 +197,20 @@ def set_precision(model: nn.Module, precision: str) -> None:
             *(precision, len(stay), len(layers)),
             ", ".join(name for m, name in layers.items() if m in stay),
         )
-    if precision == "int8":
-        quantize_in_place(m for m in layers if m not in stay)
-        return
-    for holder in holders:
-        holder.register_forward_pre_hook(_float32_input, with_kwargs=True)
-    if softmax_attentions(backbone):  # which may add float32 biases
-        inside = set()
+
+
+def _halve(
+    layers: Iterable[nn.Module],
+    dtype: torch.dtype,
+    passed_on: Collection[nn.Module] = (),
+) -> None:
+    """Round weights, inputs, and the outputs of layers that are passed on."""
     for layer in layers:
-        if layer not in stay:
-            if not halve_linear(layer, _DTYPES[precision]):
-                layer.to(_DTYPES[precision])
-                layer.register_forward_pre_hook(_own_dtype_input, with_kwargs=True)
-            if layer not in inside:
-                layer.register_forward_hook(_float32_output)
-    backbone.register_forward_hook(_float32_output)
+        if not halve_linear(layer, dtype):
+            layer.to(dtype)
+            layer.register_forward_pre_hook(_own_dtype_input, with_kwargs=True)
+        if layer not in passed_on:
+            layer.register_forward_hook(_float32_output)
 
 
 def _precisions(model: nn.Module) -> set[str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -13,18 +16,29 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
 
+from mmcastling.deploy import set_precision
 from mmcastling.deploy.verify import tensors_in
 from mmcastling.errors import OptionError
 from mmcastling.export.agreement import Agreement, compare
+from mmcastling.export.cases import (
+    IMAGE_AXES,
+    Case,
+    cases_of,
+    choices,
+    first_line,
+    free_axes,
+    shape_text,
+)
 from mmcastling.export.formats import (
     DEFAULT_OPSET,
     FORMATS,
     UnsupportedModelError,
     check_format,
+    lower,
     write,
 )
+from mmcastling.export.lowering import lower_file, precisions_to_write
 from mmcastling.export.pools import replace_pools
 from mmcastling.export.proving import destination, latency, write_proven
 from mmcastling.runtime import SUFFIXES, ExportMetadata
@@ -33,10 +47,6 @@ from mmcastling.verbs import castling_modules, switch_to_deploy
 from mmcastling.version import __version__
 
 logger = logging.getLogger("mmcastling")
-
-_IMAGE_AXES = {"batch": 0, "height": 2, "width": 3}
-# What may stay free, the most first.
-_CHOICES = (("batch", "height", "width"), ("height", "width"), ("batch",), ())
 
 
 @dataclass
@@ -48,7 +58,9 @@ class ExportReport:
         dynamic: What of an image batch's shape is free: of ``'batch'``, ``'height'``
             and ``'width'``.
         outputs: Names of the outputs.
-        agreements: How far the file is from torch, by the shape of its first input.
+        agreements: How far the file in float32 is from torch, by the shape of its first
+            input.
+        precision: What it computes in.
         lines: All that there is to say, as the command prints it.
     """
 
@@ -56,6 +68,7 @@ class ExportReport:
     dynamic: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     agreements: dict[str, Agreement] = field(default_factory=dict)
+    precision: str = "fp32"
     lines: list[str] = field(default_factory=list)
 
     def say(self, line: str) -> None:
@@ -87,6 +100,7 @@ def export(
     *,
     opset: int = DEFAULT_OPSET,
     force: bool = False,
+    precision: str = "fp32",
 ) -> ExportReport:
     """Write any module in a runtime's format, run the file, and compare it with torch.
 
@@ -103,6 +117,12 @@ def export(
         example: Its inputs, on the CPU: a tensor, or several.
         opset: Of ONNX. Defaults to 18.
         force: Go on although the masks have not decayed. Defaults to False.
+        precision: One of those that :data:`mmcastling.export.FORMAT_PRECISIONS` has for
+            the format. What is compared and refused is the file in float32, and what
+            rounding changes is said. OpenVINO's ``'int8'`` takes the steps of inputs
+            from the example. ``'auto'`` keeps the fastest here, by
+            :func:`mmcastling.deploy.fastest`, of those near torch's outputs. Defaults
+            to ``'fp32'``.
 
     Raises:
         UserError: If the path, the example or the runtime cannot be used, the masks
@@ -111,6 +131,7 @@ def export(
     """
     format = _format_of(Path(path))
     check_format(format, opset)
+    to_write = precisions_to_write(precision, format)
     out = destination(path, format)
     runtime = SUFFIXES[out.suffix][0]
     runtime_library(runtime)  # before minutes of work
@@ -120,12 +141,17 @@ def export(
 
     check_masks(model, force)
     report = ExportReport(out)
-    module, cases = _prepared(model, inputs, report)
+    module = _flattened(model, inputs)
+    convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+    run = functools.partial(_in_torch, module)
+    cases = cases_of(run, convolutions, inputs, report.say)
     report.outputs = module.outputs
-    for dynamic in _choices(cases):
+    for dynamic in choices(cases):
         tested = {at: case for at, case in cases.items() if case.free <= set(dynamic)}
         try:
-            _write_one(module, tested, dynamic, out, opset, report)
+            _write_one(
+                *(module, tested, dynamic, out, opset, precision, to_write, report)
+            )
             break
         except UnsupportedModelError as error:
             if not dynamic:
@@ -133,12 +159,13 @@ def export(
             what = ", ".join(dynamic)
             report.say(f"not with free {what}: {str(error).partition('. Choose')[0]}")
             logger.info("%s", report.lines[-1])
-    report.say(f"wrote {out}: {type(model).__name__}, {_freedom(report.dynamic)}")
+    what = f"{type(model).__name__} in {report.precision}"
+    report.say(f"wrote {out}: {what}, {_freedom(report.dynamic)}")
     return report
 
 
 def _freedom(dynamic: Sequence[str]) -> str:
-    fixed = [name for name in _IMAGE_AXES if name not in dynamic]
+    fixed = [name for name in IMAGE_AXES if name not in dynamic]
     parts = [("free", dynamic), ("fixed", fixed)]
     return "; ".join(f"{' and '.join(names)} {how}" for how, names in parts if names)
 
@@ -155,116 +182,33 @@ def check_masks(model: nn.Module, force: bool = False) -> None:
         )
 
 
-@dataclass
-class _Case:
-    """Inputs to compare at, and what has to be free for them."""
-
-    inputs: tuple[Tensor, ...]
-    free: set[str]
-
-
-def _prepared(
-    model: nn.Module, inputs: tuple[Tensor, ...], report: ExportReport
-) -> tuple[_Flat, dict[str, _Case]]:
-    """The module to trace, and inputs that it takes in torch."""
+def _flattened(model: nn.Module, inputs: tuple[Tensor, ...]) -> _Flat:
+    """The deployed module to trace."""
     deployed = switch_to_deploy(model).requires_grad_(False)
     deployed.eval()  # mmdet's backbones return nothing
     try:
         module = _Flat(deployed, inputs)
     except Exception as error:  # the model's own
         raise OptionError(
-            f"{type(model).__name__} does not take the example: {_words(error)}"
+            f"{type(model).__name__} does not take the example: {first_line(error)}"
         ) from error
     if not module.outputs:
         raise OptionError(f"{type(model).__name__} gives no tensors for the example")
     replace_pools(module)
-    cases = {_shape(inputs): _Case(inputs, set())}
-    first = inputs[0]
-    if not (first.ndim == 4 and first.is_floating_point()):
-        return module, cases
-    batch, height, width = first.shape[0], *first.shape[2:]
-    accepted: list[tuple[int, int]] = []
-    refusal: Exception | None = None
-    uneven = (height + 3, width + 5)
-    for sizes in _sizes(module, height, width):
-        for size in sizes:
-            if size == uneven and not accepted:
-                continue  # of a model that rounds it to the one size that it takes
-            try:
-                case = _Case(_resized(inputs, batch, size), {"height", "width"})
-                _in_torch(module, case.inputs)
-            except Exception as error:  # the model's own
-                refusal = error
-                continue
-            cases[_shape(case.inputs)] = case
-            accepted.append(size)
-            break
-    if not accepted:
-        report.say(
-            f"height and width fixed: the model refuses other images than "
-            f"{height}x{width}: {_words(refusal)}"
-        )
-    for count in sorted({1, 3, 5} - {batch}):
-        for size in [(height, width), *accepted[-1:]]:
-            free = {"batch"} | ({"height", "width"} if size in accepted else set())
-            try:
-                case = _Case(_resized(inputs, count, size), free)
-                _in_torch(module, case.inputs)
-            except Exception as error:
-                report.say(f"the model refuses {count} images: {_words(error)}")
-                break
-            cases[_shape(case.inputs)] = case
-    return module, cases
-
-
-def _sizes(
-    module: nn.Module, height: int, width: int
-) -> Iterator[list[tuple[int, int]]]:
-    """Sizes to try, of each list the first that the model takes."""
-    convs = (m for m in module.modules() if isinstance(m, nn.Conv2d))
-    steps = [*(m.stride[0] for m in [next(convs, None)] if m is not None), 32, 28]
-    yield [(height + step, width + 2 * step) for step in steps]
-    # What torch has assumed of the traced image shows at a higher one, a smaller one,
-    # and one whose sides no patch divides.
-    yield [(height + 2 * step, width) for step in steps]
-    yield [(height - step, width - step) for step in steps if min(height, width) > step]
-    yield [(height + 3, width + 5)]
-    # What torch has assumed of the traced image shows at a higher one, a smaller one,
-    # and one whose sides no patch divides.
-    yield [(height + 2 * step, width) for step in steps]
-    yield [(height - step, width - step) for step in steps if min(height, width) > step]
-    yield [(height + 3, width + 5)]
-    # 8 x 32 tokens are as many as 16 x 16.
-    yield [(8 * step, 32 * step) for step in steps if step >= 8] + [(128, 512)]
-
-
-def _resized(
-    inputs: tuple[Tensor, ...], batch: int, size: tuple[int, int]
-) -> tuple[Tensor, ...]:
-    """Inputs with other images, and as many rows of the others as there are images."""
-    images, *others = inputs
-    generator = torch.Generator().manual_seed(0)
-    shape = (batch, images.shape[1], *size)
-    new = torch.randn(shape, generator=generator).to(images.dtype)
-    rows = torch.arange(batch) % len(images)
-    others = [x[rows] if x.ndim and len(x) == len(images) else x for x in others]
-    return new, *others
-
-
-def _choices(cases: Mapping[str, _Case]) -> list[tuple[str, ...]]:
-    possible = set().union(*(case.free for case in cases.values()))
-    return [choice for choice in _CHOICES if set(choice) <= possible]
+    return module
 
 
 def _write_one(
     module: _Flat,
-    cases: dict[str, _Case],
+    cases: dict[str, Case],
     dynamic: tuple[str, ...],
     out: Path,
     opset: int,
+    precision: str,
+    to_write: tuple[Sequence[str], dict[str, str]],
     report: ExportReport,
 ) -> None:
-    """Write, compare and time with so much left free."""
+    """Write, compare, lower and time with so much left free."""
     runtime = SUFFIXES[out.suffix][0]
     # Traced at no usual shape, so that nothing of it is kept.
     traced = max(cases.values(), key=lambda c: (len(c.free), c.inputs[0].numel()))
@@ -281,7 +225,7 @@ def _write_one(
         versions={"mmcastling": __version__} | {n: version(n) for n in libraries},
     )
 
-    def write_file(path: Path) -> None:
+    def write_file(path: Path, module: _Flat = module, name: str = "fp32") -> None:
         write(
             module,
             path,
@@ -289,43 +233,59 @@ def _write_one(
             format=_format_of(out),
             inputs=names,
             outputs=module.outputs,
-            dynamic_shapes=(_free(traced.inputs, dynamic),),
-            metadata=meta.to_json(),
+            dynamic_shapes=(free_axes(traced.inputs, dynamic),),
+            metadata=dataclasses.replace(meta, precision=name).to_json(),
             opset=opset,
         )
 
-    def agreements_of(path: Path) -> dict[str, Agreement]:
-        _, session = open_session(path, threads=torch.get_num_threads())
-        return {
-            at: compare(expected[at], _in_runtime(session, module, case.inputs))
-            for at, case in cases.items()
-        }
+    def write_lowered(name: str, path: Path) -> None:
+        if out.suffix == FORMATS["exported-program"]:
+            lowered = copy.deepcopy(module)
+            set_precision(lowered.module, name)
+            write_file(path, lowered, name)
+            return
+        first = next(iter(cases.values())).inputs
+        feeds = [{n: x.numpy() for n, x in zip(names, first, strict=True)}]
+        text = dataclasses.replace(meta, precision=name).to_json()
+        lower(path.parents[1] / path.name, path, name, text, feeds)
 
-    times: list[str] = []
+    said: list[str] = []
+
+    def agreements_of(path: Path, name: str = "fp32") -> dict[str, Agreement]:
+        _, session = open_session(path, threads=torch.get_num_threads())
+        against = f"{name if name != 'fp32' else runtime} against torch"
+        found = {}
+        for at, case in cases.items():
+            got = _in_runtime(session, module, case.inputs)
+            found[at] = compare(expected[at], got)
+            said.append(f"{against} at {at}: {found[at]}")
+        return found
+
+    def run_of(path: Path, at: str) -> Callable[[], Any]:
+        _, session = open_session(path, threads=torch.get_num_threads())
+        return functools.partial(_in_runtime, session, module, cases[at].inputs)
+
     timed = [next(iter(cases)), *[at for at in cases if at.startswith("3x")][:1]]
 
-    def time(path: Path) -> Path:
-        _, session = open_session(path, threads=torch.get_num_threads())
-        for at, case in ((at, cases[at]) for at in timed):
-            in_torch = lambda case=case: _in_torch(module, case.inputs)  # noqa: E731
-            in_file = lambda case=case: _in_runtime(session, module, case.inputs)  # noqa: E731
-            times.append(latency(at, runtime, in_torch, in_file))
-        return path
+    def lower_and_time(path: Path) -> Path:
+        report.precision, chosen = lower_file(
+            path,
+            precision,
+            to_write,
+            make=write_lowered,
+            compare=agreements_of,
+            run_of=lambda file: run_of(file, timed[0]),
+            size=tuple(cases[timed[0]].inputs[0].shape[2:]),
+            say=said.append,
+        )
+        for at in timed:
+            in_torch = functools.partial(_in_torch, module, cases[at].inputs)
+            said.append(latency(at, runtime, in_torch, run_of(chosen, at)))
+        return chosen
 
-    report.agreements = write_proven(out, write_file, agreements_of, time)
+    report.agreements = write_proven(out, write_file, agreements_of, lower_and_time)
     report.dynamic = dynamic
-    for at, agreement in report.agreements.items():
-        report.say(f"{runtime} against torch at {at}: {agreement}")
-    report.lines += times
-
-
-def _free(inputs: tuple[Tensor, ...], dynamic: Sequence[str]) -> tuple[Any, ...]:
-    """What :func:`torch.export.export` is told of each input."""
-    images = {_IMAGE_AXES[name]: Dim.DYNAMIC for name in dynamic}
-    rows = {0: Dim.DYNAMIC} if "batch" in dynamic else {}
-    count = len(inputs[0])
-    others = [rows if x.ndim and len(x) == count else {} for x in inputs[1:]]
-    return (images, *others)
+    report.lines += said
 
 
 @torch.inference_mode()
@@ -342,7 +302,7 @@ def _in_runtime(
         outputs = session.run(dict(zip(session.inputs, arrays, strict=True)))
     except Exception as error:  # each runtime has its own
         raise UnsupportedModelError(
-            f"the file does not run at {_shape(inputs)}: {_words(error)}"
+            f"the file does not run at {shape_text(inputs)}: {first_line(error)}"
         ) from error
     return dict(zip(module.outputs, outputs, strict=True))
 
@@ -367,12 +327,3 @@ def _format_of(path: Path) -> str:
         f"output {path} must end in one of {list(FORMATS.values())}, which say the "
         "format"
     )
-
-
-def _shape(inputs: Sequence[Tensor]) -> str:
-    return "x".join(map(str, inputs[0].shape))
-
-
-def _words(error: BaseException | None) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]

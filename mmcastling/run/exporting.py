@@ -19,20 +19,15 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS
 from torch import nn
 
-from mmcastling.analysis import paired_medians
 from mmcastling.checkpoint import load_checkpoint
-from mmcastling.deploy import AUTO, PrecisionChoice, fastest, set_precision
-from mmcastling.deploy.choosing import NEAR
-from mmcastling.deploy.precision import gains_nothing
+from mmcastling.deploy import set_precision
 from mmcastling.errors import ConfigError, UserError
 from mmcastling.export import (
     DEFAULT_FORMAT,
     DEFAULT_OPSET,
-    FORMAT_PRECISIONS,
     FORMATS,
     Agreement,
     UnsupportedModelError,
-    check_export_precision,
     check_format,
     compare,
     compare_detections,
@@ -42,8 +37,8 @@ from mmcastling.export import (
     reference_outputs,
     write_graph,
 )
-from mmcastling.export.agreement import TOLERANCE
-from mmcastling.export.proving import ROUNDS, destination, latency, write_proven
+from mmcastling.export.lowering import lower_file, precisions_to_write
+from mmcastling.export.proving import destination, latency, write_proven
 from mmcastling.run.config import (
     check_data,
     dataset_meta,
@@ -67,7 +62,6 @@ from mmcastling.runtime.preprocess import Prepared, prepare
 from mmcastling.version import __version__
 
 EXAMPLES = 16  # training images that show a quantizer what inputs are like
-MOST_LOST = 0.25  # detections without a partner in float32 in a file that auto keeps
 
 
 def export(
@@ -111,7 +105,7 @@ def export(
             torch; nothing is left of it then.
     """
     check_format(format, opset)
-    candidates, left_out = _candidates(precision, format)
+    to_write = precisions_to_write(precision, format)
     runtime = SUFFIXES[FORMATS[format]][0]
     runtime_library(runtime)  # before minutes of work
     out = destination(out or Path(source).with_suffix(FORMATS[format]), format)
@@ -150,33 +144,31 @@ def export(
             print(f"{against} {at}: {agreement}")
         return agreements
 
-    def runner_of(path: Path) -> Callable[[Prepared], Prediction]:
+    def run_of(path: Path, x: Prepared) -> Callable[[], Prediction]:
         inferencer = ExportedInferencer(path, threads=torch.get_num_threads())
-        return inferencer.predict_prepared
+        return partial(inferencer.predict_prepared, x)
 
     def lower_and_time(path: Path) -> Path:
         nonlocal precision
-        files = {"fp32": path}
-        for name in candidates:
-            lowered = dataclasses.replace(meta, precision=name)
-            made = _lower(cfg, model, part, format, lowered, path, inputs)
-            agreements = agreements_of(made, name).values()
-            if precision != AUTO or all(map(_is_near, agreements)):
-                files[name] = made
-            else:
-                left_out[name] = "is too far from torch"
-        runs = {name: runner_of(file) for name, file in files.items()}
-        if precision == AUTO:
-            x = inputs[0]
-            passes = {name: partial(run, x) for name, run in runs.items()}
-            seconds = paired_medians(passes, ROUNDS)
-            precision = fastest(seconds)
-            print(PrecisionChoice(precision, seconds, left_out, x.size))
+        precision, chosen = lower_file(
+            path,
+            precision,
+            to_write,
+            make=lambda name, made: _lower(
+                *(cfg, model, part, format),
+                dataclasses.replace(meta, precision=name),
+                *(path, made, inputs),
+            ),
+            compare=agreements_of,
+            run_of=lambda file: run_of(file, inputs[0]),
+            size=inputs[0].size,
+            say=print,
+        )
         for x in inputs:
             at = "{}x{}".format(*x.batch.shape[2:])
             in_torch = partial(_in_torch, model, meta, x)
-            print(latency(at, runtime, in_torch, partial(runs[precision], x)))
-        return files[precision]
+            print(latency(at, runtime, in_torch, run_of(chosen, x)))
+        return chosen
 
     write_proven(
         out,
@@ -186,25 +178,6 @@ def export(
     )
     print(f"wrote {out}: {meta.kind} {meta.name}")
     return dataclasses.replace(meta, precision=precision)
-
-
-def _candidates(precision: str, format: str) -> tuple[list[str], dict[str, str]]:
-    """The precisions below float32 to write a file in, and why not in others."""
-    if precision != AUTO:
-        check_export_precision(precision, format)
-        return [precision] * (precision != "fp32"), {}
-    names, left_out = [], {}
-    for name in FORMAT_PRECISIONS[format][1:]:
-        try:
-            check_export_precision(name, format)
-        except UserError as error:
-            left_out[name] = f"is left out ({error})"
-        else:
-            if format == "exported-program" and gains_nothing(name):
-                left_out[name] = "gains nothing here"
-            else:
-                names.append(name)
-    return names, left_out
 
 
 # -- what is read ----------------------------------------------------------------------
@@ -342,14 +315,6 @@ def _compare(
     return agreements
 
 
-def _is_near(found: Agreement) -> bool:
-    """Whether a file in lower precision is near enough to be chosen."""
-    if found.found is not None:
-        total = found.matched + found.unmatched
-        return found.unmatched <= MOST_LOST * total
-    return found.difference <= NEAR * found.limit / TOLERANCE
-
-
 def _lower(
     cfg: Config,
     model: nn.Module,
@@ -357,16 +322,15 @@ def _lower(
     format: str,
     meta: ExportMetadata,
     path: Path,
+    out: Path,
     inputs: list[Prepared],
-) -> Path:
+) -> None:
     """Write a file in the precision of its metadata, from the one in float32."""
-    out = path.parent / meta.precision / path.name
-    out.parent.mkdir()
     if format == "exported-program":
         lowered = copy.deepcopy(model)
         set_precision(lowered, meta.precision)
         write_graph(export_graph(lowered, part), out, meta, format)
-        return out
+        return
     if (format, meta.precision) == ("openvino", "int8"):
         examples = _training_inputs(cfg, meta)
         inputs = examples or inputs
@@ -378,4 +342,3 @@ def _lower(
         for feed, x in zip(feeds, inputs, strict=True):
             feed["image_size"] = np.array(x.size, np.int64)
     lower(path, out, meta.precision, meta.to_json(), feeds)
-    return out

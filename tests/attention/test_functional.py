@@ -18,6 +18,7 @@ from mmcastling.attention import (
     linear_angular_attention,
 )
 from mmcastling.attention.fast import mixed_linear_angular_attention
+from mmcastling.attention.functional import LEAST_CENTERED
 
 
 def qkv(batch=2, heads=3, tokens=7, dims=4, values=5, dtype=torch.float64, seed=0):
@@ -95,7 +96,11 @@ def pairwise(q, k, v, form="released", center_keys=False, balance=None, **option
     """Any form as a matrix of weights of every pair, in O(N^2)."""
     tokens = v.shape[2]
     if center_keys:
-        k = k - k.mean(2, keepdim=True)
+        center = k.mean(2, keepdim=True)
+        k = k - center
+        length = k.norm(dim=-1, keepdim=True)
+        short = length < LEAST_CENTERED * center.norm(dim=-1, keepdim=True)
+        assert not short.any() or tokens == 1
     cosine = l2_normalize(q) @ l2_normalize(k).mT
     alone = torch.eye(tokens, dtype=v.dtype)
     if form == "released":
@@ -130,6 +135,19 @@ def test_keys_of_a_common_offset_are_told_apart_once_centred():
     plain = linear_angular_attention(q, k, v, **options)
     assert_close(linear_angular_attention(q, k + 9, v, **options), plain)
     assert not torch.allclose(linear_angular_attention(q, k + 9, v), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_of_equal_keys_no_more_is_left_than_rounding(dtype):
+    """Softmax averages then, and rounding must not be taken for directions."""
+    torch.manual_seed(0)
+    q, v = torch.randn(2, 1, 2, 4, 16).to(dtype).unbind()
+    noise = torch.finfo(dtype).eps * torch.rand(1, 2, 4, 16)
+    k = (torch.randn(16) * (1 + noise)).to(dtype)
+    options = dict(form="average", center_keys=True)
+    y = linear_angular_attention(q, k, v, **options)
+    share = 2 * torch.finfo(dtype).eps / LEAST_CENTERED
+    assert (y - v.mean(2, keepdim=True)).norm() < share * v.norm()
 
 
 def test_the_average_form_does_not_grow_with_the_number_of_tokens():

@@ -135,6 +135,29 @@ def test_int8_quantizes_the_backbones_linear_layers(family):
         set_precision(model, "int8")
 
 
+@pytest.mark.parametrize("gains", [True, False])
+def test_int8_computes_neck_and_heads_in_bf16_where_that_gains(
+    any_machine, monkeypatch, gains
+):
+    monkeypatch.setattr(module, "gains_nothing", lambda *_: None if gains else "no")
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.backbone = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(2), nn.Linear(16, 16))
+    model.head = nn.Sequential(nn.Conv1d(8, 8, 1), nn.Linear(16, 4))
+    model.forward = lambda x: model.head(model.backbone(x))
+    model.requires_grad_(False)
+    x = torch.randn(2, 3, 4, 4)
+    expected = model(x)
+    set_precision(model, "int8")
+    found = model(x)
+    assert isinstance(model.backbone[2], QuantizedLinear)
+    assert model.backbone[0].weight.dtype == torch.float32
+    wanted = torch.bfloat16 if gains else torch.float32
+    assert model.head[1].weight.dtype == wanted
+    assert found.dtype == torch.float32
+    assert 1e-6 < (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_quantized_layer_is_off_by_the_rounding_of_input_and_weight(bias):
     torch.manual_seed(0)

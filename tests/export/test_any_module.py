@@ -6,7 +6,12 @@ from torch import nn
 
 import mmcastling
 from mmcastling.errors import OptionError, UserError
-from mmcastling.export import DisagreementError, any_module
+from mmcastling.export import (
+    DisagreementError,
+    any_module,
+    cases,
+    check_export_precision,
+)
 from mmcastling.runtime import ExportedInferencer, ExportedModel, ExportedModelError
 
 
@@ -30,6 +35,49 @@ class Named(nn.Module):
     def forward(self, images, shift):
         x = self.conv(images).reshape(images.shape[0], 4, 16) + shift[:, None, None]
         return dict(maps=x, more=(x.mean(2), shift * 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("m.onnx", "int8"), ("m.onnx", "auto"), ("m.xml", "bf16"), ("m.pt2", "bf16")],
+)
+def test_a_file_in_lower_precision_says_so_and_stays_near(
+    tmp_path, monkeypatch, name, precision
+):
+    # Two sizes suffice here; all are in the test below.
+    monkeypatch.setattr(cases, "_sizes", lambda *_: iter([[(80, 96)]]))
+    if precision == "bf16":
+        try:
+            check_export_precision(
+                precision, "openvino" if name == "m.xml" else "exported-program"
+            )
+        except RuntimeError as error:
+            pytest.skip(str(error))
+    model, path = castled_vit(), tmp_path / name
+    report = mmcastling.export(
+        model, path, torch.randn(1, 3, 64, 64), precision=precision
+    )
+    text = str(report)
+    if precision == "auto":
+        assert "--precision auto: " in text and "int8" in text
+    else:
+        assert (
+            report.precision == precision
+            and f"VisionTransformer in {precision}," in text
+        )
+        assert f"{precision} against torch at 1x3x80x96: largest difference" in text
+    assert "onnxruntime against torch at 1x3x64x64" in text or name != "m.onnx"
+    file = ExportedModel(path)
+    assert file.metadata.precision == report.precision
+    images = torch.randn(1, 3, 80, 96)
+    with torch.no_grad():
+        expected = model(images)
+    (got,) = file(images).values()
+    apart = (torch.from_numpy(got) - expected).abs().max()
+    assert apart < 0.1 * expected.abs().max().clamp_min(1)
+    assert report.precision == "fp32" or apart > 1e-6
+    assert {item.suffix for item in tmp_path.iterdir()} <= {path.suffix, ".bin"}
 
 
 @pytest.mark.slow
@@ -139,13 +187,17 @@ def test_what_disagrees_leaves_nothing(tmp_path, monkeypatch):
         ("none/m.onnx", torch.randn(1, 3, 64, 64), "does not exist"),
         ("m.onnx", torch.randn(1, 3, 60, 64), "does not take the example"),
         ("m.onnx", [1, 2], "must be a tensor or several"),
+        ("m.onnx bf16", torch.randn(1, 3, 64, 64), "bf16 is for --format openvino"),
+        ("m.onnx fp8", torch.randn(1, 3, 64, 64), "'fp8' is not one of exported"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(
     tmp_path, name, example, words
 ):
+    name, _, precision = name.partition(" ")
+    options = dict(precision=precision) if precision else {}
     with pytest.raises(UserError, match=words):
-        mmcastling.export(castled_vit(), tmp_path / name, example)
+        mmcastling.export(castled_vit(), tmp_path / name, example, **options)
     assert not list(tmp_path.iterdir())
 
 

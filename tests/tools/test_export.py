@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mmcastling.deploy import check_precision
+from mmcastling.export import lowering
 from mmcastling.run import evaluate, evaluate_exported, load_config
 from mmcastling.run import exporting as module
 from mmcastling.runtime import ExportedInferencer, ExportedModelError, inferencer
@@ -346,7 +347,7 @@ def test_auto_leaves_out_what_is_far_from_torch(
     run_main, trained, tmp_path, quick, exported, monkeypatch
 ):
     quick(lambda graph, path, *_: path.write_bytes(exported[0].read_bytes()))
-    monkeypatch.setattr(module, "_is_near", lambda agreement: False)
+    monkeypatch.setattr(lowering, "is_near", lambda agreement: False)
     arguments = (trained.config, trained.masks_off, tmp_path / "x.onnx")
     done = run_main("export.py", *arguments, "--precision", "auto")
     assert done.returncode == 0, done.stderr
