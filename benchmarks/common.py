@@ -107,11 +107,32 @@ class Benchmark:
             or size in self.contenders[name].sizes
         ]
 
-    def measure(self, names: Sequence[str], device: str) -> dict[str, Any]:
-        """All sizes, contenders in turns; prints a line per contender and size."""
-        cells: list[dict[str, Any]] = []
+    def measure(
+        self, names: Sequence[str], device: str, unfinished: Path | None = None
+    ) -> dict[str, Any]:
+        """All sizes, contenders in turns; prints a line per contender and size.
+
+        Args:
+            names: The contenders.
+            device: Where they run.
+            unfinished: Where sizes that are done are noted, so that a run that was
+                killed goes on after them. Defaults to None.
+        """
+        noted: dict[str, Any] = dict(environment=versions(device), cells=[])
+        if unfinished is not None and unfinished.is_file():
+            earlier = load(unfinished)
+            noted = earlier if earlier["environment"] == versions(device) else noted
+        cells = noted["cells"]
+
+        def note() -> None:
+            if unfinished is not None:
+                write_json_atomically(unfinished, noted)
+
         for size, repeats in self.repeats.items():
             present = self.at(size, names)
+            if any(tuple(cell["size"]) == size for cell in cells):
+                print(f"{size[0]}x{size[1]}: measured before, {unfinished}")
+                continue
             passes = {
                 name: self.contenders[name].ready(size, device) for name in present
             }
@@ -128,7 +149,10 @@ class Benchmark:
                 cells.append(cell)
                 milliseconds = duration(cell["seconds"], 1e3, 1)
                 print(f"{size[0]}x{size[1]} {name}: {milliseconds} ms", flush=True)
-        extra = self.extra(device)
+            note()
+        if "extra" not in noted:
+            noted["extra"] = self.extra(device)
+            note()
         # Nothing is timed any more, so that processes may share the machine.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             peaks = pool.map(
@@ -144,7 +168,7 @@ class Benchmark:
             command=self.command,
             environment=versions(device),
             cells=cells,
-            **extra,
+            **noted["extra"],
         )
 
     def _macs(self, name: str, size: Size) -> int:
@@ -210,7 +234,10 @@ class Benchmark:
         torch.set_num_threads(args.threads)
         for key, value in versions(args.device).items():
             print(f"{key:12} {value}")
-        write_json_atomically(path, self.measure(names, args.device))
+        unfinished = path.with_suffix(".unfinished")
+        result = self.measure(names, args.device, None if args.only else unfinished)
+        write_json_atomically(path, result)
+        unfinished.unlink(missing_ok=True)
         print(f"wrote {path}")
 
 

@@ -50,6 +50,7 @@ TASKS: dict[str, tuple[str, str, dict[str, tuple[str, int]]]] = {
         {
             # AP counts 100 objects of a micrograph alone, which a tenth exceeds.
             "coco/segm_mAP_50": ("mask AP50", 3),
+            "coco/segm_mAP": ("mask AP", 3),
             "coco/segm_mAP_75": ("mask AP75", 3),
             "coco/bbox_mAP_50": ("box AP50", 3),
         },
@@ -123,12 +124,13 @@ def carry_out(task: str, row: str, seed: int, args: argparse.Namespace) -> Any:
 
 
 def validations(work_dir: Path, metric: str) -> list[tuple[int, float]]:
-    """The metric at each validation of all sittings, by iteration."""
+    """The metric at each validation of all sittings, by iteration, or in order where
+    the toolbox notes none."""
     found = {}
     for log in sorted(work_dir.glob("*/vis_data/scalars.json")):
         for line in map(json.loads, log.read_text().splitlines()):
             if metric in line:
-                found[line["step"]] = line[metric]
+                found[line["step"] or len(found) + 1] = line[metric]
     return sorted(found.items())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -54,6 +55,10 @@ def build_mixer(
     Raises:
         ValueError: If the type or an option is not known.
     """
+    if spec is not None and not isinstance(spec, Mapping):
+        raise OptionError(
+            f"attention={spec!r}: expected options, such as dict(type='castling')"
+        )
     options = dict(spec or {})
     kind = options.pop("type", "castling")
     options.pop("deploy", None)  # the backbone says it

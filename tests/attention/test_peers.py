@@ -281,6 +281,12 @@ def test_bad_options_are_named(spec, message):
         Attention(12, 3, **spec)
 
 
+@pytest.mark.parametrize("spec", [["castling"], "castling", 3])
+def test_what_is_no_options_is_named(spec):
+    with pytest.raises(ValueError, match=r"attention=.*: expected options, such as"):
+        build_mixer(spec, 3, 4)
+
+
 def test_hydra_needs_values_as_wide_as_keys():
     q, k, v = qkv(dtype=torch.float32)
     with pytest.raises(ValueError, match="as many channels per head, not 4 and 8"):
