@@ -62,7 +62,8 @@ PREAMBLE = """\
 # Deployed speed
 
 Made by `python benchmarks/report.py` from the results that these commands stored in
-`benchmarks/results`, each in one run, in files that are named by the instruction set:
+`benchmarks/results`, all contenders of a size in one run, in files that are named by
+the instruction set:
 
 {commands}
 
@@ -137,7 +138,8 @@ PRECISION = """
 
 The ViT-S backbone at 800x1344. `bf16` rounds linear layers and convolutions; `int8`
 quantizes linear layers, weights once and inputs as they arrive; norms and the sums of
-attention stay float32. What bounds both: of float32's time only the products of layers
+attention stay float32. Of a detector `bf16` rounds neck and heads too, and `int8` has
+them in bfloat16 where the processor gains by it. What bounds both: of float32's time only the products of layers
 shrink, while norms, sums, activations and conversions between formats do not.
 
 `--precision auto` of `tools/test.py` and `tools/convert.py` times float32, and what the
@@ -169,17 +171,19 @@ AUTO = "\nWhat the command said of it: `{said}`.\n"
 DETECTORS = """
 ## Detectors
 
-One image of noise through `test_step`. Weights are random, with the first class made
-likely, so that there are as many boxes as a detector may return.
+One image of noise through `test_step`, in float32 where no precision is named. Weights
+are random, with the first class made likely, so that there are as many boxes as a
+detector may return.
 
 """
 
 PARTS = """
-Where the time goes, in ms, in further passes by turns; *heads* is the rest, with
-proposals, suppression and masks:
+Where the time goes, in ms, in further passes by turns, RTMDet at 1280x1280. *reading*
+is the config's pipeline on a JPEG: decode, resize, pad. *heads* is the rest, with
+proposals, suppression and masks, and *of it after* what comes after the last layer:
 
-| | preparing | backbone | neck | heads | detections |
-| --- | --- | --- | --- | --- | --- |
+| | reading | preparing | backbone | neck | heads | of it after | detections |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 TRAINING = """
@@ -201,7 +205,7 @@ def read(paths: Sequence[Path]) -> Machines:
     Raises:
         ValueError: If a file is not of a known benchmark, does not exist, is not
             complete, or was made on a machine of another kind than it is named by, or
-            on another machine or with other versions than those of its kind.
+            on another machine than those of its kind.
     """
     machines: Machines = {}
     for path in paths:
@@ -223,12 +227,13 @@ def read(paths: Sequence[Path]) -> Machines:
                 f"{kind_of(result)}.json"
             )
         first, *_ = results
-        for key, value in results[first]["environment"].items():
-            if (other := result["environment"].get(key)) != value:
+        for key in ("device", "threads"):
+            value = results[first]["environment"][key]
+            if (other := result["environment"][key]) != value:
                 raise ValueError(
                     f"{path} was measured with {key} {other!r}, {first}/{path.name} "
-                    f"with {value!r}: of a kind one machine and its versions are "
-                    f"reported; run {benchmark.command} there again"
+                    f"with {value!r}: of a kind one machine is reported; run "
+                    f"{benchmark.command} there again"
                 )
     return machines
 
@@ -258,13 +263,14 @@ def page(machines: Machines) -> str:
         for name in SCRIPTS
         if (lacking := [kind for kind, found in machines.items() if name not in found])
     ]
-    places = {
-        kind: next(iter(found.values()))["environment"]
-        for kind, found in machines.items()
-    }
-    facts = list(next(iter(places.values())))
-    rows = [["kind", *facts], ["---"] * (len(facts) + 1)]
-    rows += [[kind, *map(str, place.values())] for kind, place in places.items()]
+    places: dict[tuple[str, ...], list[str]] = {}
+    for kind, found in machines.items():
+        for name, result in found.items():
+            place = (kind, *map(str, result["environment"].values()))
+            places.setdefault(place, []).append(name)
+    facts = [*next(iter(next(iter(machines.values())).values()))["environment"]]
+    rows = [["kind", *facts, "scripts"], ["---"] * (len(facts) + 2)]
+    rows += [[*place, ", ".join(names)] for place, names in places.items()]
     text = PREAMBLE.format(
         commands="\n".join(f"- {command[name]}" for name in stored),
         machines="".join(f"| {' | '.join(row)} |\n" for row in rows),
@@ -337,7 +343,8 @@ def precision_section(result: Results) -> str:
 def detectors_section(result: Results) -> str:
     text = table(result) + PARTS
     for name, parts in result["parts"].items():
-        keys = ("data_preprocessor", "backbone", "neck", "heads")
+        keys = ("reading", "data_preprocessor", "backbone", "neck", "heads")
+        keys = (*keys, "post_processing")
         times = " | ".join(f"{1e3 * parts[key]:,.0f}" for key in keys)
         text += f"| {name} | {times} | {parts['detections']} |\n"
     return text

@@ -61,14 +61,29 @@ def test_no_mixing_takes_every_attention_out(load_benchmark):
     assert kinds == {"Values"}
 
 
-def test_detectors_have_as_many_boxes_as_they_may_return(load_benchmark):
+@pytest.mark.parametrize(
+    ("config", "precision"),
+    [
+        ("retinanet_castling_levit_256_coco", "fp32"),
+        ("rtmdet_castling_levit_256_coco", "int8"),
+    ],
+)
+def test_detectors_have_as_many_boxes_as_they_may_return(
+    load_benchmark, config, precision
+):
     script = load_benchmark("detectors")
     torch.manual_seed(0)
-    model = script.detector("retinanet_castling_levit_256_coco")()
-    (data,) = script.picture((128, 160))
+    model = script.detector(config, precision)()
+    (data,) = script.picture((256, 320))
     with torch.inference_mode():
         (sample,) = model.test_step(data)
     assert len(sample.pred_instances) == model.test_cfg.max_per_img
+    kinds = {type(module).__name__ for module in model.backbone.modules()}
+    assert ("QuantizedLinear" in kinds) == (precision == "int8")
+
+
+def test_reading_runs_the_pipeline_of_the_config(load_benchmark):
+    assert load_benchmark("detectors").reading_of("RTMDet-s") > 0
 
 
 # -- measuring -------------------------------------------------------------------------
@@ -88,6 +103,41 @@ def test_a_size_is_measured(layers, capsys, warm_python, monkeypatch):
         assert cell["memory"] >= 0 and cell["macs"] > 16 * 4 * 384 * 384
     assert result["more"] == 1 and result["environment"]["torch"]
     assert "| 4x4 | castling |" in capsys.readouterr().out
+
+
+def test_a_run_that_was_killed_goes_on_after_what_it_had_measured(
+    layers, monkeypatch, tmp_path
+):
+    killed = []
+
+    def extra(device):
+        if not killed:
+            killed.append(True)
+            raise KeyboardInterrupt
+        return {"more": 1}
+
+    benchmark = dataclasses.replace(
+        layers.BENCHMARK, repeats={(4, 4): 1, (5, 5): 1}, extra=extra
+    )
+    monkeypatch.setattr(type(benchmark), "_memory_in_fresh_process", lambda *_: 7)
+    noted = tmp_path / "cpu.unfinished"
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.measure(["castling"], "cpu", noted)
+    before = json.loads(noted.read_text())["cells"]
+    assert [cell["size"] for cell in before] == [[4, 4], [5, 5]]
+    monkeypatch.setitem(
+        type(benchmark).measure.__globals__, "paired_seconds", lambda *_: 1 / 0
+    )
+    result = benchmark.measure(["castling"], "cpu", noted)
+    assert [cell["seconds"] for cell in result["cells"]] == [
+        c["seconds"] for c in before
+    ]
+    assert result["more"] == 1 and result["cells"][0]["memory"] == 7
+    changed = json.loads(noted.read_text())
+    changed["environment"]["torch"] = "0.1"
+    noted.write_text(json.dumps(changed))
+    with pytest.raises(ZeroDivisionError):  # of another version: measured anew
+        benchmark.measure(["castling"], "cpu", noted)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +239,7 @@ def test_machines_of_two_kinds_are_told_apart(report, of_one_kind, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("device", "Abacus with AVX512"), ("torch", "1"), ("threads", 64)],
+    [("device", "Abacus with AVX512"), ("threads", 64)],
 )
 def test_results_of_another_machine_are_not_mixed_in(
     report, of_one_kind, tmp_path, key, value
@@ -199,6 +249,15 @@ def test_results_of_another_machine_are_not_mixed_in(
     message = rf"avx512\.json was measured with {key} {value!r}, attention/avx512\.json"
     with pytest.raises(ValueError, match=message):
         report.read(write(tmp_path, results))
+
+
+def test_versions_stand_beside_the_scripts_that_met_them(report, of_one_kind, tmp_path):
+    results = copy.deepcopy(of_one_kind)
+    for name in ("backbones", "runtimes"):
+        results[name]["environment"]["torch"] = "1.2.3"
+    text = report.page(report.read(write(tmp_path, results)))
+    (row,) = [line for line in text.splitlines() if "| 1.2.3 |" in line]
+    assert row.startswith("| avx512 |") and row.endswith("| backbones, runtimes |")
 
 
 def test_a_result_under_another_kind_s_name_is_refused(report, of_one_kind, tmp_path):
