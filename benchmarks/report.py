@@ -139,8 +139,9 @@ PRECISION = """
 The ViT-S backbone at 800x1344. `bf16` rounds linear layers and convolutions; `int8`
 quantizes linear layers, weights once and inputs as they arrive; norms and the sums of
 attention stay float32. Of a detector `bf16` rounds neck and heads too, and `int8` has
-them in bfloat16 where the processor gains by it. What bounds both: of float32's time only the products of layers
-shrink, while norms, sums, activations and conversions between formats do not.
+them in bfloat16 where the processor gains by it. What bounds both: of float32's time
+only the products of layers shrink, while norms, sums, activations and conversions
+between formats do not.
 
 `--precision auto` of `tools/test.py` and `tools/convert.py` times float32, and what the
 processor's instructions may speed up, at the size of the first test image, and
