@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.attention import LinearAngularMixer, MaskThreshold, l2_normalize
-from mmcastling.attention.functional import linear_factor
+from mmcastling.attention.functional import linear_factor, normalized_keys
 from mmcastling.errors import OptionError
 
 Grid = tuple[int, int]
@@ -70,9 +70,9 @@ class MixerCall:
 
     def _angular(self, q: Tensor, k: Tensor, query: int) -> Tensor:
         mixer, tokens = self.mixer, k.shape[1]
-        if mixer.center_keys:
-            k = k - k.mean(1, keepdim=True)
-        cosine = (l2_normalize(q) @ l2_normalize(k).transpose(1, 2)).squeeze(1)
+        center = k.mean(1, keepdim=True) if mixer.center_keys else None
+        cosine = l2_normalize(q) @ normalized_keys(k, center).transpose(1, 2)
+        cosine = cosine.squeeze(1)
         if mixer.form == "released":
             angular, own = cosine * linear_factor(k, mixer.reference_tokens), 0.5
         else:

@@ -181,11 +181,18 @@ def mean_of_tokens(x: Tensor) -> Tensor:
 @in_full_precision
 def key_value_sum(k: Tensor, v: Tensor, *, center: Tensor | None = None) -> Tensor:
     """``k^T^ v``, the sum over tokens of every head, ``(B, h, d, e)``."""
-    least = None
-    if center is not None:
-        k = k - center
-        least = LEAST_CENTERED * torch.linalg.vector_norm(center, dim=-1, keepdim=True)
-    return l2_normalize(k, least=least).transpose(-2, -1) @ v
+    return normalized_keys(k, center).transpose(-2, -1) @ v
+
+
+def normalized_keys(k: Tensor, center: Tensor | None = None) -> Tensor:
+    """``k^``, of a center that broadcasts to the keys what lies apart from it.
+
+    What is shorter than :data:`LEAST_CENTERED` of the center stays shorter than 1.
+    """
+    if center is None:
+        return l2_normalize(k)
+    length = torch.linalg.vector_norm(center, dim=-1, keepdim=True)
+    return l2_normalize(k - center, least=LEAST_CENTERED * length)
 
 
 def linear_factor(k: Tensor, reference_tokens: int | None) -> float:

@@ -155,7 +155,9 @@ def test_recorded_rows_reproduce_what_the_attention_made(name, deploy):
         mixed = torch.stack(
             [rows_of(call, i).combined.unsqueeze(1) @ call.v for i in range(tokens)], 2
         ).squeeze(3)  # (h, 1, N, e)
-        y = l2_normalize(mixed.transpose(0, 1)) + mixer.convolve(call.v[None], grid)
+        mixed = mixed.transpose(0, 1)
+        whole = l2_normalize(mixed) if mixer.norm_output else mixed
+        y = whole + mixer.convolve(call.v[None], grid)
         assert_close(merge_heads(y), made[0], atol=1e-5, rtol=1e-5)
 
 
