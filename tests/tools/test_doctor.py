@@ -22,7 +22,10 @@ def test_a_named_model_is_exported(run_main, tmp_path):
     out = tmp_path / "m.onnx"
     done = run_main("export.py", "timm:test_vit", out, "--size", 160, 160)
     assert done.returncode == 0, done.stderr
-    assert f"wrote {out}: VisionTransformer, batch and height and width" in done.stdout
+    assert (
+        f"wrote {out}: VisionTransformer in fp32, batch and height and width"
+        in done.stdout
+    )
     assert "at 3x3x128x512: largest difference" in done.stdout
     assert "latency at 3x3x160x160: torch" in done.stdout
 

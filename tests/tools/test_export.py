@@ -330,9 +330,9 @@ def test_auto_keeps_the_fastest_file_alone(
     quick(lambda graph, path, *_: path.write_bytes(exported[0].read_bytes()))
     seconds = dict(fp32=1.0, int8=int8)
     monkeypatch.setattr(
-        module, "paired_medians", lambda passes, _: {n: seconds[n] for n in passes}
+        lowering, "paired_medians", lambda passes, _: {n: seconds[n] for n in passes}
     )
-    monkeypatch.setattr(module, "MOST_LOST", 1.0)  # this detector finds by chance
+    monkeypatch.setattr(lowering, "MOST_LOST", 1.0)  # this detector finds by chance
     out = tmp_path / "x.onnx"
     arguments = (trained.config, trained.masks_off, out, "--precision", "auto")
     done = run_main("export.py", *arguments)

@@ -12,6 +12,7 @@ from torch import nn
 import mmcastling
 
 SOFTMAX = dict(attention="softmax")
+RELEASED = dict(form="released", center_keys=False)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_castled_blocks_compute_what_castle_makes_of_the_model(
     randomise, run_import, images
 ):
     model = randomise(MViT("tiny"))
-    attention = dict(type="linear_angular", local_conv=None)
+    attention = dict(RELEASED, type="linear_angular", local_conv=None)
     imported = run_import(model.state_dict(), "mvit", "tiny", dict(attention=attention))
     for block in imported.backbone.blocks:
         if hasattr(block.attn, "norm_out"):  # the one layer that castle() has not
@@ -112,7 +113,8 @@ def test_castled_blocks_compute_what_castle_makes_of_the_model(
 
 def test_a_castled_network_brings_its_own_mixers(randomise, run_import):
     model = MViT("tiny")
-    mmcastling.castle(model, type="linear_angular", local_conv="token")
+    options = dict(RELEASED, local_conv="token")
+    mmcastling.castle(model, type="linear_angular", **options)
     weights = randomise(model).state_dict()
     imported = run_import(weights, "mvit", "tiny")
     mixers = {name for name in weights if ".mixer." in name}

@@ -15,6 +15,7 @@ import mmcastling
 from mmcastling.checkpoint import CheckpointError
 from mmcastling.models import CastlingViT
 
+RELEASED = dict(form="released", center_keys=False)
 ARCH = "nano"
 SIZES = dict(embed_dim=128, depth=4, num_heads=4, num_classes=5)
 MM_ARCH = dict(embed_dims=128, num_layers=4, num_heads=4, feedforward_channels=512)
@@ -182,7 +183,7 @@ def test_the_castled_network_is_what_castle_makes_of_the_source(
     randomise, run_import, images
 ):
     model = randomise(timm_vit())
-    attention = dict(type="linear_angular", local_conv=None)
+    attention = dict(type="linear_angular", **RELEASED, local_conv=None)
     build = dict(attention=attention, out_type="raw")
     imported = run_import(model.state_dict(), "vit", ARCH, build)
     mmcastling.castle(model, **attention)
@@ -199,7 +200,7 @@ def test_a_castled_network_brings_its_own_mixers(
         model = VisionTransformer(arch=MM_ARCH, out_type="raw")
     else:
         model = timm_vit() if library == "timm" else torchvision_vit()
-    attention = dict(type="linear_angular", local_conv="token")
+    attention = dict(type="linear_angular", **RELEASED, local_conv="token")
     mmcastling.castle(model, **attention)
     randomise(model)
     build = dict(attention=attention, out_type="raw")
