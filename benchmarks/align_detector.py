@@ -19,7 +19,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from align_dinov2 import PAGE, TIMES, milliseconds, times_text
+from align_dinov2 import PAGE, TIMES, store_times, times_text
 from common import ROOT
 from marked import mean_and_each, replace_between
 from mmengine.config import Config
@@ -130,10 +130,9 @@ def table() -> str:
         f"seed{'s' * (len(runs) > 1)} (in brackets each)."
     )
     if (STORED / f"{TIMES}.json").is_file():
-        measured = json.loads((STORED / f"{TIMES}.json").read_text())
         text += (
             " Milliseconds of a picture, softmax and castled, with heads and without "
-            f"what decodes: {times_text(measured)}."
+            f"what decodes: {times_text(STORED / f'{TIMES}.json')}."
         )
     return "\n".join([*lines, "", text, ""])
 
@@ -145,10 +144,7 @@ def measure_times(args: argparse.Namespace) -> None:
         model = MODELS.build(cfg.model)
     castled = copy.deepcopy(model)
     castled.backbone = castle(castled.backbone)
-    times = milliseconds(model, castled, TIMED)
-    result = dict(milliseconds=times, environment=environment("cpu"))
-    write_json_atomically(STORED / f"{TIMES}.json", result)
-    print(json.dumps(times))
+    store_times(STORED / f"{TIMES}.json", model, castled, TIMED)
 
 
 def write_page() -> None:

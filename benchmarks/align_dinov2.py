@@ -220,21 +220,35 @@ def milliseconds(
 ) -> dict[str, list[float]]:
     """Medians of softmax and of the castled network, deployed, by size."""
     set_mask(student, 1.0)
-    models, found = (teacher, switch_to_deploy(student)), {}
-    for model in models:
+    models, found = dict(softmax=teacher, castled=switch_to_deploy(student)), {}
+    for model in models.values():
         model.eval()  # mmdet's backbones return nothing
     for height, width in sizes:
         run = whole_pass(torch.randn(1, 3, height, width))
-        passes = [functools.partial(run, model) for model in models]
-        named = dict(zip(("softmax", "castled"), passes, strict=True))
+        passes = {name: functools.partial(run, model) for name, model in models.items()}
         with torch.inference_mode():
-            seconds = paired_medians(named, repeats=5)
+            seconds = paired_medians(passes, repeats=5)
         found[f"{height}x{width}"] = [1000 * s for s in seconds.values()]
     return found
 
 
-def times_text(result: dict[str, Any]) -> str:
-    """What :func:`milliseconds` found, in a sentence's second half."""
+def store_times(
+    path: Path,
+    teacher: nn.Module,
+    student: nn.Module,
+    sizes: Sequence[tuple[int, int]],
+) -> None:
+    """Measure :func:`milliseconds`, and write them to a file."""
+    times = milliseconds(teacher, student, sizes)
+    write_json_atomically(
+        path, dict(milliseconds=times, environment=environment("cpu"))
+    )
+    print(path.stem, json.dumps(times))
+
+
+def times_text(path: Path) -> str:
+    """What :func:`store_times` has written, in a sentence's second half."""
+    result = json.loads(path.read_text())
     times = "; ".join(
         f"{size} {softmax:,.0f} and {castled:,.0f}"
         for size, (softmax, castled) in result["milliseconds"].items()
@@ -327,11 +341,8 @@ def write_page() -> None:
             "at 112x112.\n"
         )
     if (STORED / f"{TIMES}.json").is_file():
-        measured = json.loads((STORED / f"{TIMES}.json").read_text())
-        text += (
-            f"\nMilliseconds of a picture, softmax and castled: {times_text(measured)}."
-            "\n"
-        )
+        times = times_text(STORED / f"{TIMES}.json")
+        text += f"\nMilliseconds of a picture, softmax and castled: {times}.\n"
     page = replace_between(PAGE.read_text(), BEGIN, END, text)
     text, stored = table(SHORT_ROWS, knn=False)
     page = replace_between(
@@ -376,12 +387,10 @@ def main() -> None:
         if name == TIMES:
             teacher = teacher_of(args.weights)
             student = castle(copy.deepcopy(teacher), **RECOMMENDED)
-            times = milliseconds(teacher, student, (*SIZES, (896, 896)))
-            result = dict(milliseconds=times, environment=environment("cpu"))
-            print(name, times)
-        else:
-            result = carry_out(name, args)
-            print(name, json.dumps(result["cosine"]), result.get("knn"))
+            store_times(path, teacher, student, (*SIZES, (896, 896)))
+            continue
+        result = carry_out(name, args)
+        print(name, json.dumps(result["cosine"]), result.get("knn"))
         write_json_atomically(path, result)
 
 

@@ -161,7 +161,13 @@ def where_time_goes(device: str) -> dict[str, Any]:
     }
     models = {name: CONTENDERS[name].build().to(device) for name in chosen}
     data = {size: picture(size)[0] for size in (SIZE, max(LIGHT))}
-    parts: dict[str, Any] = {name: dict(reading=reading_of(name)) for name in chosen}
+    reading = {
+        name: reading_of(config, chosen[name])
+        for name, config in {**DETECTORS, **LIGHT_DETECTORS}.items()
+    }
+    parts: dict[str, Any] = {
+        name: dict(reading=reading[name.partition(",")[0]]) for name in chosen
+    }
     with ExitStack() as timing:
         timers = {
             name: (
@@ -187,16 +193,14 @@ def where_time_goes(device: str) -> dict[str, Any]:
     return dict(parts=parts)
 
 
-def reading_of(name: str) -> float:
+def reading_of(config: str, size: Size) -> float:
     """Median seconds from a JPEG to what a detector's data preprocessor is given."""
-    config = {**DETECTORS, **LIGHT_DETECTORS}[name.partition(",")[0]]
     steps = [
         step
         for step in config_of(config).test_dataloader.dataset.pipeline
         if step["type"] != "LoadAnnotations"
     ]
     register_all_modules(init_default_scope=False)
-    size = SIZE if name in DETECTORS else max(LIGHT)
     noise = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
     with (
         tempfile.TemporaryDirectory() as folder,

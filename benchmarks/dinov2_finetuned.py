@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align_dinov2 import PAGE, TIMES, imported_weights, milliseconds, times_text
+from align_dinov2 import PAGE, TIMES, imported_weights, store_times, times_text
 from common import ROOT
 from marked import mean_and_each, replace_between
 from mmengine.config import Config
@@ -165,7 +165,7 @@ def table() -> str:
             lines.append(f"| {ROWS[row]} | {' | '.join(cells)} | {curve} |")
         path = STORED / f"{task}-{TIMES}.json"
         if path.is_file():
-            text = times_text(json.loads(path.read_text()))
+            text = times_text(path)
             lines += ["", f"Milliseconds of a picture, softmax and castled: {text}."]
         lines.append("")
     return "\n".join(lines)
@@ -178,10 +178,7 @@ def measure_times(task: str, args: argparse.Namespace) -> None:
         cfg = config_of(task, row, 0, args.work_dir, TASKS[task][1], False)
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             models.append(MODELS.build(cfg.model))
-    times = milliseconds(*models, SIZES[task])
-    result = dict(milliseconds=times, environment=environment("cpu"))
-    write_json_atomically(STORED / f"{task}-{TIMES}.json", result)
-    print(task, json.dumps(times))
+    store_times(STORED / f"{task}-{TIMES}.json", *models, SIZES[task])
 
 
 def write_page() -> None:

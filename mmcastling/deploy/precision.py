@@ -166,8 +166,10 @@ def set_precision(model: nn.Module, precision: str) -> None:
         _say_what_stays(precision, linear, stay)
         quantize_in_place(m for m in linear if m not in stay)
         if may_gain("bf16", device):
-            others = _named_layers(model, _LAYERS)
-            _halve([m for m in others if m not in inside | read], torch.bfloat16)
+            layers = _named_layers(model, _LAYERS)
+            outside = {m: name for m, name in layers.items() if m not in inside}
+            _say_what_stays(precision, outside, read & set(outside))
+            _halve([m for m in outside if m not in read], torch.bfloat16)
         return
     layers = _named_layers(model, _LAYERS)
     stay = read & set(layers)

@@ -73,7 +73,7 @@ def lower_file(
     Returns:
         The precision, and its file.
     """
-    names, left_out = to_write
+    names, left_out = to_write[0], dict(to_write[1])
     files = {"fp32": path}
     for name in names:
         made = path.parent / name / path.name

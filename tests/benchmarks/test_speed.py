@@ -83,7 +83,8 @@ def test_detectors_have_as_many_boxes_as_they_may_return(
 
 
 def test_reading_runs_the_pipeline_of_the_config(load_benchmark):
-    assert load_benchmark("detectors").reading_of("RTMDet-s") > 0
+    script = load_benchmark("detectors")
+    assert script.reading_of(script.LIGHT_DETECTORS["RTMDet-s"], (320, 320)) > 0
 
 
 # -- measuring -------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from forms import RELEASED
 from mmpretrain.models.backbones import VisionTransformer
 from torch.testing import assert_close
 
@@ -13,9 +14,7 @@ from mmcastling.weights.importing import import_checkpoint
 
 ARCH = dict(embed_dims=24, num_layers=2, num_heads=3, feedforward_channels=48)
 
-RELEASED = dict(
-    form="released", center_keys=False, local_conv="token", mask_threshold="1/N"
-)
+AUTHORS = dict(RELEASED, local_conv="token", mask_threshold="1/N")
 
 
 def images():
@@ -51,7 +50,7 @@ def test_timms_transformer_becomes_ours_through_the_importer(tmp_path):
     theirs = timm_models.VisionTransformer(
         img_size=64, embed_dim=24, depth=2, num_heads=3, mlp_ratio=2, init_values=0.5
     )
-    theirs = randomised(castle(theirs, **RELEASED))
+    theirs = randomised(castle(theirs, **AUTHORS))
     source, destination = tmp_path / "timm.pth", tmp_path / "ours.pth"
     torch.save(theirs.state_dict(), source)
     report = import_checkpoint(source, destination, "vit", ARCH)
@@ -60,7 +59,7 @@ def test_timms_transformer_becomes_ours_through_the_importer(tmp_path):
         ARCH,
         img_size=64,
         layer_scale_init_value=0.5,
-        attention=RELEASED,
+        attention=AUTHORS,
     )
     weights = load_checkpoint(destination)["state_dict"]
     ours.load_state_dict({k.removeprefix("backbone."): v for k, v in weights.items()})

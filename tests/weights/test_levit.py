@@ -7,6 +7,7 @@ import mmpretrain
 import pytest
 import timm
 import torch
+from forms import RELEASED
 from mmpretrain.models.backbones import LeViT
 from mmpretrain.models.backbones.levit import Attention
 from torch import nn
@@ -18,7 +19,7 @@ from mmcastling.models.levit_blocks import CastlingLeViTAttention
 from mmcastling.weights.levit_heads import ROWS, Heads, refit_attention
 
 SOFTMAX = dict(attention="softmax")
-RELEASED = dict(form="released", center_keys=False, local_conv=None)
+NO_CONV = dict(RELEASED, local_conv=None)
 
 
 @pytest.fixture
@@ -141,9 +142,9 @@ def test_castled_heads_compute_what_the_published_ones_would(
     # castle() keeps the published projections and drops the biases; "128s" has blocks
     # whose castled heads are more than the published ones.
     model = make_mmpretrain(arch)
-    kind, options = "linear_angular", dict(RELEASED)
+    kind, options = "linear_angular", dict(NO_CONV)
     if branch:
-        kind, options = "castling", dict(RELEASED, mask_threshold=0.0)
+        kind, options = "castling", dict(NO_CONV, mask_threshold=0.0)
     imported = run_import(
         model.state_dict(),
         "levit",
@@ -217,7 +218,7 @@ def test_biases_that_have_no_place_are_named(randomise, run_import):
 )
 def test_refitted_heads_keep_the_function(heads, width, randomise):
     """Castled heads of every shape, and the published ones that castle() keeps."""
-    options = dict(RELEASED, type="linear_angular", norm_output=True)
+    options = dict(NO_CONV, type="linear_angular", norm_output=True)
     published = Attention(dim=16, key_dim=4, num_heads=2, attn_ratio=2, resolution=4)
     published = randomise(published)
     weights = {f"x.{name}": v.clone() for name, v in published.state_dict().items()}

@@ -5,6 +5,7 @@ import re
 import pytest
 import timm
 import torch
+from forms import RELEASED
 from mmpretrain.models.backbones import MViT
 from timm.models.mvitv2 import checkpoint_filter_fn
 from torch import nn
@@ -12,7 +13,6 @@ from torch import nn
 import mmcastling
 
 SOFTMAX = dict(attention="softmax")
-RELEASED = dict(form="released", center_keys=False)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import timm.models.deit
 import timm.models.vision_transformer
 import torch
 import torchvision
+from forms import RELEASED
 from mmpretrain.models.backbones import DistilledVisionTransformer, VisionTransformer
 from mmpretrain.models.utils import resize_pos_embed
 
@@ -15,7 +16,6 @@ import mmcastling
 from mmcastling.checkpoint import CheckpointError
 from mmcastling.models import CastlingViT
 
-RELEASED = dict(form="released", center_keys=False)
 ARCH = "nano"
 SIZES = dict(embed_dim=128, depth=4, num_heads=4, num_classes=5)
 MM_ARCH = dict(embed_dims=128, num_layers=4, num_heads=4, feedforward_channels=512)
