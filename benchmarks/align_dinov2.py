@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from castle_and_distil import Pictures, find_data
 from common import ROOT
+from fashion_data import TEST, TRAIN, find_data, read
 from marked import replace_between
-from mmpretrain.datasets import FashionMNIST
 from torch import Tensor, nn
 
 from mmcastling import align, castle, set_mask, switch_to_deploy
@@ -196,22 +195,22 @@ def nearest_neighbours(model: nn.Module, data: Path, train: int, test: int) -> f
     """Accuracy in percent of 20 neighbours by the class token on Fashion-MNIST."""
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
 
-    def embed(pictures: Pictures) -> Tensor:
+    def embed(pictures: Tensor) -> Tensor:
         found = []
-        for images in pictures.images.split(32):
+        for images in pictures.split(32):
             x = (images.float().expand(-1, 3, -1, -1) - mean) / std
             side = (FASHION_SIDE, FASHION_SIDE)
             x = nn.functional.interpolate(x, side, mode="bicubic")
             found.append(nn.functional.normalize(features(model, x)[:, 0], dim=1))
         return torch.cat(found)
 
-    known = Pictures(data, FashionMNIST.train_list, train)
-    asked = Pictures(data, FashionMNIST.test_list, test)
+    known, known_labels = read(data, TRAIN, train)
+    asked, labels = read(data, TEST, test)
     near = (embed(asked) @ embed(known).T).topk(NEIGHBOURS)
     votes = torch.zeros(test, 10).scatter_add_(
-        1, known.labels[near.indices], near.values
+        1, known_labels[near.indices], near.values
     )
-    return 100.0 * (votes.argmax(1) == asked.labels).float().mean().item()
+    return 100.0 * (votes.argmax(1) == labels).float().mean().item()
 
 
 @torch.no_grad()
@@ -375,7 +374,7 @@ def main() -> None:
         write_page()
         return
     if args.fashion is not None:
-        args.fashion = find_data(args.fashion, download=False)
+        args.fashion = find_data(args.fashion)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("mmcastling").setLevel(logging.INFO)
     STORED.mkdir(parents=True, exist_ok=True)

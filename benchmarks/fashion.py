@@ -7,7 +7,8 @@ python benchmarks/fashion.py finetune          # castle, align and finetune soft
 All is resumable, epoch by epoch, and every result is a file. Needs Fashion-MNIST as idx
 files; Debian's package ``dataset-fashion-mnist`` has them. The last 5,000 training
 pictures are never trained on: rates are chosen and curves are drawn by them. The test
-set is looked at once, when a run has ended.
+set is looked at once, when a run has ended. Layers are trained in bfloat16 (autocast)
+with ``--amp``, and tested in float32.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from castle_and_distil import PREPROCESSOR, Pictures, find_data
 from common import ROOT
+from fashion_data import TEST, TRAIN, find_data, read
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
-from mmpretrain.datasets import FashionMNIST
 from mmpretrain.models.utils import ShiftWindowMSA
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
@@ -44,11 +45,12 @@ from mmcastling.verbs import castling_modules
 
 STORED = ROOT / "benchmarks" / "results" / "fashion"
 TRAINED, WIDTH = 55_000, 64  # pictures; channels
-BATCH, WEIGHT_DECAY, WARM_UP = 128, 0.05, 0.1
-EPOCHS, RATE_EPOCHS, RATE_PICTURES, FINETUNE_EPOCHS = 8, 3, 15_000, 2
-RATES, FINETUNE_RATE = (1e-3, 2e-3, 4e-3), 5e-4
+BATCH, WEIGHT_DECAY, WARM_UP = 32, 0.05, 0.1
+EPOCHS, RATE_EPOCHS, RATE_PICTURES, FINETUNE_EPOCHS = 5, 2, 12_000, 2
+RATES, FINETUNE_RATE = (1.5e-3, 3e-3, 6e-3), 5e-4
 
-# 28x28 pixels, a convolutional stem of stride 2: 14x14 = 196 tokens, as ImageNet's.
+# 28x28 pixels; convolutions before the attention, to 14x14 = 196 tokens as ImageNet's,
+# and behind it, to 7x7.
 BACKBONE = dict(
     type="mmcastling.CastlingViT",
     arch=dict(embed_dims=WIDTH, num_layers=2, num_heads=2, feedforward_channels=128),
@@ -57,9 +59,19 @@ BACKBONE = dict(
     stem="conv",
     in_channels=1,
     with_cls_token=False,
-    out_type="avg_featmap",
+    out_type="featmap",
 )
-HEAD = dict(type="mmpretrain.LinearClsHead", num_classes=10, in_channels=WIDTH)
+MODEL = dict(
+    type="mmpretrain.ImageClassifier",
+    data_preprocessor=dict(
+        type="mmpretrain.ClsDataPreprocessor",
+        num_classes=10,
+        mean=[72.94],
+        std=[90.02],
+    ),
+    neck=dict(type="mmpretrain.GlobalAveragePooling"),
+    head=dict(type="mmpretrain.LinearClsHead", num_classes=10, in_channels=2 * WIDTH),
+)
 SOFTMAX, GRID = dict(type="softmax"), dict(type="grid", init="zero")
 RELEASED = dict(type="castling", local_conv="grid", mask_threshold="1/N")
 RECOMMENDED = dict(RELEASED, form="learned", center_keys=True, local_conv=GRID)
@@ -129,12 +141,54 @@ STARTS = {
 }
 
 
+class Stem(nn.Sequential):
+    """Images to ``WIDTH`` channels at half the resolution, as tokens."""
+
+    init_out_size = (14, 14)
+
+    def __init__(self) -> None:
+        half = WIDTH // 2
+        super().__init__(
+            *_convolution(1, half),
+            nn.GELU(),
+            *_convolution(half, WIDTH, stride=2),
+            nn.GELU(),
+            *_convolution(WIDTH, WIDTH),
+            nn.GELU(),
+            *_convolution(WIDTH, WIDTH),
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        x = super().forward(x.contiguous(memory_format=torch.channels_last))
+        return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
+
+
+class Neck(nn.Module):
+    """A convolution of stride 2, then the mean of the map."""
+
+    def __init__(self, pooling: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *_convolution(WIDTH, 2 * WIDTH, stride=2), nn.GELU()
+        )
+        self.pooling = pooling
+
+    def forward(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return self.pooling((self.layers(maps[-1]),))
+
+
+def _convolution(before: int, after: int, stride: int = 1) -> list[nn.Module]:
+    convolution = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+    return [convolution, nn.BatchNorm2d(after)]
+
+
 def _classifier(attention: dict[str, Any], ffn_conv: int) -> nn.Module:
     backbone = dict(BACKBONE, attention=attention, ffn_conv=ffn_conv)
-    config = dict(type="mmpretrain.ImageClassifier", backbone=backbone, head=HEAD)
-    config["data_preprocessor"] = PREPROCESSOR
     with DefaultScope.overwrite_default_scope("mmpretrain"):
-        return MODELS.build(copy.deepcopy(config))
+        model = MODELS.build(copy.deepcopy(dict(MODEL, backbone=backbone)))
+    model.backbone.patch_embed = Stem()
+    model.neck = Neck(model.neck)
+    return model
 
 
 class Data:
@@ -147,20 +201,21 @@ class Data:
         validated: int = 5_000,
         tested: int = 10_000,
     ) -> None:
-        whole = Pictures(folder, FashionMNIST.train_list, trained + validated)
-        test = Pictures(folder, FashionMNIST.test_list, tested)
-        self.pictures = whole
-        self.validation = whole.images[trained:], whole.labels[trained:]
-        self.test = test.images, test.labels
+        images, labels = read(folder, TRAIN, trained + validated)
+        self.images, self.labels = images[:trained], labels[:trained]
+        self.validation = images[trained:], labels[trained:]
+        self.test = read(folder, TEST, tested)
 
     def batch(self, seed: int, epoch: int, step: int, count: int) -> tuple[Tensor, ...]:
-        """Flipped and shifted pictures, decided by the arguments alone."""
+        """Pictures, half of them flipped, decided by the arguments alone."""
         noise = torch.Generator().manual_seed(1_000 * seed + epoch)
         order = torch.randperm(count, generator=noise)
-        chosen = order[step * BATCH : (step + 1) * BATCH].tolist()
+        chosen = order[step * BATCH : (step + 1) * BATCH]
         noise = torch.Generator().manual_seed((1_000 * seed + epoch) * 10_000 + step)
-        self.pictures.augment = noise
-        return self.pictures.__getitems__(chosen)
+        flip = torch.rand(len(chosen), generator=noise) < 0.5
+        images = self.images[chosen]
+        images = torch.where(flip[:, None, None, None], images.flip(3), images)
+        return images, self.labels[chosen]
 
 
 def train(
@@ -173,6 +228,7 @@ def train(
     rate: float,
     count: int = TRAINED,
     decays: bool = True,
+    amp: bool = False,
 ) -> dict[str, Any]:
     """Train in place, going on from the last epoch in ``state``; curves and seconds.
 
@@ -188,8 +244,12 @@ def train(
     decays = decays and any(True for _ in castling_modules(model))
     hook = MaskDecayHook(start="1/N", finish=0.7) if decays else None
     curve: list[dict[str, float]] = []
+    settings = dict(
+        seed=seed, epochs=epochs, rate=rate, count=count, amp=amp, decays=decays
+    )
     if state.is_file():
         saved = load_checkpoint(state)
+        _check_settings(state, saved["settings"], settings)
         model.load_state_dict(saved["state_dict"])
         optimizer.load_state_dict(saved["optimizer"])
         curve = saved["curve"]
@@ -206,7 +266,8 @@ def train(
             images, labels = data.batch(seed, epoch, step, count)
             inputs = model.data_preprocessor(dict(inputs=images))["inputs"]
             samples = [DataSample().set_gt_label(label) for label in labels]
-            losses = model.loss(inputs, samples)
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                losses = model.loss(inputs, samples)
             optimizer.zero_grad()
             losses["loss"].backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -219,7 +280,7 @@ def train(
         found["validation"] = accuracy(model, data.validation)
         curve.append(found)
         print(f"  epoch {epoch + 1} of {epochs}: {found}", flush=True)
-        saved = dict(state_dict=model.state_dict(), curve=curve)
+        saved = dict(state_dict=model.state_dict(), curve=curve, settings=settings)
         state.parent.mkdir(parents=True, exist_ok=True)
         save_atomically({**saved, "optimizer": optimizer.state_dict()}, state)
     return dict(
@@ -227,6 +288,16 @@ def train(
         loss=[round(found["loss"], 4) for found in curve],
         cpu_seconds=round(sum(found["cpu_seconds"] for found in curve), 1),
     )
+
+
+def _check_settings(path: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
+    """ConfigError where a run was begun, or stored, with other settings."""
+    for name, value in asked.items():
+        if stored.get(name) != value:
+            raise ConfigError(
+                f"{path} was made with {name}={stored.get(name)}, now it is {value}: "
+                "move it aside, or ask for the same"
+            )
 
 
 def learning_rate(progress: float) -> float:
@@ -291,9 +362,10 @@ def try_rates(name: str, data: Data, args: argparse.Namespace) -> None:
     """A short training at each rate, without the test set."""
     for rate in RATES:
         run = f"rate-{name}-{rate:g}"
-        if _is_stored(run):
-            continue
         options = dict(epochs=RATE_EPOCHS, rate=rate, count=RATE_PICTURES, seed=100)
+        options["amp"] = args.amp
+        if _is_stored(run, options):
+            continue
         model = ROWS[name].build(100)
         _store(
             run, train(model, data, args.work_dir / f"{run}.pth", **options), options
@@ -303,9 +375,9 @@ def try_rates(name: str, data: Data, args: argparse.Namespace) -> None:
 def train_row(name: str, seed: int, data: Data, args: argparse.Namespace) -> None:
     """A row from scratch to the end."""
     run = f"train-{name}-{seed}"
-    if _is_stored(run):
+    options = dict(epochs=EPOCHS, rate=chosen_rate(name), seed=seed, amp=args.amp)
+    if _is_stored(run, options):
         return
-    options = dict(epochs=EPOCHS, rate=chosen_rate(name), seed=seed)
     model = ROWS[name].build(seed)
     result = train(model, data, args.work_dir / f"{run}.pth", **options)
     title = dict(title=ROWS[name].title)
@@ -315,7 +387,10 @@ def train_row(name: str, seed: int, data: Data, args: argparse.Namespace) -> Non
 def finetune(start: str, seed: int, data: Data, args: argparse.Namespace) -> None:
     """A trained softmax network, castled and aligned or not, finetuned."""
     run = f"finetune-{start}-{seed}"
-    if _is_stored(run):
+    # Other batches than those that the network was trained with.
+    options = dict(epochs=FINETUNE_EPOCHS, rate=FINETUNE_RATE, seed=seed + 100)
+    options["amp"] = args.amp
+    if _is_stored(run, options):
         return
     weights = args.work_dir / f"train-softmax-{seed}.pth"
     saved = load_checkpoint(weights) if weights.is_file() else dict(curve=[])
@@ -341,8 +416,6 @@ def finetune(start: str, seed: int, data: Data, args: argparse.Namespace) -> Non
         folder = args.work_dir / f"align-{seed}"
         align(model.backbone, teacher.backbone, images, folder=folder)
         result["aligned"] = accuracy(model, data.validation)
-    # Other batches than those that the network was trained with.
-    options = dict(epochs=FINETUNE_EPOCHS, rate=FINETUNE_RATE, seed=seed + 100)
     # The branch stays off, as it was in the alignment.
     trained = train(model, data, args.work_dir / f"{run}.pth", decays=False, **options)
     _store(
@@ -352,12 +425,20 @@ def finetune(start: str, seed: int, data: Data, args: argparse.Namespace) -> Non
     )
 
 
-def _is_stored(run: str) -> bool:
-    if known := (STORED / f"{run}.json").is_file():
-        print(f"{run}: stored already")
-    else:
+def _is_stored(run: str, options: dict[str, Any]) -> bool:
+    path = STORED / f"{run}.json"
+    if not path.is_file():
         print(run, flush=True)
-    return known
+        return False
+    try:
+        found = json.loads(path.read_text())["settings"]
+    except (ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({error!r}): delete it, and the run is made again"
+        ) from error
+    _check_settings(path, found, options)
+    print(f"{run}: stored already")
+    return True
 
 
 def _store(run: str, result: dict[str, Any], options: dict[str, Any]) -> None:
@@ -377,12 +458,14 @@ def parse_args() -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
     add("--data-root", type=Path, help="folder of the idx files")
     add("--work-dir", type=Path, default=Path("work_dirs/fashion"))
+    add("--amp", action="store_true", help="train in bfloat16")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    data = Data(find_data(args.data_root, download=False))
+    MMLogger.get_current_instance().setLevel("WARNING")  # not each weight's start
+    data = Data(find_data(args.data_root))
     if args.part == "rates":
         for name in args.rows:
             try_rates(name, data, args)

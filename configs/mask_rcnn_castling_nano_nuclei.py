@@ -29,7 +29,7 @@ model = dict(
         stem="conv",
         with_cls_token=False,
         out_type="featmap",
-        # On the grid, without reference_tokens: docs/study.md, (c).
+        # On the grid, without reference_tokens: the end of docs/study.md.
         attention=dict(type="castling", local_conv="grid", mask_threshold="1/N"),
     ),
     neck=dict(

@@ -15,9 +15,8 @@ model = dict(
         with_cls_token=False,
         out_type="featmap",
         drop_path_rate=0.1,
-        # The convolution on the grid was ahead of the paper's along the line of tokens
-        # at the resolution trained; at others, and for reference_tokens and schedules
-        # of the masks, no difference could be told (docs/study.md).
+        # On the grid of tokens rather than along their line: what short trainings said
+        # of it is at the end of docs/study.md.
         attention=dict(type="castling", local_conv="grid"),
         # From scratch; to finetune use init_cfg=dict(type='Pretrained',
         # checkpoint=...) with weights of mmpretrain's VisionTransformer.

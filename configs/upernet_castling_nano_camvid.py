@@ -56,7 +56,8 @@ model = dict(
             type="castling",
             local_conv="grid",
             mask_threshold="1/N",
-            # No difference by it could be told in docs/study.md, (c).
+            # Frames have 3.5 times the tokens of the crops. Short trainings could not
+            # tell what it does (docs/study.md).
             reference_tokens=768,
         ),
     ),

@@ -1,5 +1,7 @@
 """The study of Fashion-MNIST, small: what decides a run, and that it can be resumed."""
 
+import json
+
 import pytest
 import torch
 
@@ -16,11 +18,11 @@ def pictures(fashion, data):
     return fashion.Data(data, trained=384, validated=128, tested=128)
 
 
-def test_a_batch_is_decided_by_its_step_and_another_step_has_another(pictures):
+def test_a_batch_is_decided_by_its_step_and_another_step_has_another(fashion, pictures):
     once, again, other = (pictures.batch(0, 1, step, 384) for step in (1, 1, 2))
     assert torch.equal(once[0], again[0])
     assert not torch.equal(once[0], other[0])
-    assert once[0].shape == (128, 1, 28, 28)
+    assert once[0].shape == (fashion.BATCH, 1, 28, 28)
 
 
 def test_rows_begin_with_the_weights_of_softmax(fashion):
@@ -64,3 +66,33 @@ def test_a_rate_is_chosen_by_validation(fashion, tmp_path, monkeypatch):
         path = tmp_path / f"rate-swin-{rate:g}.json"
         path.write_text(f'{{"curve": [99.0, {best}]}}')
     assert fashion.chosen_rate("swin") == fashion.RATES[1]
+
+
+def test_missing_data_says_how_to_get_it_and_too_few_images_are_an_error(
+    fashion, data, tmp_path
+):
+    with pytest.raises(fashion.ConfigError, match="install Debian's dataset-fashion"):
+        fashion.find_data(tmp_path)
+    with pytest.raises(fashion.ConfigError, match="holds 128 images, not 10000"):
+        fashion.Data(data, trained=384, validated=128)
+
+
+def test_changed_settings_and_damaged_results_are_refused(
+    fashion, pictures, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(fashion, "STORED", tmp_path)
+    options = dict(seed=0, epochs=1, rate=2e-3)
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(dict(settings=options)))
+    assert fashion._is_stored("run", options)
+    with pytest.raises(fashion.ConfigError, match=r"rate=0\.002, now it is 0\.004"):
+        fashion._is_stored("run", dict(options, rate=4e-3))
+    path.write_text("{")
+    with pytest.raises(fashion.ConfigError, match="is damaged"):
+        fashion._is_stored("run", options)
+    model = fashion.ROWS["softmax"].build(0)
+    fashion.train(model, pictures, tmp_path / "a.pth", count=64, **options)
+    with pytest.raises(fashion.ConfigError, match="epochs=1, now it is 2"):
+        fashion.train(
+            model, pictures, tmp_path / "a.pth", count=64, **dict(options, epochs=2)
+        )
