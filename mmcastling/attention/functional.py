@@ -44,10 +44,12 @@ def l2_normalize(
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if least is not None:
         length = torch.maximum(length, least)
-    length = torch.threshold(length, eps, math.inf)  # divides to zero
+    # A product, whose backward pass takes half as many passes over memory as a
+    # quotient's. Rows that count as zero have an infinite length here.
+    scale = torch.threshold(length, eps, math.inf).reciprocal()
     if residual is None:
-        return torch.div(x, length, out=out)
-    return torch.addcdiv(residual.to(x.dtype), x, length, out=out)
+        return torch.mul(x, scale, out=out)
+    return torch.addcmul(residual.to(x.dtype), x, scale, out=out)
 
 
 @in_full_precision

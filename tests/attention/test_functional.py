@@ -98,10 +98,12 @@ def pairwise(q, k, v, form="released", center_keys=False, balance=None, **option
     if center_keys:
         center = k.mean(2, keepdim=True)
         k = k - center
+        least = LEAST_CENTERED * center.norm(dim=-1, keepdim=True)
         length = k.norm(dim=-1, keepdim=True)
-        short = length < LEAST_CENTERED * center.norm(dim=-1, keepdim=True)
-        assert not short.any() or tokens == 1
-    cosine = l2_normalize(q) @ l2_normalize(k).mT
+        k = k * (length / least).clamp(max=1) / length.clamp_min(1e-12)
+    else:
+        k = l2_normalize(k)
+    cosine = l2_normalize(q) @ k.mT
     alone = torch.eye(tokens, dtype=v.dtype)
     if form == "released":
         scale = options.get("reference_tokens", tokens) / tokens
