@@ -64,6 +64,7 @@ LONG = dict(
 )
 SHORT = dict(RECIPE, steps=(100, 0))
 NO_BRANCH, BRANCH = dict(start=1.0), dict(start="4/N")
+ALIKE = dict(RECOMMENDED, weigh_keys=False)
 # What each row castles with, what it keeps, and how it is aligned.
 ROWS: dict[str, dict[str, Any]] = {
     "softmax": dict(title="softmax (the teacher)"),
@@ -109,10 +110,11 @@ SHORT_ROWS: dict[str, dict[str, Any]] = {
         (
             "released",
             'form="released", keys not centred',
-            dict(RECOMMENDED, form="released", center_keys=False),
+            dict(ALIKE, form="released", center_keys=False),
             NO_BRANCH,
         ),
-        ("average", 'form="average"', dict(RECOMMENDED, form="average"), NO_BRANCH),
+        ("average", 'form="average"', dict(ALIKE, form="average"), NO_BRANCH),
+        ("alike", "all keys count alike", ALIKE, NO_BRANCH),
         (
             "uncentred",
             "keys not centred",

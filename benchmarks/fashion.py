@@ -39,6 +39,7 @@ from mmcastling.checkpoint import (
     save_atomically,
     write_json_atomically,
 )
+from mmcastling.decay import MaskDecay
 from mmcastling.run import ConfigError, run_cli
 from mmcastling.train import MaskDecayHook
 from mmcastling.verbs import castling_modules
@@ -46,7 +47,7 @@ from mmcastling.verbs import castling_modules
 STORED = ROOT / "benchmarks" / "results" / "fashion"
 TRAINED, WIDTH = 55_000, 64  # pictures; channels
 BATCH, WEIGHT_DECAY, WARM_UP = 32, 0.05, 0.1
-EPOCHS, RATE_EPOCHS, RATE_PICTURES, FINETUNE_EPOCHS = 5, 2, 12_000, 2
+EPOCHS, RATE_EPOCHS, RATE_PICTURES, FINETUNE_EPOCHS = 6, 2, 12_000, 2
 RATES, FINETUNE_RATE = (1.5e-3, 3e-3, 6e-3), 5e-4
 
 # 28x28 pixels; convolutions before the attention, to 14x14 = 196 tokens as ImageNet's,
@@ -74,7 +75,9 @@ MODEL = dict(
 )
 SOFTMAX, GRID = dict(type="softmax"), dict(type="grid", init="zero")
 RELEASED = dict(type="castling", local_conv="grid", mask_threshold="1/N")
-RECOMMENDED = dict(RELEASED, form="learned", center_keys=True, local_conv=GRID)
+RECOMMENDED = dict(
+    RELEASED, form="learned", center_keys=True, weigh_keys=True, local_conv=GRID
+)
 CONTROL = dict(SOFTMAX, local_conv="grid", norm_output=True)
 
 
@@ -138,6 +141,7 @@ STARTS = {
     "softmax": "softmax, finetuned alike",
     "castled": "castled, not aligned, finetuned",
     "aligned": "castled, aligned, finetuned",
+    "bridged": "castled, aligned with the decaying branch, finetuned",
 }
 
 
@@ -406,15 +410,20 @@ def finetune(start: str, seed: int, data: Data, args: argparse.Namespace) -> Non
         model.backbone = castle(model.backbone)
         set_mask(model, 1.0)
         result["castled"] = accuracy(model, data.validation)
-    if start == "aligned":
+    if start in ("aligned", "bridged"):
 
         def images(step: int) -> Tensor:
             epoch, step = divmod(step, TRAINED // BATCH)
             batch, _ = data.batch(200 + seed, epoch, step, TRAINED)
             return model.data_preprocessor(dict(inputs=batch))["inputs"]
 
-        folder = args.work_dir / f"align-{seed}"
-        align(model.backbone, teacher.backbone, images, folder=folder)
+        align(
+            model.backbone,
+            teacher.backbone,
+            images,
+            mask=MaskDecay(start=1.0 if start == "aligned" else "4/N"),
+            folder=args.work_dir / f"{start}-{seed}",
+        )
         result["aligned"] = accuracy(model, data.validation)
     # The branch stays off, as it was in the alignment.
     trained = train(model, data, args.work_dir / f"{run}.pth", decays=False, **options)

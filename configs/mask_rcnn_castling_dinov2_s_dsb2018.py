@@ -30,6 +30,7 @@ model = dict(
             type="castling",
             form="learned",
             center_keys=True,
+            weigh_keys=True,
             local_conv=dict(type="grid", kernel_size=3, init="zero"),
             mask_threshold=1.0,
         ),

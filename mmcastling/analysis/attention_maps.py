@@ -16,7 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.attention import LinearAngularMixer, MaskThreshold, l2_normalize
-from mmcastling.attention.functional import linear_factor, normalized_keys
+from mmcastling.attention.functional import (
+    key_weights,
+    linear_factor,
+    normalized_keys,
+)
 from mmcastling.errors import OptionError
 
 Grid = tuple[int, int]
@@ -70,7 +74,10 @@ class MixerCall:
 
     def _angular(self, q: Tensor, k: Tensor, query: int) -> Tensor:
         mixer, tokens = self.mixer, k.shape[1]
-        center = k.mean(1, keepdim=True) if mixer.center_keys else None
+        weights = torch.ones_like(k[..., :1])  # (h, N, 1)
+        if mixer.weigh_keys:
+            weights = key_weights(self.q.float()[None], k[None], mixer.sharpness)[0]
+        center = (weights * k).mean(1, keepdim=True) if mixer.center_keys else None
         cosine = l2_normalize(q) @ normalized_keys(k, center).transpose(1, 2)
         cosine = cosine.squeeze(1)
         if mixer.form == "released":
@@ -79,7 +86,7 @@ class MixerCall:
             own, even, gain = 0.0, 1.0, 1.0
             if mixer.form == "learned":
                 own, even, gain = mixer.own, mixer.even[:, None], mixer.gain[:, None]
-            angular = (even + 4 * gain * cosine) / tokens
+            angular = (even + 4 * gain * cosine) * weights.squeeze(2) / tokens
         angular[:, query] += own
         return angular
 

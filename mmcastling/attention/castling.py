@@ -40,6 +40,9 @@ class LinearAngularMixer(TokenMixer):
             itself, the average and the linear term, at first 0, 1 and 1. Defaults to
             ``'released'``.
         center_keys: See :func:`linear_angular_attention`. Defaults to False.
+        weigh_keys: In the learned form, let keys count by what the mean query attends
+            to, see :func:`key_weights`, with a learned sharpness per head, at first
+            1/2. Defaults to False.
         reference_tokens: See there. Defaults to None.
         **options: Further arguments of :class:`TokenMixer`.
     """
@@ -55,6 +58,7 @@ class LinearAngularMixer(TokenMixer):
         norm_output: bool | None = None,
         form: str = "released",
         center_keys: bool = False,
+        weigh_keys: bool = False,
         reference_tokens: int | None = None,
         **options: Any,
     ) -> None:
@@ -75,13 +79,21 @@ class LinearAngularMixer(TokenMixer):
                 f"reference_tokens {reference_tokens} is for form='released'; in form "
                 f"{form!r} nothing grows with the number of tokens: leave it out"
             )
+        if weigh_keys and form != "learned":
+            raise OptionError(
+                f"weigh_keys is for form='learned', which learns how much; in form "
+                f"{form!r} leave it out"
+            )
         self.reference_tokens = reference_tokens
         self.form = form
         self.center_keys = center_keys
+        self.weigh_keys = weigh_keys
         if form == "learned":
             self.own = nn.Parameter(torch.zeros(num_heads))
             self.even = nn.Parameter(torch.ones(num_heads))
             self.gain = nn.Parameter(torch.ones(num_heads))
+        if weigh_keys:
+            self.sharpness = nn.Parameter(torch.full((num_heads,), 0.5))
 
     @property
     def terms(self) -> dict[str, Any]:
@@ -91,6 +103,7 @@ class LinearAngularMixer(TokenMixer):
             form="average" if learned else self.form,
             center_keys=self.center_keys,
             balance=(self.own, self.even, self.gain) if learned else None,
+            sharpness=self.sharpness if self.weigh_keys else None,
             reference_tokens=self.reference_tokens,
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from mmcastling.attention.autocast import in_full_precision
 from mmcastling.attention.functional import (
     NORM_EPS,
+    key_logits,
     key_value_sum,
     l2_normalize,
     linear_factor,
     mean_of_tokens,
+    mean_query,
+    softmax_weights,
+    sum_of_tokens,
 )
 from mmcastling.attention.recording import is_tracing_or_needs_grad, is_watched
 
@@ -44,6 +48,7 @@ def mixed_linear_angular_attention(
     form: str = "released",
     center_keys: bool = False,
     balance: tuple[Tensor, Tensor, Tensor] | None = None,
+    sharpness: Tensor | None = None,
     reference_tokens: int | None = None,
 ) -> Tensor:
     """Linear-angular attention, its norm and what is added, in few passes over memory.
@@ -56,7 +61,7 @@ def mixed_linear_angular_attention(
     for the queries.
 
     Args:
-        q, k, v, form, center_keys, balance, reference_tokens: As in
+        q, k, v, form, center_keys, balance, sharpness, reference_tokens: As in
             :func:`~mmcastling.attention.functional.linear_angular_attention`.
         norm_output: Whether rows are scaled to length 1, before ``residual``.
         residual: Added to the result ``(B, h, N, e)``. Defaults to None.
@@ -66,14 +71,23 @@ def mixed_linear_angular_attention(
         where a residual was added and tokens were taken a few at a time.
     """
     size = _tokens_at_once(q, k, v, residual)
-    center = mean_of_tokens(k) if center_keys else None
-    if size is None:
-        keys_values = key_value_sum(k, v, center=center)
-    else:
-        keys_values = sum(
-            key_value_sum(keys, values, center=center)
-            for keys, values in zip(k.split(size, 2), v.split(size, 2), strict=True)
-        )
+
+    def parts(x: Tensor | None) -> Sequence[Tensor | None]:
+        if size is None:
+            return [x]
+        count = -(-k.shape[2] // size)
+        return [None] * count if x is None else x.split(size, 2)
+
+    weights, count = None, v.shape[2]
+    if sharpness is not None:
+        query = mean_query(q, sharpness)
+        logits = [key_logits(query, keys) for keys in parts(k)]
+        weights = softmax_weights(torch.cat(logits, dim=2))
+    center = _mean(parts(k), parts(weights), k) if center_keys else None
+    keys_values = _sum(
+        key_value_sum(keys, values, center=center, weights=part)
+        for keys, values, part in zip(parts(k), parts(v), parts(weights), strict=True)
+    )
     own: Tensor | float | None
     mean = None
     if form == "released":
@@ -84,7 +98,7 @@ def mixed_linear_angular_attention(
         else:
             keys_values = keys_values * factor
     else:
-        mean, keys_values = mean_of_tokens(v), 4 * keys_values / v.shape[2]
+        mean, keys_values = _mean(parts(v), parts(weights), v), 4 * keys_values / count
         own = None
         if balance is not None:
             dtype = keys_values.dtype
@@ -98,11 +112,24 @@ def mixed_linear_angular_attention(
         dtype=keys_values.dtype if residual is None else v.dtype,
     ).transpose(1, 2)
     chunks = out.split(size, 2)
-    residuals = [None] * len(chunks) if residual is None else residual.split(size, 2)
-    rows = zip(q.split(size, 2), v.split(size, 2), residuals, chunks, strict=True)
+    rows = zip(parts(q), parts(v), parts(residual), chunks, strict=True)
     for q, v, added, chunk in rows:
         _mix(q, v, keys_values, residual=added, out=chunk, **terms)
     return out
+
+
+def _mean(
+    parts: Sequence[Tensor], weights: Sequence[Tensor | None], whole: Tensor
+) -> Tensor:
+    """The mean of tokens, weighted or not, which are given in parts and whole."""
+    if weights[0] is None:
+        return mean_of_tokens(whole)
+    sums = (sum_of_tokens(*part) for part in zip(parts, weights, strict=True))
+    return _sum(sums) / whole.shape[2]
+
+
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, tensors)  # without a zero in a graph
 
 
 def _tokens_at_once(*tensors: Tensor | None) -> int | None:

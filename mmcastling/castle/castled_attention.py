@@ -23,6 +23,7 @@ from mmcastling.errors import OptionError
 RECOMMENDED: dict[str, Any] = dict(
     form="learned",
     center_keys=True,
+    weigh_keys=True,
     local_conv=dict(type="grid", init="zero"),
     mask_threshold="4/N",
 )
@@ -32,13 +33,15 @@ of trained weights, as measured in docs/align.md."""
 
 def recommended_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a mixer: those given, and for the rest :data:`RECOMMENDED`."""
-    kind = given.get("type", "castling")
-    if kind == "castling":
-        return {**RECOMMENDED, **given}
+    kind, left_out = given.get("type", "castling"), set()
+    if kind not in ("castling", "linear_angular"):
+        return dict(given)
     if kind == "linear_angular":  # without the branch that a threshold would mask
-        rest = {k: v for k, v in RECOMMENDED.items() if k != "mask_threshold"}
-        return {**rest, **given}
-    return dict(given)
+        left_out.add("mask_threshold")
+    if given.get("form", "learned") != "learned":
+        left_out.add("weigh_keys")  # by a weight that is learned
+    rest = {k: v for k, v in RECOMMENDED.items() if k not in left_out}
+    return {**rest, **given}
 
 
 @dataclass

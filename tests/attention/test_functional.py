@@ -18,7 +18,11 @@ from mmcastling.attention import (
     linear_angular_attention,
 )
 from mmcastling.attention.fast import mixed_linear_angular_attention
-from mmcastling.attention.functional import LEAST_CENTERED
+from mmcastling.attention.functional import (
+    LEAST_CENTERED,
+    key_weights,
+    mean_of_tokens,
+)
 
 
 def qkv(batch=2, heads=3, tokens=7, dims=4, values=5, dtype=torch.float64, seed=0):
@@ -89,14 +93,26 @@ FORMS = {
     "learned": lambda heads: dict(
         form="average", center_keys=True, balance=learned(heads)
     ),
+    "weighed": lambda heads: dict(
+        form="average",
+        center_keys=True,
+        balance=learned(heads),
+        sharpness=learned(heads)[0],
+    ),
+    "weighed, not centered": lambda heads: dict(
+        form="average", sharpness=learned(heads)[1]
+    ),
 }
 
 
 def pairwise(q, k, v, form="released", center_keys=False, balance=None, **options):
     """Any form as a matrix of weights of every pair, in O(N^2)."""
-    tokens = v.shape[2]
+    tokens, weights = v.shape[2], torch.ones(1, 1, dtype=v.dtype)
+    if (sharpness := options.get("sharpness")) is not None:
+        logits = q.mean(2, keepdim=True) @ k.mT / q.shape[-1] ** 0.5
+        weights = tokens * torch.softmax(logits * sharpness[:, None, None], dim=-1)
     if center_keys:
-        center = k.mean(2, keepdim=True)
+        center = (weights.mT * k).mean(2, keepdim=True)
         k = k - center
         least = LEAST_CENTERED * center.norm(dim=-1, keepdim=True)
         length = k.norm(dim=-1, keepdim=True)
@@ -111,7 +127,7 @@ def pairwise(q, k, v, form="released", center_keys=False, balance=None, **option
     own, even, gain = 0, 1, 1
     if balance is not None:
         own, even, gain = (factor[:, None, None] for factor in balance)
-    return (own * alone + even / tokens + gain * 4 / tokens * cosine) @ v
+    return (own * alone + weights * (even + 4 * gain * cosine) / tokens) @ v
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -129,6 +145,23 @@ def test_every_form_equals_its_pairs(form, **shape):
             )
             whole = l2_normalize(expected) if norm_output else expected
             assert_close(found, whole if added is None else whole + added)
+
+
+def test_at_sharpness_one_small_queries_attend_as_softmax_does():
+    """Around the mean query softmax attention is linear, with these weights."""
+    q, k, v = qkv(tokens=9)
+    heads, channels = q.shape[1], q.shape[-1]
+    mean, apart = 2 * q.mean(2, keepdim=True), q - q.mean(2, keepdim=True)
+    weights = key_weights(mean + apart, k, torch.ones(heads, dtype=q.dtype))
+    keys = k - mean_of_tokens(k, weights)
+
+    def error(small):
+        logits = (small * apart) @ keys.mT / channels**0.5
+        linear = (weights.mT * (1 + logits) / k.shape[2]) @ v
+        exact = torch.softmax((mean + small * apart) @ k.mT / channels**0.5, dim=-1) @ v
+        return (linear - exact).norm().item()
+
+    assert error(1e-3) < 1.1e-2 * error(1e-2)  # of second order
 
 
 def test_keys_of_a_common_offset_are_told_apart_once_centred():
@@ -250,8 +283,9 @@ def test_fewer_passes_have_the_same_gradients(form, norm_output):
         torch.randn(1, 2, 6, 4, dtype=torch.float64, requires_grad=True)
         for _ in range(3)
     ]
-    balance = options.get("balance", ())
-    learned = [factor.requires_grad_() for factor in balance]
+    factors = [*options.get("balance", ())]
+    factors += [options["sharpness"]] if "sharpness" in options else []
+    learned = [factor.requires_grad_() for factor in factors]
     grad = torch.randn(1, 2, 6, 4, dtype=torch.float64)
     expected = linear_angular_attention(*inputs, **options)
     if norm_output:
