@@ -27,6 +27,7 @@ from mmengine.registry import MODELS, DefaultScope
 
 from mmcastling import castle
 from mmcastling.analysis.machine import environment
+from mmcastling.castle import RECOMMENDED
 from mmcastling.checkpoint import (
     load_checkpoint,
     save_atomically,
@@ -98,6 +99,7 @@ def carry_out(seed: int, args: argparse.Namespace) -> dict[str, Any]:
         found = evaluate(copy.deepcopy(config), str(checkpoint)).metrics
         metrics[row] = {name: found[name] for name in METRICS}
     recipe = dict(RECIPE, amp=may_gain("bf16"), iterations=cfg.max_iters)
+    recipe["attention"] = RECOMMENDED
     return dict(
         recipe=recipe,
         metrics=metrics,
@@ -129,6 +131,8 @@ def table() -> str:
         f"{share:.3f} of the teacher's mask AP remains, the mean of {len(runs)} "
         f"seed{'s' * (len(runs) > 1)} (in brackets each)."
     )
+    if not all("weigh_keys" in run["recipe"].get("attention", {}) for run in runs):
+        text += " In these castled networks all keys count alike (`weigh_keys=False`)."
     if (STORED / f"{TIMES}.json").is_file():
         text += (
             " Milliseconds of a picture, softmax and castled, with heads and without "

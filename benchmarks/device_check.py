@@ -40,7 +40,7 @@ SECONDS = 480
 """For all of it: what is left then is named and left out."""
 
 CHANNELS, HEADS, GRID = 48, 3, (6, 8)
-LEARNED = dict(form="learned", center_keys=True)
+LEARNED = dict(form="learned", center_keys=True, weigh_keys=True)
 FORMS: dict[str, dict[str, Any]] = {
     "castling": dict(type="castling"),
     "castling, average form": dict(type="castling", form="average", center_keys=True),

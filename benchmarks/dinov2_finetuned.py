@@ -113,12 +113,14 @@ def carry_out(task: str, row: str, seed: int, args: argparse.Namespace) -> Any:
     cfg.load_from = str(start)
     train(cfg, resume="auto")
     cfg = config_of(task, row, seed, work_dir, data, args.amp)
+    attention = cfg.model.backbone.attention.to_dict()
     metrics = evaluate(cfg, last.read_text().strip()).metrics
     return dict(
         metrics=metrics,
         curve=validations(work_dir, next(iter(TASKS[task][2]))),
         iterations=cfg.max_iters,
         amp=args.amp,
+        attention=attention,
         environment=environment("cpu"),
     )
 
@@ -162,7 +164,10 @@ def table() -> str:
                 cells.append(mean_and_each(values, digits))
             _, digits = next(iter(metrics.values()))
             curve = " ".join(f"{value:.{digits}f}" for _, value in found[0]["curve"])
-            lines.append(f"| {ROWS[row]} | {' | '.join(cells)} | {curve} |")
+            title = ROWS[row]
+            if row != "softmax" and "weigh_keys" not in found[0].get("attention", {}):
+                title += ", all keys alike"
+            lines.append(f"| {title} | {' | '.join(cells)} | {curve} |")
         path = STORED / f"{task}-{TIMES}.json"
         if path.is_file():
             text = times_text(path)

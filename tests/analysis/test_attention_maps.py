@@ -67,6 +67,8 @@ def test_rows_equal_loops_over_pairs():
         dict(reference_tokens=4),
         dict(form="average", center_keys=True),
         dict(form="learned", center_keys=True),
+        dict(form="learned", center_keys=True, weigh_keys=True),
+        dict(form="learned", weigh_keys=True),
     ],
 )
 @torch.no_grad()
