@@ -248,7 +248,8 @@ def finetuned_table() -> list[str]:
 
 
 def readme_table() -> str:
-    """README's table: what was trained to the end."""
+    """README's table of what was trained to the end, once there is something to
+    compare."""
     lines = [
         "| Fashion-MNIST, 196 tokens, from scratch | seeds | accuracy, % |",
         "| --- | --- | --- |",
@@ -257,7 +258,7 @@ def readme_table() -> str:
         if runs := runs_of("train", row):
             title = next(iter(runs.values()))["title"]
             lines.append(f"| {title} | {len(runs)} | {_text(accuracies(runs))} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" if len(lines) > 3 else ""
 
 
 def _text(values: dict[int, float], digits: int = 2) -> str:
