@@ -317,12 +317,12 @@ def test_few_tokens_at_a_time_give_what_all_give(
         patch.setattr(fast, "_LEAST_ROWS", rows)
         found = mixed_linear_angular_attention(q, k, v, **options, residual=added)
     assert found.shape == expected.shape
-    # With a residual the result is rounded to the dtype of the values.
-    exact = dtype is not torch.bfloat16 or not residual
-    assert_close(
-        *(found.to(expected.dtype), expected),
-        **(dict(atol=1e-5, rtol=1e-5) if exact else dict(atol=1e-2, rtol=1e-2)),
-    )
+    # In float32, as half precision is computed, a sum in another order differs where
+    # terms nearly cancel, and a norm makes more of it. With a residual the result is
+    # rounded to the dtype of the values.
+    tolerance = 1e-9 if dtype is torch.float64 else 2e-3
+    tolerance = 1e-2 if dtype is torch.bfloat16 and residual else tolerance
+    assert_close(found.to(expected.dtype), expected, atol=tolerance, rtol=tolerance)
     assert_close(inputs, kept, atol=0, rtol=0)
 
 
