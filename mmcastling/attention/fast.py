@@ -70,7 +70,7 @@ def mixed_linear_angular_attention(
         ``(B, h, N, e)``. For half-precision inputs float32, or half precision again
         where a residual was added and tokens were taken a few at a time.
     """
-    size = _tokens_at_once(q, k, v, residual)
+    size = _tokens_at_once(q, k, v, residual, *(balance or ()), sharpness)
 
     def parts(x: Tensor | None) -> Sequence[Tensor | None]:
         if size is None:
