@@ -140,7 +140,7 @@ def _masked_softmax(
     """The branch, the largest probability of each row ``(B, h, N)`` and the density."""
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
     peak = q.new_zeros(q.shape[:-1])
-    count = torch.zeros((), dtype=torch.float64, device=q.device)
+    count = torch.zeros((), dtype=torch.int64, device=q.device)
     pairs = peak.numel() * k.shape[-2]
     if pairs:
         threshold, weight, _ = _read_state(state, k.shape[-2])
@@ -350,7 +350,7 @@ class _Tiles:
         """How many are not zero, 20 times as fast as torch's; overwrites slot 0."""
         ones = torch.sign(survivors, out=self._matrix(0, *survivors.shape[:2]))
         # Rows first: whole numbers up to 2^24 are exact in float32.
-        return ones.sum(dim=-1).sum(dtype=torch.float64)
+        return ones.sum(dim=-1).to(torch.int64).sum()
 
     def product(self, rows: Tensor, columns: Tensor) -> Tensor:
         """``rows columns^T`` for each head; overwrites slot 0."""
