@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from mmcastling import align, castle, set_mask, switch_to_deploy
 from mmcastling.analysis import count_macs
 from mmcastling.analysis.machine import environment
+from mmcastling.castle import RECOMMENDED as CASTLED
 from mmcastling.checkpoint import (
     load_checkpoint,
     save_atomically,
@@ -45,19 +46,19 @@ from mmcastling.train import MaskDecayHook
 from mmcastling.verbs import castling_modules
 
 STORED = ROOT / "benchmarks" / "results" / "fashion"
-TRAINED, WIDTH = 55_000, 64  # pictures; channels
+TRAINED, WIDTH, PARTS = 55_000, 64, 4  # pictures; channels; means along a side
 BATCH, WEIGHT_DECAY, WARM_UP = 32, 0.05, 0.1
-EPOCHS, RATE_EPOCHS, RATE_PICTURES, FINETUNE_EPOCHS = 6, 2, 12_000, 2
-RATES, FINETUNE_RATE = (1.5e-3, 3e-3, 6e-3), 5e-4
+EPOCHS, RATE_EPOCHS, RATE_PICTURES, FINETUNE_EPOCHS = 5, 2, 12_000, 2
+RATES, FINETUNE_RATE = (1e-3, 2e-3, 4e-3), 5e-4
 
 # 28x28 pixels; convolutions before the attention, to 14x14 = 196 tokens as ImageNet's,
-# and behind it, to 7x7.
+# and behind it, to 7x7. The classifier reads 4x4 means of these, whatever the size:
+# with one mean of all, softmax stayed at 91.1 after six epochs.
 BACKBONE = dict(
     type="mmcastling.CastlingViT",
-    arch=dict(embed_dims=WIDTH, num_layers=2, num_heads=2, feedforward_channels=128),
+    arch=dict(embed_dims=WIDTH, num_layers=2, num_heads=1, feedforward_channels=128),
     img_size=28,
     patch_size=2,
-    stem="conv",
     in_channels=1,
     with_cls_token=False,
     out_type="featmap",
@@ -70,14 +71,15 @@ MODEL = dict(
         mean=[72.94],
         std=[90.02],
     ),
-    neck=dict(type="mmpretrain.GlobalAveragePooling"),
-    head=dict(type="mmpretrain.LinearClsHead", num_classes=10, in_channels=2 * WIDTH),
+    head=dict(
+        type="mmpretrain.LinearClsHead",
+        num_classes=10,
+        in_channels=2 * WIDTH * PARTS**2,
+    ),
 )
-SOFTMAX, GRID = dict(type="softmax"), dict(type="grid", init="zero")
+SOFTMAX = dict(type="softmax")
 RELEASED = dict(type="castling", local_conv="grid", mask_threshold="1/N")
-RECOMMENDED = dict(
-    RELEASED, form="learned", center_keys=True, weigh_keys=True, local_conv=GRID
-)
+RECOMMENDED = dict(CASTLED, type="castling", mask_threshold="1/N")
 CONTROL = dict(SOFTMAX, local_conv="grid", norm_output=True)
 
 
@@ -100,7 +102,7 @@ class Row:
         if self.window:
             for i, layer in enumerate(model.backbone.layers):
                 shift = self.window // 2 if i % 2 else 0
-                layer.attn = WindowAttention(WIDTH, 2, self.window, shift)
+                layer.attn = WindowAttention(WIDTH, 1, self.window, shift)
         model.init_weights()
         own = model.state_dict(keep_vars=True)
         own = {name.replace(".msa.w_msa.", "."): value for name, value in own.items()}
@@ -167,18 +169,19 @@ class Stem(nn.Sequential):
         return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
 
 
-class Neck(nn.Module):
-    """A convolution of stride 2, then the mean of the map."""
+class Neck(nn.Sequential):
+    """A convolution of stride 2, then ``PARTS`` x ``PARTS`` means of the map."""
 
-    def __init__(self, pooling: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            *_convolution(WIDTH, 2 * WIDTH, stride=2), nn.GELU()
+    def __init__(self) -> None:
+        super().__init__(
+            *_convolution(WIDTH, 2 * WIDTH, stride=2),
+            nn.GELU(),
+            nn.AdaptiveAvgPool2d(PARTS),
+            nn.Flatten(),
         )
-        self.pooling = pooling
 
     def forward(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return self.pooling((self.layers(maps[-1]),))
+        return (super().forward(maps[-1]),)
 
 
 def _convolution(before: int, after: int, stride: int = 1) -> list[nn.Module]:
@@ -191,7 +194,7 @@ def _classifier(attention: dict[str, Any], ffn_conv: int) -> nn.Module:
     with DefaultScope.overwrite_default_scope("mmpretrain"):
         model = MODELS.build(copy.deepcopy(dict(MODEL, backbone=backbone)))
     model.backbone.patch_embed = Stem()
-    model.neck = Neck(model.neck)
+    model.neck = Neck()
     return model
 
 
@@ -366,8 +369,9 @@ def try_rates(name: str, data: Data, args: argparse.Namespace) -> None:
     """A short training at each rate, without the test set."""
     for rate in RATES:
         run = f"rate-{name}-{rate:g}"
-        options = dict(epochs=RATE_EPOCHS, rate=rate, count=RATE_PICTURES, seed=100)
-        options["amp"] = args.amp
+        options = dict(
+            epochs=RATE_EPOCHS, rate=rate, count=RATE_PICTURES, seed=100, amp=args.amp
+        )
         if _is_stored(run, options):
             continue
         model = ROWS[name].build(100)
@@ -392,8 +396,9 @@ def finetune(start: str, seed: int, data: Data, args: argparse.Namespace) -> Non
     """A trained softmax network, castled and aligned or not, finetuned."""
     run = f"finetune-{start}-{seed}"
     # Other batches than those that the network was trained with.
-    options = dict(epochs=FINETUNE_EPOCHS, rate=FINETUNE_RATE, seed=seed + 100)
-    options["amp"] = args.amp
+    options = dict(
+        epochs=FINETUNE_EPOCHS, rate=FINETUNE_RATE, seed=seed + 100, amp=args.amp
+    )
     if _is_stored(run, options):
         return
     weights = args.work_dir / f"train-softmax-{seed}.pth"

@@ -26,13 +26,6 @@ class Interval:
     half: float
     count: int
 
-    @property
-    def verdict(self) -> int:
-        """1 if the whole interval lies above zero, -1 if below, else 0."""
-        if abs(self.mean) <= self.half:
-            return 0
-        return 1 if self.mean > 0 else -1
-
     def text(self, digits: int = 1, signed: bool = False) -> str:
         """``mean ± half``."""
         mean = f"{self.mean:{'+' if signed else ''}.{digits}f}"

@@ -15,7 +15,7 @@ import importlib
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,20 @@ def runs_of(kind: str, row: str) -> Runs:
     return found
 
 
+def stored_rows(kind: str, names: Iterable[str]) -> dict[str, Runs]:
+    """The rows of ``names`` of which any run is stored."""
+    found = {name: runs_of(kind, name) for name in names}
+    return {name: runs for name, runs in found.items() if runs}
+
+
+def minus(runs: Runs, others: Runs | None) -> str:
+    """The difference of accuracies, paired; empty for a row and itself, or nothing."""
+    if others is None or runs is others:
+        return ""
+    difference = intervals.paired(accuracies(runs), accuracies(others))
+    return difference.text(2, signed=True) if difference else ""
+
+
 def accuracies(runs: Runs, scale: str = "1.0") -> dict[int, float]:
     """Percent of the test set by seed, of pictures enlarged."""
     return {seed: run["accuracy"][scale] for seed, run in runs.items()}
@@ -138,12 +152,12 @@ not "equal".
 
 The first {fashion.TRAINED:,} training pictures, flipped at random, {fashion.EPOCHS}
 epochs, batches of {fashion.BATCH}; all 10,000 test pictures, once, at the end. The
-network has two layers of attention on 196 tokens (64 channels, 2 heads), with four
-convolutions before them and one of stride 2 behind them. Each row has the learning
-rate, of three, that was best on the last 5,000 training pictures after
-{fashion.RATE_EPOCHS} epochs of {fashion.RATE_PICTURES:,}. The full method's masks begin
-at `1/N` and are off after 0.7 of training. Enlarged pictures (1.5 and 2 times as wide)
-were not trained on.
+network has two layers of attention on 196 tokens (64 channels, one head), with four
+convolutions before them and one of stride 2 behind them, of whose map the classifier
+reads {fashion.PARTS}x{fashion.PARTS} means. Each row has the learning rate, of three,
+that was best on the last 5,000 training pictures after {fashion.RATE_EPOCHS} epochs of
+{fashion.RATE_PICTURES:,}. The full method's masks begin at `1/N` and are off after 0.7
+of training. Enlarged pictures (1.5 and 2 times as wide) were not trained on.
 """
 
 FINETUNED = f"""\
@@ -187,8 +201,7 @@ def page() -> str:
 
 def scratch_table() -> list[str]:
     """Rows trained from scratch."""
-    by_row = {row: runs_of("train", row) for row in fashion.ROWS}
-    by_row = {row: runs for row, runs in by_row.items() if runs}
+    by_row = stored_rows("train", fashion.ROWS)
     if not by_row:
         return ["No run is stored yet."]
     lines = [
@@ -196,14 +209,10 @@ def scratch_table() -> list[str]:
         "| rate | MMACs | core-minutes |",
         "| --- " * 10 + "|",
     ]
-    for row, runs in by_row.items():
-        own, any_run = accuracies(runs), next(iter(runs.values()))
-        cells = [any_run["title"], str(len(runs)), _text(own)]
-        for other in (PLAIN, CONTROL):
-            difference = intervals.paired(own, accuracies(by_row.get(other, {})))
-            cells.append(
-                difference.text(2, signed=True) if difference and row != other else ""
-            )
+    for runs in by_row.values():
+        any_run = next(iter(runs.values()))
+        cells = [any_run["title"], str(len(runs)), _text(accuracies(runs))]
+        cells += [minus(runs, by_row.get(other)) for other in (PLAIN, CONTROL)]
         cells += [_text(accuracies(runs, scale), 1) for scale in ("1.5", "2.0")]
         minutes = statistics.mean(run["cpu_seconds"] for run in runs.values()) / 60
         cells += [f"{any_run['settings']['rate']:g}", f"{any_run['macs'] / 1e6:.1f}"]
@@ -223,8 +232,7 @@ def scratch_table() -> list[str]:
 
 def finetuned_table() -> list[str]:
     """A trained softmax network, castled and finetuned."""
-    by_row = {row: runs_of("finetune", row) for row in fashion.STARTS}
-    by_row = {row: runs for row, runs in by_row.items() if runs}
+    by_row = stored_rows("finetune", fashion.STARTS)
     if not by_row:
         return ["No run is stored yet."]
     lines = [
@@ -237,12 +245,7 @@ def finetuned_table() -> list[str]:
         for stage in ("castled", "aligned"):
             values = {s: run[stage] for s, run in runs.items() if stage in run}
             cells.append(_text(values) if values else "")
-        own = accuracies(runs)
-        difference = intervals.paired(own, accuracies(by_row.get(PLAIN, {})))
-        cells += [
-            _text(own),
-            difference.text(2, signed=True) if difference and row != PLAIN else "",
-        ]
+        cells += [_text(accuracies(runs)), minus(runs, by_row.get(PLAIN))]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -254,10 +257,9 @@ def readme_table() -> str:
         "| Fashion-MNIST, 196 tokens, from scratch | seeds | accuracy, % |",
         "| --- | --- | --- |",
     ]
-    for row in fashion.ROWS:
-        if runs := runs_of("train", row):
-            title = next(iter(runs.values()))["title"]
-            lines.append(f"| {title} | {len(runs)} | {_text(accuracies(runs))} |")
+    for runs in stored_rows("train", fashion.ROWS).values():
+        title = next(iter(runs.values()))["title"]
+        lines.append(f"| {title} | {len(runs)} | {_text(accuracies(runs))} |")
     return "\n".join(lines) + "\n" if len(lines) > 3 else ""
 
 
@@ -278,9 +280,7 @@ def draw_curves(path: Path) -> None:
     """Validation over the epochs, a line for each row, the mean of its seeds."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for i, row in enumerate(fashion.ROWS):
-        if not (runs := runs_of("train", row)):
-            continue
+    for i, runs in enumerate(stored_rows("train", fashion.ROWS).values()):
         curves = [run["curve"] for run in runs.values()]
         means = [statistics.mean(values) for values in zip(*curves, strict=True)]
         title = next(iter(runs.values()))["title"]
@@ -305,7 +305,7 @@ def main() -> None:
         for part in parts():
             print(f"{part.title}: {part.state()}\n    {part.command}")
         return
-    if any(runs_of("train", row) for row in fashion.ROWS):
+    if stored_rows("train", fashion.ROWS):
         draw_curves(CURVES)
     write_text_atomically(PAGE, page())
     text = marked.replace_between(README.read_text(), BEGIN, END, readme_table())
