@@ -131,8 +131,9 @@ def table() -> str:
         f"{share:.3f} of the teacher's mask AP remains, the mean of {len(runs)} "
         f"seed{'s' * (len(runs) > 1)} (in brackets each)."
     )
-    if not all("weigh_keys" in run["recipe"].get("attention", {}) for run in runs):
-        text += " In these castled networks all keys count alike (`weigh_keys=False`)."
+    forms = {run["recipe"].get("attention", {}).get("form", "learned") for run in runs}
+    if forms != {RECOMMENDED["form"]}:
+        text += f" These were castled with `form=` {', '.join(sorted(forms))}."
     if (STORED / f"{TIMES}.json").is_file():
         text += (
             " Milliseconds of a picture, softmax and castled, with heads and without "

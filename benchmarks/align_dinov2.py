@@ -34,7 +34,7 @@ from mmcastling.alignment.aligning import STATE_FILE
 from mmcastling.analysis import paired_medians
 from mmcastling.analysis.data_sample import whole_pass
 from mmcastling.analysis.machine import environment
-from mmcastling.castle import RECOMMENDED
+from mmcastling.castle import RECOMMENDED, WITHOUT_GRID
 from mmcastling.checkpoint import (
     load_checkpoint,
     write_json_atomically,
@@ -63,8 +63,8 @@ LONG = dict(
     RECIPE, steps=(150, 600), sizes=((224, 224), (280, 280), (224, 336), (336, 336))
 )
 SHORT = dict(RECIPE, steps=(100, 0))
+LEARNED = {**RECOMMENDED, **WITHOUT_GRID}
 NO_BRANCH, BRANCH = dict(start=1.0), dict(start="4/N")
-ALIKE = dict(RECOMMENDED, weigh_keys=False)
 # What each row castles with, what it keeps, and how it is aligned.
 ROWS: dict[str, dict[str, Any]] = {
     "softmax": dict(title="softmax (the teacher)"),
@@ -106,19 +106,21 @@ SHORT_ROWS: dict[str, dict[str, Any]] = {
     f"short-{name}": dict(title=title, attention=attention, mask=mask, **SHORT)
     for name, title, attention, mask in (
         ("recommended", "what `align` does", RECOMMENDED, NO_BRANCH),
+        *(
+            (
+                f"landmarks-{count}",
+                f"{count}x{count} landmarks",
+                dict(RECOMMENDED, landmarks=count),
+                NO_BRANCH,
+            )
+            for count in (4, 6)
+        ),
+        ("learned", 'form="learned", keys centred', LEARNED, NO_BRANCH),
         ("branch", "with the decaying branch", RECOMMENDED, BRANCH),
         (
             "released",
             'form="released", keys not centred',
-            dict(ALIKE, form="released", center_keys=False),
-            NO_BRANCH,
-        ),
-        ("average", 'form="average"', dict(ALIKE, form="average"), NO_BRANCH),
-        ("alike", "all keys count alike", ALIKE, NO_BRANCH),
-        (
-            "uncentred",
-            "keys not centred",
-            dict(RECOMMENDED, center_keys=False),
+            dict(LEARNED, form="released", center_keys=False),
             NO_BRANCH,
         ),
         (

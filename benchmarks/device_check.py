@@ -40,11 +40,11 @@ SECONDS = 480
 """For all of it: what is left then is named and left out."""
 
 CHANNELS, HEADS, GRID = 48, 3, (6, 8)
-LEARNED = dict(form="learned", center_keys=True, weigh_keys=True)
 FORMS: dict[str, dict[str, Any]] = {
     "castling": dict(type="castling"),
     "castling, average form": dict(type="castling", form="average", center_keys=True),
-    "castling, learned form": dict(type="castling", **LEARNED),
+    "castling, learned form": dict(type="castling", form="learned", center_keys=True),
+    "castling, by landmarks": dict(type="castling", form="landmarks", landmarks=4),
     "castling, on the grid": dict(type="castling", local_conv="grid"),
     **{name: dict(type=name) for name in sorted(MIXERS) if name != "castling"},
 }

@@ -25,6 +25,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 from mmcastling.analysis.machine import environment
+from mmcastling.castle import RECOMMENDED
 from mmcastling.checkpoint import (
     load_checkpoint,
     save_atomically,
@@ -165,8 +166,9 @@ def table() -> str:
             _, digits = next(iter(metrics.values()))
             curve = " ".join(f"{value:.{digits}f}" for _, value in found[0]["curve"])
             title = ROWS[row]
-            if row != "softmax" and "weigh_keys" not in found[0].get("attention", {}):
-                title += ", all keys alike"
+            form = found[0].get("attention", {}).get("form", "learned")
+            if row != "softmax" and form != RECOMMENDED["form"]:
+                title += f', `form="{form}"`'
             lines.append(f"| {title} | {' | '.join(cells)} | {curve} |")
         path = STORED / f"{task}-{TIMES}.json"
         if path.is_file():

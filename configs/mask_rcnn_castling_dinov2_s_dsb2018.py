@@ -28,9 +28,7 @@ model = dict(
         # The form for trained weights, see docs/align.md; the branch is off.
         attention=dict(
             type="castling",
-            form="learned",
-            center_keys=True,
-            weigh_keys=True,
+            form="landmarks",
             local_conv=dict(type="grid", kernel_size=3, init="zero"),
             mask_threshold=1.0,
         ),

@@ -152,8 +152,8 @@ def _described(student: nn.Module) -> list[str]:
     """The castled attentions of a student, so that another one is told from it."""
     return [
         f"{name} {type(mixer).__name__} {getattr(mixer, 'form', '')} centred="
-        f"{getattr(mixer, 'center_keys', '')} weighed="
-        f"{getattr(mixer, 'weigh_keys', '')} normed={mixer.norm_output} "
+        f"{getattr(mixer, 'center_keys', '')} landmarks="
+        f"{getattr(mixer, 'landmarks', '')} normed={mixer.norm_output} "
         f"{mixer.local_conv}"
         for name, mixer in student.named_modules()
         if isinstance(mixer, TokenMixer)

@@ -16,11 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.attention import LinearAngularMixer, MaskThreshold, l2_normalize
-from mmcastling.attention.functional import (
-    key_weights,
-    linear_factor,
-    normalized_keys,
-)
+from mmcastling.attention.functional import linear_factor, normalized_keys
+from mmcastling.attention.landmarks import landmark_attention
 from mmcastling.errors import OptionError
 
 Grid = tuple[int, int]
@@ -74,10 +71,9 @@ class MixerCall:
 
     def _angular(self, q: Tensor, k: Tensor, query: int) -> Tensor:
         mixer, tokens = self.mixer, k.shape[1]
-        weights = torch.ones_like(k[..., :1])  # (h, N, 1)
-        if mixer.weigh_keys:
-            weights = key_weights(self.q.float()[None], k[None], mixer.sharpness)[0]
-        center = (weights * k).mean(1, keepdim=True) if mixer.center_keys else None
+        if mixer.form == "landmarks":
+            return self._by_landmarks(query)
+        center = k.mean(1, keepdim=True) if mixer.center_keys else None
         cosine = l2_normalize(q) @ normalized_keys(k, center).transpose(1, 2)
         cosine = cosine.squeeze(1)
         if mixer.form == "released":
@@ -86,9 +82,21 @@ class MixerCall:
             own, even, gain = 0.0, 1.0, 1.0
             if mixer.form == "learned":
                 own, even, gain = mixer.own, mixer.even[:, None], mixer.gain[:, None]
-            angular = (even + 4 * gain * cosine) * weights.squeeze(2) / tokens
+            angular = (even + 4 * gain * cosine) / tokens
         angular[:, query] += own
         return angular
+
+    def _by_landmarks(self, query: int) -> Tensor:
+        """The row as what the attention makes of values that tell tokens apart."""
+        terms, rows = self.mixer.terms(self.grid), []
+        values = torch.eye(self.q.shape[1])[None, None]
+        for head, (q, k) in enumerate(zip(self.q.float(), self.k.float(), strict=True)):
+            balance = tuple(factor[head : head + 1] for factor in terms["balance"])
+            sharpness = terms["sharpness"][head : head + 1]
+            own = dict(terms, balance=balance, sharpness=sharpness)
+            y = landmark_attention(q[None, None], k[None, None], values, **own)
+            rows.append(y[0, 0, query])
+        return torch.stack(rows)
 
 
 @dataclass(frozen=True)
@@ -99,8 +107,9 @@ class AttentionRows:
         softmax: ``P_ij``, the row of ``softmax(q k^T / sqrt(d))``. Sums to 1.
         angular: What the deployed model computes without ever forming it, such as
             ``1/2 [i = j] + (1/pi) <q^_i, k^_j>``, where ``q^`` and ``k^`` have length 1
-            (:func:`mmcastling.attention.linear_angular_attention` has all forms). May
-            be negative.
+            (:func:`mmcastling.attention.linear_angular_attention` and
+            :func:`~mmcastling.attention.landmark_attention` have all forms). May be
+            negative.
         masked: The auxiliary branch, ``weight * P_ij`` where ``P_ij > threshold`` and
             zero elsewhere, not renormalized.
         combined: ``masked + angular``: times the values it is what the attention

@@ -19,6 +19,7 @@ from mmcastling.attention.functional import (
     linear_angular_attention,
     naive_masked_softmax_attention,
 )
+from mmcastling.attention.landmarks import landmark_attention
 from mmcastling.attention.local_conv import TokenConv
 from mmcastling.attention.masked_softmax import masked_softmax_attention
 from mmcastling.attention.mixer import TokenMixer
@@ -41,6 +42,7 @@ __all__ = [
     "is_castled",
     "kernel_attention",
     "l2_normalize",
+    "landmark_attention",
     "linear_angular_attention",
     "masked_softmax_attention",
     "naive_masked_softmax_attention",

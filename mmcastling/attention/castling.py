@@ -10,14 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.attention.deploying import note
-from mmcastling.attention.fast import mixed_linear_angular_attention
+from mmcastling.attention.fast import (
+    mixed_landmark_attention,
+    mixed_linear_angular_attention,
+)
 from mmcastling.attention.functional import FORMS, linear_angular_attention
+from mmcastling.attention.landmarks import landmark_attention
 from mmcastling.attention.local_conv import Grid
 from mmcastling.attention.masked_softmax import mask_state, masked_softmax_with_state
-from mmcastling.attention.mixer import Bias, TokenMixer
+from mmcastling.attention.mixer import Bias, TokenMixer, check_switch
 from mmcastling.attention.recording import is_transformed
 from mmcastling.attention.threshold import MaskThreshold
 from mmcastling.errors import OptionError, UnavailableError
+
+MIXER_FORMS = (*FORMS, "learned", "landmarks")
 
 MASK_RECORD = "castling_mask"
 """Where the metadata of a mixer's state dict holds the state of its branch."""
@@ -35,15 +41,14 @@ class LinearAngularMixer(TokenMixer):
         local_conv: As in :class:`TokenMixer`. Defaults to ``'token'``.
         norm_output: As in :class:`TokenMixer`. Defaults to None (True in the released
             form alone, whose magnitude depends on the number of tokens).
-        form: ``'released'`` or ``'average'``, see :func:`linear_angular_attention`, or
-            ``'learned'``: the average form with a learned balance per head of the token
-            itself, the average and the linear term, at first 0, 1 and 1. Defaults to
-            ``'released'``.
+        form: ``'released'`` or ``'average'``, see :func:`linear_angular_attention`;
+            ``'learned'``, the average form with a learned balance per head of the token
+            itself, the average and the linear term, at first 0, 1 and 1; or
+            ``'landmarks'``, see :func:`landmark_attention`, with a balance of the same
+            kind and a learned sharpness, at first 1. Defaults to ``'released'``.
         center_keys: See :func:`linear_angular_attention`. Defaults to False.
-        weigh_keys: In the learned form, let keys count by what the mean query attends
-            to, see :func:`key_weights`, with a learned sharpness per head, at first
-            1/2. Defaults to False.
         reference_tokens: See there. Defaults to None.
+        landmarks: Regions along each side of the grid, in that form. Defaults to 8.
         **options: Further arguments of :class:`TokenMixer`.
     """
 
@@ -58,16 +63,17 @@ class LinearAngularMixer(TokenMixer):
         norm_output: bool | None = None,
         form: str = "released",
         center_keys: bool = False,
-        weigh_keys: bool = False,
         reference_tokens: int | None = None,
+        landmarks: int = 8,
         **options: Any,
     ) -> None:
-        if form not in (*FORMS, "learned"):
+        if form not in MIXER_FORMS:
             raise OptionError(
-                f"form {form!r} is not known: choose one of {[*FORMS, 'learned']}"
+                f"form {form!r} is not known: choose one of {list(MIXER_FORMS)}"
             )
         if norm_output is None:
             norm_output = form == "released"
+        check_switch("center_keys", center_keys)
         super().__init__(num_heads, head_dims, local_conv, norm_output, **options)
         if reference_tokens is not None and reference_tokens < 1:
             raise OptionError(
@@ -79,31 +85,41 @@ class LinearAngularMixer(TokenMixer):
                 f"reference_tokens {reference_tokens} is for form='released'; in form "
                 f"{form!r} nothing grows with the number of tokens: leave it out"
             )
-        if weigh_keys and form != "learned":
+        if form == "landmarks" and center_keys:
             raise OptionError(
-                f"weigh_keys is for form='learned', which learns how much; in form "
-                f"{form!r} leave it out"
+                "center_keys is for the other forms; form='landmarks' does not see the "
+                "mean of the keys, as softmax does not: leave it out"
+            )
+        if type(landmarks) is not int or landmarks < 1:
+            raise OptionError(
+                f"landmarks {landmarks!r} must be a positive number of regions along "
+                "each side of the grid"
             )
         self.reference_tokens = reference_tokens
         self.form = form
         self.center_keys = center_keys
-        self.weigh_keys = weigh_keys
-        if form == "learned":
+        self.landmarks = landmarks
+        self.uses_grid = self.uses_grid or form == "landmarks"
+        if form in ("learned", "landmarks"):
             self.own = nn.Parameter(torch.zeros(num_heads))
             self.even = nn.Parameter(torch.ones(num_heads))
             self.gain = nn.Parameter(torch.ones(num_heads))
-        if weigh_keys:
-            self.sharpness = nn.Parameter(torch.full((num_heads,), 0.5))
+        if form == "landmarks":
+            self.sharpness = nn.Parameter(torch.ones(num_heads))
 
-    @property
-    def terms(self) -> dict[str, Any]:
-        """Arguments of :func:`linear_angular_attention` beside q, k and v."""
-        learned = self.form == "learned"
+    def terms(self, grid: Grid | None) -> dict[str, Any]:
+        """Arguments of :func:`linear_angular_attention` beside q, k and v, or those of
+        :func:`landmark_attention`."""
+        balance = None
+        if self.form in ("learned", "landmarks"):
+            balance = (self.own, self.even, self.gain)
+        if self.form == "landmarks":
+            terms = dict(grid=grid, landmarks=self.landmarks)
+            return dict(terms, balance=balance, sharpness=self.sharpness)
         return dict(
-            form="average" if learned else self.form,
+            form="average" if self.form == "learned" else self.form,
             center_keys=self.center_keys,
-            balance=(self.own, self.even, self.gain) if learned else None,
-            sharpness=self.sharpness if self.weigh_keys else None,
+            balance=balance,
             reference_tokens=self.reference_tokens,
         )
 
@@ -130,14 +146,18 @@ class LinearAngularMixer(TokenMixer):
         Without the masked softmax, in which alone the bias acts, once its branch is off
         or removed; shapes as in :meth:`TokenMixer.forward`.
         """
-        local = self.convolve(v, grid)
-        if not self.mask_is_on:
-            # The same as below in fewer passes over memory.
-            y = mixed_linear_angular_attention(
-                q, k, v, norm_output=self.norm_output, residual=local, **self.terms
-            )
+        local, terms = self.convolve(v, grid), self.terms(grid)
+        linear, mixed = linear_angular_attention, mixed_linear_angular_attention
+        if self.form == "landmarks":
+            linear, mixed = landmark_attention, mixed_landmark_attention
+        if not self.mask_is_on and not is_transformed():
+            # The same as below in fewer passes over memory, some of them in place.
+            norm = self.norm_output
+            y = mixed(q, k, v, norm_output=norm, residual=local, **terms)
             return y.to(v.dtype)
-        y = linear_angular_attention(q, k, v, **self.terms)
+        y = linear(q, k, v, **terms)
+        if not self.mask_is_on:
+            return self.normalize_and_add(y, local, v.dtype)
         logits_bias = None if bias is None else bias()
         masked, density = masked_softmax_with_state(
             q, k, v, logits_bias, state=self.branch.state
@@ -145,6 +165,12 @@ class LinearAngularMixer(TokenMixer):
         if self.training and not is_transformed():
             self.branch.density = density
         return self.normalize_and_add(masked + y, local, v.dtype)
+
+    def extra_repr(self) -> str:
+        more = ", center_keys=True" if self.center_keys else ""
+        if self.form == "landmarks":
+            more = f", landmarks={self.landmarks}"
+        return f"form={self.form!r}{more}"
 
 
 class CastlingMixer(LinearAngularMixer):
@@ -217,9 +243,9 @@ class CastlingMixer(LinearAngularMixer):
 
     def extra_repr(self) -> str:
         if self.branch is None:
-            return "deploy=True"
-        mask = self.branch
-        return f"mask_threshold={mask.threshold}, mask_weight={mask.weight:g}"
+            return f"{super().extra_repr()}, deploy=True"
+        mask = f"mask_threshold={self.branch.threshold}"
+        return f"{super().extra_repr()}, {mask}, mask_weight={self.branch.weight:g}"
 
 
 def _record_mask(

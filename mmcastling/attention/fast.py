@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +18,13 @@ from torch import Tensor, nn
 from mmcastling.attention.autocast import in_full_precision
 from mmcastling.attention.functional import (
     NORM_EPS,
-    key_logits,
     key_value_sum,
     l2_normalize,
     linear_factor,
     mean_of_tokens,
-    mean_query,
-    softmax_weights,
-    sum_of_tokens,
 )
+from mmcastling.attention.landmarks import Balance, interpolate, landmark_terms
+from mmcastling.attention.local_conv import Grid
 from mmcastling.attention.recording import is_tracing_or_needs_grad, is_watched
 
 # Tokens are taken so many numbers at a time, about what a CPU core's cache holds.
@@ -48,7 +47,6 @@ def mixed_linear_angular_attention(
     form: str = "released",
     center_keys: bool = False,
     balance: tuple[Tensor, Tensor, Tensor] | None = None,
-    sharpness: Tensor | None = None,
     reference_tokens: int | None = None,
 ) -> Tensor:
     """Linear-angular attention, its norm and what is added, in few passes over memory.
@@ -61,7 +59,7 @@ def mixed_linear_angular_attention(
     for the queries.
 
     Args:
-        q, k, v, form, center_keys, balance, sharpness, reference_tokens: As in
+        q, k, v, form, center_keys, balance, reference_tokens: As in
             :func:`~mmcastling.attention.functional.linear_angular_attention`.
         norm_output: Whether rows are scaled to length 1, before ``residual``.
         residual: Added to the result ``(B, h, N, e)``. Defaults to None.
@@ -70,24 +68,15 @@ def mixed_linear_angular_attention(
         ``(B, h, N, e)``. For half-precision inputs float32, or half precision again
         where a residual was added and tokens were taken a few at a time.
     """
-    size = _tokens_at_once(q, k, v, residual, *(balance or ()), sharpness)
-
-    def parts(x: Tensor | None) -> Sequence[Tensor | None]:
-        if size is None:
-            return [x]
-        count = -(-k.shape[2] // size)
-        return [None] * count if x is None else x.split(size, 2)
-
-    weights, count = None, v.shape[2]
-    if sharpness is not None:
-        query = mean_query(q, sharpness)
-        logits = [key_logits(query, keys) for keys in parts(k)]
-        weights = softmax_weights(torch.cat(logits, dim=2))
-    center = _mean(parts(k), parts(weights), k) if center_keys else None
-    keys_values = _sum(
-        key_value_sum(keys, values, center=center, weights=part)
-        for keys, values, part in zip(parts(k), parts(v), parts(weights), strict=True)
-    )
+    size = _tokens_at_once(q, k, v, residual, *(balance or ()))
+    center = mean_of_tokens(k) if center_keys else None
+    if size is None:
+        keys_values = key_value_sum(k, v, center=center)
+    else:
+        keys_values = sum(
+            key_value_sum(keys, values, center=center)
+            for keys, values in zip(k.split(size, 2), v.split(size, 2), strict=True)
+        )
     own: Tensor | float | None
     mean = None
     if form == "released":
@@ -98,38 +87,80 @@ def mixed_linear_angular_attention(
         else:
             keys_values = keys_values * factor
     else:
-        mean, keys_values = _mean(parts(v), parts(weights), v), 4 * keys_values / count
+        mean, keys_values = mean_of_tokens(v), 4 * keys_values / (v.shape[2] or 1)
         own = None
         if balance is not None:
             dtype = keys_values.dtype
             own, even, gain = (factor.to(dtype)[:, None, None] for factor in balance)
             mean, keys_values = even * mean, gain * keys_values
-    terms = dict(mean=mean, own=own, norm_output=norm_output)
+    terms = dict(own=own, norm_output=norm_output, directions=True)
+    return _mix_in_parts(size, q, v, keys_values, mean, residual, **terms)
+
+
+def mixed_landmark_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    norm_output: bool,
+    residual: Tensor | None = None,
+    grid: Grid | None,
+    landmarks: int,
+    balance: Balance,
+    sharpness: Tensor,
+) -> Tensor:
+    """Attention by landmarks, its norm and what is added, in few passes over memory.
+
+    Args:
+        q, k, v, grid, landmarks, balance, sharpness: As in
+            :func:`~mmcastling.attention.landmarks.landmark_attention`.
+        norm_output, residual: As in :func:`mixed_linear_angular_attention`.
+
+    Returns:
+        As there.
+    """
+    size = _tokens_at_once(q, k, v, residual, *balance, sharpness)
+    at_landmarks, keys_values = landmark_terms(
+        *(q, k, v),
+        grid=grid,
+        landmarks=landmarks,
+        balance=balance,
+        sharpness=sharpness,
+        size=size,
+    )
+    mean = interpolate(at_landmarks, grid=grid, landmarks=landmarks)
+    own = balance[0].to(keys_values)[:, None, None]
+    terms = dict(own=own, norm_output=norm_output, directions=False)
+    return _mix_in_parts(size, q, v, keys_values, mean, residual, **terms)
+
+
+def _mix_in_parts(
+    size: int | None,
+    q: Tensor,
+    v: Tensor,
+    keys_values: Tensor,
+    mean: Tensor | None,
+    residual: Tensor | None,
+    **terms: Any,
+) -> Tensor:
+    """:func:`_mix`, of so many tokens at a time."""
     if size is None:
-        return _mix(q, v, keys_values, residual=residual, **terms)
+        return _mix(q, v, keys_values, mean, residual, **terms)
     out = keys_values.new_empty(
         v.transpose(1, 2).shape,  # tokens first
         dtype=keys_values.dtype if residual is None else v.dtype,
     ).transpose(1, 2)
     chunks = out.split(size, 2)
-    rows = zip(parts(q), parts(v), parts(residual), chunks, strict=True)
-    for q, v, added, chunk in rows:
-        _mix(q, v, keys_values, residual=added, out=chunk, **terms)
+
+    def parts(x: Tensor | None) -> Sequence[Tensor | None]:
+        if x is None or x.shape[2] == 1:  # the same for all
+            return [x] * len(chunks)
+        return x.split(size, 2)
+
+    rows = zip(*map(parts, (q, v, mean, residual)), chunks, strict=True)
+    for q, v, mean, added, chunk in rows:
+        _mix(q, v, keys_values, mean, added, out=chunk, **terms)
     return out
-
-
-def _mean(
-    parts: Sequence[Tensor], weights: Sequence[Tensor | None], whole: Tensor
-) -> Tensor:
-    """The mean of tokens, weighted or not, which are given in parts and whole."""
-    if weights[0] is None:
-        return mean_of_tokens(whole)
-    sums = (sum_of_tokens(*part) for part in zip(parts, weights, strict=True))
-    return _sum(sums) / whole.shape[2]
-
-
-def _sum(tensors: Iterable[Tensor]) -> Tensor:
-    return functools.reduce(torch.add, tensors)  # without a zero in a graph
 
 
 def _tokens_at_once(*tensors: Tensor | None) -> int | None:
@@ -147,14 +178,25 @@ def _mix(
     q: Tensor,
     v: Tensor,
     keys_values: Tensor,
-    *,
     mean: Tensor | None,
+    residual: Tensor | None,
+    *,
     own: Tensor | float | None,
     norm_output: bool,
-    residual: Tensor | None,
+    directions: bool,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``mean + own v + q^ keys_values``, normalised or not, plus ``residual``."""
+    """``mean + own v + q^ keys_values``, normalised or not, plus ``residual``.
+
+    With ``q`` itself instead of its direction ``q^``, unless ``directions``.
+    """
+    if not directions:
+        y = (q @ keys_values).add_(mean).addcmul_(v, own)
+        if norm_output:
+            return l2_normalize(y, residual=residual, out=out)
+        if residual is not None:
+            return torch.add(y, residual, out=out)
+        return y if out is None else out.copy_(y)
     length = torch.linalg.vector_norm(q, dim=-1, keepdim=True)  # (B, h, N, 1)
     y = q @ keys_values
     if not norm_output:

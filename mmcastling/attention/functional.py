@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmcastling.attention.autocast import in_full_precision
 from mmcastling.attention.threshold import MaskThreshold
+from mmcastling.errors import OptionError
 
 # Rows shorter than this have no direction that float32 could tell: they count as zero.
 NORM_EPS = 1e-12
@@ -26,7 +27,6 @@ def l2_normalize(
     residual: Tensor | None = None,
     eps: float = NORM_EPS,
     least: Tensor | None = None,
-    times: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """L2-normalise the last axis; a zero row stays zero, with a zero gradient.
@@ -37,12 +37,10 @@ def l2_normalize(
         eps: Rows up to this length become zero. Defaults to 1e-12.
         least: Lengths that broadcast to the rows': a shorter row is divided by that
             instead, and stays shorter than 1. Defaults to None.
-        times: Factors that broadcast to the rows'. Defaults to None.
         out: Where to write the result. Defaults to None (a new tensor).
 
     Returns:
-        A tensor of the same shape whose rows have length 1 or 0, times ``times``, plus
-        ``residual``.
+        A tensor of the same shape whose rows have length 1 or 0, plus ``residual``.
     """
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if least is not None:
@@ -50,7 +48,6 @@ def l2_normalize(
     # A product, whose backward pass takes half as many passes over memory as a
     # quotient's. Rows that count as zero have an infinite length here.
     scale = torch.threshold(length, eps, math.inf).reciprocal()
-    scale = scale if times is None else scale * times
     if residual is None:
         return torch.mul(x, scale, out=out)
     return torch.addcmul(residual.to(x.dtype), x, scale, out=out)
@@ -136,7 +133,6 @@ def linear_angular_attention(
     form: str = "released",
     center_keys: bool = False,
     balance: tuple[Tensor, Tensor, Tensor] | None = None,
-    sharpness: Tensor | None = None,
     reference_tokens: int | None = None,
 ) -> Tensor:
     """The linear terms of angular attention in O(N), in one of two forms.
@@ -160,9 +156,6 @@ def linear_angular_attention(
         balance: Factors ``(h,)`` of the token itself and of both terms of the average
             form, ``own v_i + even mean_j v_j + gain (4 / N) ...``. Defaults to None (0,
             1 and 1).
-        sharpness: Factors ``(h,)`` by which keys count in the average form's means and
-            sum: by :func:`key_weights`, what softmax attention of the mean query gives
-            them, instead of all alike. Defaults to None (all alike).
         reference_tokens: Scale the released form's second term by ``reference_tokens /
             N``. That term is a sum over the tokens while the first is not, so the
             balance learned at one resolution shifts at another; naming the number of
@@ -171,96 +164,41 @@ def linear_angular_attention(
     Returns:
         ``(B, h, N, e)``; float32 for half-precision inputs.
     """
-    weights = None if sharpness is None else key_weights(q, k, sharpness)
-    center = mean_of_tokens(k, weights) if center_keys else None
-    keys_values = key_value_sum(k, v, center=center, weights=weights)
+    if form not in FORMS:
+        raise OptionError(f"form {form!r} is not known: choose one of {list(FORMS)}")
+    keys_values = key_value_sum(k, v, center=mean_of_tokens(k) if center_keys else None)
     if form == "released":
         keys_values = keys_values * linear_factor(k, reference_tokens)
         return 0.5 * v + l2_normalize(q) @ keys_values
-    average, keys_values = mean_of_tokens(v, weights), 4 * keys_values / v.shape[2]
+    average, keys_values = mean_of_tokens(v), 4 * keys_values / (v.shape[2] or 1)
     if balance is None:
         return average + l2_normalize(q) @ keys_values
     own, even, gain = (factor.to(v.dtype)[:, None, None] for factor in balance)
     return own * v + even * average + l2_normalize(q) @ (gain * keys_values)
 
 
-def key_weights(q: Tensor, k: Tensor, sharpness: Tensor) -> Tensor:
-    """How much each key counts: softmax attention of the mean query, 1 on average.
-
-    ``N softmax_j(sharpness <mean_i q_i, k_j> / sqrt(d))``. Around the mean query
-    softmax attention is linear in what is left of the queries, with these weights of
-    the keys at sharpness 1; at 0 all are 1.
-
-    Args:
-        q: Queries ``(B, h, N, d)``.
-        k: Keys ``(B, h, M, d)``.
-        sharpness: One factor per head, ``(h,)``.
-
-    Returns:
-        ``(B, h, M, 1)``; float32 for half precision.
-    """
-    return softmax_weights(key_logits(mean_query(q, sharpness), k))
-
-
-def mean_query(q: Tensor, sharpness: Tensor) -> Tensor:
-    """``sharpness / sqrt(d)`` times the mean query, ``(B, h, 1, d)``."""
-    mean = mean_of_tokens(q)
-    return sharpness.to(mean.dtype)[:, None, None] * q.shape[-1] ** -0.5 * mean
-
-
-@in_full_precision
-def key_logits(query: Tensor, k: Tensor) -> Tensor:
-    """``<query, k_j>`` of each key, ``(B, h, M, 1)``."""
-    return (query @ k.transpose(-2, -1)).transpose(-2, -1)
-
-
-def softmax_weights(logits: Tensor) -> Tensor:
-    """Softmax over tokens times their number: 1 on average."""
-    weights = torch.softmax(logits.transpose(-2, -1), dim=-1) * logits.shape[2]
-    return weights.transpose(-2, -1)
-
-
-def mean_of_tokens(x: Tensor, weights: Tensor | None = None) -> Tensor:
-    """``(B, h, N, d)`` to ``(B, h, 1, d)``; float32 for half precision.
-
-    With weights ``(B, h, N, 1)``, which are 1 on average, they count so much.
-    """
-    if weights is not None:
-        return sum_of_tokens(x, weights) / x.shape[2]
+def mean_of_tokens(x: Tensor) -> Tensor:
+    """``(B, h, N, d)`` to ``(B, h, 1, d)``; float32 for half precision."""
     half = x.dtype in (torch.float16, torch.bfloat16)
-    return x.mean(2, keepdim=True, dtype=torch.float32 if half else None)
+    total = x.sum(2, keepdim=True, dtype=torch.float32 if half else None)
+    return total / (x.shape[2] or 1)
 
 
 @in_full_precision
-def sum_of_tokens(x: Tensor, weights: Tensor) -> Tensor:
-    """The weighted sum of tokens, ``(B, h, 1, d)``."""
-    return weights.transpose(-2, -1) @ x
-
-
-@in_full_precision
-def key_value_sum(
-    k: Tensor,
-    v: Tensor,
-    *,
-    center: Tensor | None = None,
-    weights: Tensor | None = None,
-) -> Tensor:
+def key_value_sum(k: Tensor, v: Tensor, *, center: Tensor | None = None) -> Tensor:
     """``k^T^ v``, the sum over tokens of every head, ``(B, h, d, e)``."""
-    return normalized_keys(k, center, weights).transpose(-2, -1) @ v
+    return normalized_keys(k, center).transpose(-2, -1) @ v
 
 
-def normalized_keys(
-    k: Tensor, center: Tensor | None = None, weights: Tensor | None = None
-) -> Tensor:
+def normalized_keys(k: Tensor, center: Tensor | None = None) -> Tensor:
     """``k^``, of a center that broadcasts to the keys what lies apart from it.
 
     What is shorter than :data:`LEAST_CENTERED` of the center stays shorter than 1.
-    Weights ``(B, h, N, 1)`` multiply the result.
     """
     if center is None:
-        return l2_normalize(k, times=weights)
+        return l2_normalize(k)
     length = torch.linalg.vector_norm(center, dim=-1, keepdim=True)
-    return l2_normalize(k - center, least=LEAST_CENTERED * length, times=weights)
+    return l2_normalize(k - center, least=LEAST_CENTERED * length)
 
 
 def linear_factor(k: Tensor, reference_tokens: int | None) -> float:

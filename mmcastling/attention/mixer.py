@@ -16,9 +16,16 @@ from mmcastling.attention.local_conv import (
     convolve_on_grid,
 )
 from mmcastling.attention.opaque import OpaqueModule
+from mmcastling.errors import OptionError
 
 Bias = Callable[[], Tensor]
 """Computes what is added to the logits; it broadcasts to ``(B, h, N, N)``."""
+
+
+def check_switch(name: str, value: Any) -> None:
+    """OptionError unless an option that is on or off is True or False."""
+    if not isinstance(value, bool):  # a text such as "false" would be on
+        raise OptionError(f"{name} {value!r} must be True or False")
 
 
 class TokenMixer(OpaqueModule):
@@ -55,6 +62,7 @@ class TokenMixer(OpaqueModule):
         key_dims: int | None = None,
     ) -> None:
         super().__init__()
+        check_switch("norm_output", norm_output)
         self.num_heads = num_heads
         self.head_dims = head_dims
         self.key_dims = key_dims or head_dims
@@ -62,7 +70,8 @@ class TokenMixer(OpaqueModule):
         self.local_conv = build_local_conv(local_conv, num_heads, head_dims)
         # Asked now, before something may wrap or replace the convolution.
         line = isinstance(self.local_conv, TokenConv)
-        self.uses_grid = self.local_conv is not None and not line
+        self._conv_on_grid = self.local_conv is not None and not line
+        self.uses_grid = self._conv_on_grid
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Mix values over tokens: ``(B, h, N, d)`` twice and ``(B, h, N, e)`` to it.
@@ -86,7 +95,7 @@ class TokenMixer(OpaqueModule):
             k: Keys ``(B, h, N, d)``.
             v: Values ``(B, h, N, e)``; the last ``H * W`` of the ``N`` tokens fill
                 ``grid`` row by row, tokens before them lie outside it.
-            grid: ``(H, W)`` of the tokens; needed by ``local_conv='grid'`` only.
+            grid: ``(H, W)`` of the tokens; needed where ``uses_grid`` says so.
             bias: Computes what is added to the logits. It is not called by a mixer that
                 has no logits, see ``uses_bias``.
 
@@ -102,7 +111,7 @@ class TokenMixer(OpaqueModule):
         """``local_conv`` of ``(B, h, N, e)``, or None without a convolution."""
         if self.local_conv is None:
             return None
-        if self.uses_grid:
+        if self._conv_on_grid:
             return convolve_on_grid(self.local_conv, v, grid)
         return self.local_conv(v)
 

@@ -5,6 +5,7 @@ from mmcastling.castle.adapter_registry import CannotCastle, register_adapter
 from mmcastling.castle.adapters.hugging_face import castled_from_pretrained
 from mmcastling.castle.castled_attention import (
     RECOMMENDED,
+    WITHOUT_GRID,
     CastledAttention,
     MixerBuilder,
     recommended_options,
@@ -14,6 +15,7 @@ from mmcastling.castle.swap import castle
 
 __all__ = [
     "RECOMMENDED",
+    "WITHOUT_GRID",
     "CannotCastle",
     "CastleReport",
     "Castled",

@@ -21,26 +21,40 @@ from mmcastling.castle.grid import GridSource
 from mmcastling.errors import OptionError
 
 RECOMMENDED: dict[str, Any] = dict(
-    form="learned",
-    center_keys=True,
-    weigh_keys=True,
+    form="landmarks",
     local_conv=dict(type="grid", init="zero"),
     mask_threshold="4/N",
 )
 """What ``castle`` gives an attention that says nothing else: the form that keeps most
 of trained weights, as measured in docs/align.md."""
 
+WITHOUT_GRID: dict[str, Any] = dict(form="learned", center_keys=True)
+"""The form that it gives one whose tokens are on no grid, or on one that is not known.
+"""
 
-def recommended_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a mixer: those given, and for the rest :data:`RECOMMENDED`."""
-    kind, left_out = given.get("type", "castling"), set()
+_NEEDS_NO_GRID = "use form='learned' and local_conv='token', which need none"
+
+
+def recommended_options(
+    given: Mapping[str, Any], no_grid: bool = False
+) -> dict[str, Any]:
+    """Options of a mixer: those given, and for the rest :data:`RECOMMENDED`.
+
+    Of a form other than the recommended one keys are centred, too.
+
+    Args:
+        given: Those given, with ``type``.
+        no_grid: Whether the grid of the tokens is not known. Defaults to False.
+    """
+    kind, rest = given.get("type", "castling"), dict(RECOMMENDED)
     if kind not in ("castling", "linear_angular"):
         return dict(given)
     if kind == "linear_angular":  # without the branch that a threshold would mask
-        left_out.add("mask_threshold")
-    if given.get("form", "learned") != "learned":
-        left_out.add("weigh_keys")  # by a weight that is learned
-    rest = {k: v for k, v in RECOMMENDED.items() if k not in left_out}
+        del rest["mask_threshold"]
+    if no_grid:
+        rest["local_conv"] = dict(rest["local_conv"], type="token")
+    if no_grid or given.get("form", rest["form"]) != rest["form"]:
+        rest.update(WITHOUT_GRID)
     return {**rest, **given}
 
 
@@ -61,8 +75,8 @@ class MixerBuilder:
         notes: What the report should say about this attention.
         shared: What :meth:`drop_shared` was told.
         off_grid: Why the tokens are not in the order of a grid, set by an adapter whose
-            are not. A convolution that was not asked for then runs along their line, as
-            it does where nothing knows the grid.
+            are not. What was not asked for then is what needs no grid, as it is where
+            nothing knows the grid.
     """
 
     attention: nn.Module
@@ -87,15 +101,13 @@ class MixerBuilder:
             ValueError: If an option is not known or has a bad value.
             CannotCastle: If the tokens are not on the grid that it asks for.
         """
-        options = recommended_options(self.options)
-        no_grid = self.off_grid or (self.grid is None and self.grid_source is None)
-        if no_grid and "local_conv" in {*options} - {*self.options}:
-            options["local_conv"] = dict(options["local_conv"], type="token")
+        no_grid = self.grid is None and self.grid_source is None
+        options = recommended_options(self.options, no_grid or bool(self.off_grid))
         mixer = build_mixer(
             options, num_heads, head_dims, key_dims=key_dims, deploy=self.deploy
         )
         if self.off_grid and mixer.uses_grid:
-            raise CannotCastle(f"{self.off_grid}: use local_conv='token'")
+            raise CannotCastle(f"{self.off_grid}: {_NEEDS_NO_GRID}")
         for weight in filter(Tensor.is_floating_point, self.attention.parameters()):
             mixer.to(weight)
             break
@@ -230,7 +242,7 @@ class CastledAttention(OpaqueModule):
         seen = "" if grid is None else f" (the map they come from had {grid})"
         raise OptionError(
             f"the grid of {met}, is not known{seen}: say castle(model, grid=(H, W)), "
-            "or use local_conv='token', which needs none"
+            f"or {_NEEDS_NO_GRID}"
         )
 
     def _latest_grid(self, patches: int) -> Grid | None:

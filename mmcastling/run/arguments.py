@@ -44,7 +44,10 @@ def add_config_arguments(
 
 
 class LiteralAction(argparse.Action):
-    """``KEY=VALUE``, a value of Python or else a text, without OpenMMLab."""
+    """``KEY=VALUE``, a value of Python or else a text, without OpenMMLab.
+
+    ``true`` and ``false`` are values, too, as in MMEngine's ``--cfg-options``.
+    """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any) -> None:
         found = dict(getattr(namespace, self.dest) or {})
@@ -52,6 +55,8 @@ class LiteralAction(argparse.Action):
             key, equals, value = text.partition("=")
             if not equals:
                 raise argparse.ArgumentError(self, f"expected KEY=VALUE, got {text!r}")
+            if value in ("true", "false"):
+                value = value.title()
             try:
                 found[key] = ast.literal_eval(value)
             except (SyntaxError, ValueError):

@@ -188,7 +188,12 @@ def test_grid_conv_sees_the_grid_and_not_the_class_token():
         (lambda: block(local_conv="line"), "'line' is not known.*grid"),
         (lambda: block(local_conv=dict(type="token", kernel_size=4)), "4 must be.*odd"),
         (lambda: block(reference_tokens=0), "reference_tokens 0"),
-        (lambda: block(weigh_keys=True), "weigh_keys is for form='learned'"),
+        (
+            lambda: block(form="landmarks", center_keys=True),
+            "center_keys is for the other forms",
+        ),
+        (lambda: block(center_keys="false"), "center_keys 'false' must be True or Fal"),
+        (lambda: block(norm_output="no"), "norm_output 'no' must be True or False"),
         (lambda: block().mixer.set_mask(0.1, -1.0), r"weight -1\.0"),
         (lambda: block(local_conv="grid")(tokens(1, 4, 24)), "without their grid"),
         (lambda: block(local_conv="grid")(tokens(1, 4, 24), (3, 3)), "only 4"),

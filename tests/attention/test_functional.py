@@ -18,11 +18,7 @@ from mmcastling.attention import (
     linear_angular_attention,
 )
 from mmcastling.attention.fast import mixed_linear_angular_attention
-from mmcastling.attention.functional import (
-    LEAST_CENTERED,
-    key_weights,
-    mean_of_tokens,
-)
+from mmcastling.attention.functional import LEAST_CENTERED
 
 
 def qkv(batch=2, heads=3, tokens=7, dims=4, values=5, dtype=torch.float64, seed=0):
@@ -93,15 +89,6 @@ FORMS = {
     "learned": lambda heads: dict(
         form="average", center_keys=True, balance=learned(heads)
     ),
-    "weighed": lambda heads: dict(
-        form="average",
-        center_keys=True,
-        balance=learned(heads),
-        sharpness=learned(heads)[0],
-    ),
-    "weighed, not centered": lambda heads: dict(
-        form="average", sharpness=learned(heads)[1]
-    ),
 }
 
 
@@ -112,12 +99,9 @@ def pairwise(q, k, v, **options):
 
 def matrix(q, k, form="released", center_keys=False, balance=None, **options):
     """The weights ``(B, h, N, N)`` of any form."""
-    tokens, weights = k.shape[2], torch.ones(1, 1, dtype=k.dtype)
-    if (sharpness := options.get("sharpness")) is not None:
-        logits = q.mean(2, keepdim=True) @ k.mT / q.shape[-1] ** 0.5
-        weights = tokens * torch.softmax(logits * sharpness[:, None, None], dim=-1)
+    tokens = k.shape[2]
     if center_keys:
-        center = (weights.mT * k).mean(2, keepdim=True)
+        center = k.mean(2, keepdim=True)
         k = k - center
         least = LEAST_CENTERED * center.norm(dim=-1, keepdim=True)
         length = k.norm(dim=-1, keepdim=True)
@@ -132,7 +116,7 @@ def matrix(q, k, form="released", center_keys=False, balance=None, **options):
     own, even, gain = 0, 1, 1
     if balance is not None:
         own, even, gain = (factor[:, None, None] for factor in balance)
-    return own * alone + weights * (even + 4 * gain * cosine) / tokens
+    return own * alone + (even + 4 * gain * cosine) / tokens
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -150,23 +134,6 @@ def test_every_form_equals_its_pairs(form, **shape):
             )
             whole = l2_normalize(expected) if norm_output else expected
             assert_close(found, whole if added is None else whole + added)
-
-
-def test_at_sharpness_one_small_queries_attend_as_softmax_does():
-    """Around the mean query softmax attention is linear, with these weights."""
-    q, k, v = qkv(tokens=9)
-    heads, channels = q.shape[1], q.shape[-1]
-    mean, apart = 2 * q.mean(2, keepdim=True), q - q.mean(2, keepdim=True)
-    weights = key_weights(mean + apart, k, torch.ones(heads, dtype=q.dtype))
-    keys = k - mean_of_tokens(k, weights)
-
-    def error(small):
-        logits = (small * apart) @ keys.mT / channels**0.5
-        linear = (weights.mT * (1 + logits) / k.shape[2]) @ v
-        exact = torch.softmax((mean + small * apart) @ k.mT / channels**0.5, dim=-1) @ v
-        return (linear - exact).norm().item()
-
-    assert error(1e-3) < 1.1e-2 * error(1e-2)  # of second order
 
 
 def test_keys_of_a_common_offset_are_told_apart_once_centred():
@@ -288,9 +255,8 @@ def test_fewer_passes_have_the_same_gradients(form, norm_output):
         torch.randn(1, 2, 6, 4, dtype=torch.float64, requires_grad=True)
         for _ in range(3)
     ]
-    factors = [*options.get("balance", ())]
-    factors += [options["sharpness"]] if "sharpness" in options else []
-    learned = [factor.requires_grad_() for factor in factors]
+    balance = options.get("balance", ())
+    learned = [factor.requires_grad_() for factor in balance]
     grad = torch.randn(1, 2, 6, 4, dtype=torch.float64)
     expected = linear_angular_attention(*inputs, **options)
     if norm_output:
@@ -357,8 +323,8 @@ def test_gradients_are_of_all_tokens_at_once(monkeypatch):
         grads = (torch.autograd.grad(y.sum(), inputs[index]) for y in (found, expected))
         assert_close(*grads)
     q, k, v = qkv(tokens=6)  # or none of them, and the factors alone
-    factors = [torch.randn(3, dtype=q.dtype, requires_grad=True) for _ in range(4)]
-    terms = dict(form="average", balance=tuple(factors[:3]), sharpness=factors[3])
+    factors = [torch.randn(3, dtype=q.dtype, requires_grad=True) for _ in range(3)]
+    terms = dict(form="average", balance=tuple(factors))
     expected = linear_angular_attention(q, k, v, **terms)
     found = mixed_linear_angular_attention(q, k, v, norm_output=False, **terms)
     grads = (torch.autograd.grad(y.square().sum(), factors) for y in (found, expected))

@@ -80,6 +80,23 @@ def test_vmap_is_a_loop(state, few_at_a_time):
         assert_close(found, torch.stack([block(x) for x in batches]))
 
 
+@pytest.mark.parametrize("norm_output", [False, True])
+@pytest.mark.parametrize("form", ["learned", "landmarks"])
+def test_vmap_over_any_weight_is_a_loop(form, norm_output):
+    options = dict(type="linear_angular", form=form, norm_output=norm_output)
+    block = Attention(12, 2, **options)
+    weights, x = dict(block.named_parameters()), torch.randn(1, 6, 12)
+    for name, weight in weights.items():
+        draws = torch.randn(3, *weight.shape)
+
+        def run(value, name=name):
+            given = {**weights, name: value}
+            return torch.func.functional_call(block, given, (x, (2, 3)))
+
+        expected = torch.stack([run(value) for value in draws])
+        assert_close(torch.func.vmap(run)(draws), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_densities_do_not_hold_what_a_transform_made():
     block = attention("branch").train()
     block(tokens(0))

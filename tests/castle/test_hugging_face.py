@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from mmcastling import castle, set_mask, switch_to_deploy
 from mmcastling.castle import castled_from_pretrained
+from mmcastling.errors import CheckpointError
 
 SAVED = [name for name in TRANSFORMERS if name.startswith("hf-")]
 REASON = "transformers is not installed: pip install -r requirements-dev.txt"
@@ -52,6 +53,16 @@ def test_what_save_pretrained_wrote_is_loaded(name, tmp_path):
         model.model = castled_from_pretrained(kind, tmp_path, **options)
         assert type(model.model) is kind
         assert_close(model(IMAGE), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("castled", [False, True])
+def test_a_folder_without_what_castling_added_is_refused(castled, tmp_path):
+    model = build("hf-vit")
+    if castled:
+        castle(model, form="released", center_keys=False)
+    model.model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"lacks .*mixer\.even.* and castle it"):
+        castled_from_pretrained(type(model.model), tmp_path, deploy=True)
 
 
 @pytest.mark.parametrize("name", ["hf-vit", "hf-beit"])

@@ -61,7 +61,8 @@ def test_a_model_of_timm_is_aligned_and_loaded_again(
     assert again.returncode in (0, None)
     assert again.stdout.splitlines() == done.stdout.splitlines()
     for other in (
-        ("--attention", "center_keys=False"),
+        ("--attention", "landmarks=2"),
+        ("--attention", "norm_output=true"),
         ("--keep", 0),
         ("--seed", 1),
         ("--size", "32", "32"),
@@ -157,6 +158,7 @@ def test_a_scan_prints_draws_and_writes_its_table(
         (("--batch-size", "0"), "batch_size 0"),
         (("--steps", "0", "0"), r"steps (0, 0)"),
         (("--attention", "form=odd"), "'odd'"),
+        (("--attention", "center_keys=off"), "center_keys 'off' must be True or False"),
         (("--attention", "grid=3"), "grid=3"),
         (("--attention", "stages=1"), "stages=1"),
     ],

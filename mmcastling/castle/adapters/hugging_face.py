@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmcastling.attention import TokenMixer
 from mmcastling.attention.fast import apply_layer, fused_inside
 from mmcastling.attention.local_conv import merge_heads, split_heads
 from mmcastling.attention.opaque import OpaqueModule
@@ -34,7 +35,7 @@ from mmcastling.castle.castled_attention import (
     MixerBuilder,
 )
 from mmcastling.castle.swap import castle
-from mmcastling.errors import OptionError
+from mmcastling.errors import CheckpointError, OptionError
 
 INTERFACE = "mmcastling"
 """The name of our function in ``transformers.AttentionInterface``."""
@@ -245,6 +246,10 @@ def castled_from_pretrained(
 
     Returns:
         The model, castled, in evaluation.
+
+    Raises:
+        CheckpointError: If the weights lack some of what castling added, which then
+            would have no values.
     """
 
     def build(model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -253,7 +258,21 @@ def castled_from_pretrained(
 
     # transformers knows by the names of class and module how weights were renamed.
     names = {"__init__": build, "__module__": kind.__module__}
-    model = type(kind.__name__, (kind,), names).from_pretrained(folder)
+    built = type(kind.__name__, (kind,), names)
+    model, found = built.from_pretrained(folder, output_loading_info=True)
+    mixers = tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, TokenMixer)
+    )
+    missing = sorted(n for n in found["missing_keys"] if n.startswith(mixers))
+    if missing:
+        more = f" and {len(missing) - 4} more" if missing[4:] else ""
+        raise CheckpointError(
+            f"{folder} lacks {', '.join(missing[:4])}{more}: it is of a model that was "
+            "not castled, or with other options. Give those that castle() had, or load "
+            f"it as {kind.__name__}.from_pretrained does, and castle it then"
+        )
     model.__class__ = kind
     return model
 
