@@ -4,7 +4,7 @@ weights.
 The angular kernel is expanded around a right angle, the same for all queries. Softmax
 attention of trained weights is peaked, and queries of one region of an image are alike:
 expanded around the mean query of each region it keeps far more of itself. Landmarks as
-in Nystroemformer (Xiong et al., 2021), the first order is what they leave out.
+in Nyströmformer (Xiong et al., 2021), the first order is what they leave out.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def pool(x: Tensor, *, grid: Grid, landmarks: int) -> Tensor:
     extra = count_extra(x.shape[2], grid)
     rows, columns = (_pooling(side, landmarks, x) for side in grid)
     maps = merge_heads(x[:, :, extra:]).unflatten(1, grid)  # (B, H, W, C)
-    maps = rows @ (columns @ maps).flatten(2)  # (B, landmarks, landmarks * C)
+    maps = _each(rows, _each(columns, maps).flatten(2))  # (B, landmarks, landmarks * C)
     means = maps.unflatten(2, (landmarks, -1)).flatten(1, 2)
     means = split_heads(means, x.shape[1])
     return torch.cat([x[:, :, :extra], means], dim=2) if extra else means
@@ -184,12 +184,17 @@ def interpolate(x: Tensor, *, grid: Grid, landmarks: int) -> Tensor:
     extra = x.shape[2] - landmarks**2
     rows, columns = (_interpolation(side, landmarks, x) for side in grid)
     maps = merge_heads(x[:, :, extra:]).unflatten(1, (landmarks, landmarks))
-    maps = rows @ (columns @ maps).flatten(2)  # (B, H, W * C)
+    maps = _each(rows, _each(columns, maps).flatten(2))  # (B, H, W * C)
     channels = x.shape[1] * x.shape[3]
     tokens = maps.unflatten(2, (grid[1], channels)).flatten(1, 2)  # (B, H * W, C)
     if extra:
         tokens = torch.cat([merge_heads(x[:, :, :extra]), tokens], dim=1)
     return split_heads(tokens, x.shape[1])
+
+
+def _each(matrix: Tensor, x: Tensor) -> Tensor:
+    """The product with each matrix, spelt out for what counts operations."""
+    return matrix.expand(*x.shape[:-2], -1, -1) @ x
 
 
 def _pooling(side: int, landmarks: int, like: Tensor) -> Tensor:
