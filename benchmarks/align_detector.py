@@ -51,7 +51,7 @@ ROWS = {
 # Training sees 256x256 and testing 512x512 pixels, 1,024 and 4,096 tokens.
 SIZES = ((256, 256), (512, 512))
 TIMED = ((512, 512), (1024, 1024))
-RECIPE = dict(steps=(150, 300), learning_rates=(3e-4, 4e-5), batch_size=4, sizes=SIZES)
+RECIPE = dict(steps=(300, 0), learning_rates=(3e-4, 4e-5), batch_size=4, sizes=SIZES)
 
 
 def softmax_config(seed: int, args: argparse.Namespace, folder: Path) -> Config:

@@ -80,7 +80,9 @@ def start_weights(row: str, args: argparse.Namespace) -> dict[str, Any]:
             "PICTURES --rows all writes it, or name another with --aligned"
         )
     saved = load_checkpoint(path)
-    if (saved["stage"], saved["step"]) != (1, saved["settings"]["steps"][1]):
+    steps = saved["settings"]["steps"]
+    last = 1 if steps[1] else 0
+    if (saved["stage"], saved["step"]) != (last, steps[last]):
         raise ConfigError(
             f"{path} is of an alignment that has not ended: call align_dinov2.py "
             "again, which goes on with it"

@@ -31,8 +31,8 @@ def parse_args() -> argparse.Namespace:
         "--steps",
         **two,
         type=int,
-        default=(150, 300),
-        help="of the two stages: attentions, then features (150 300)",
+        default=(300, 0),
+        help="of the two stages: attentions, then features (300 0)",
     )
     add(
         "--lr",

@@ -46,7 +46,7 @@ def align(
     teacher: nn.Module,
     images: Images,
     *,
-    steps: tuple[int, int] = (150, 300),
+    steps: tuple[int, int] = (300, 0),
     learning_rates: tuple[float, float] = (3e-4, 4e-5),
     mask: MaskDecay | None = None,
     features: Features = default_features,
@@ -59,15 +59,16 @@ def align(
 
     No labels are needed. In the first stage each castled attention, with all of its
     weights, learns to give what the teacher's gives on the teacher's own tokens; in the
-    second the whole student learns the features that the next part reads, and with them
-    what each block gives, which tells the first blocks sooner what to mend. The masks
+    second, which has no steps by default, the whole student learns the features that
+    the next part reads, and with them what each block gives, which tells the first
+    blocks sooner what to mend. The masks
     are off in the end, so that the student can always be deployed.
 
     Args:
         student: A castled copy of the teacher, which is trained in place.
         teacher: The softmax network, which is left as it is.
         images: Gives the batch of a step, such as :class:`PictureBatches`.
-        steps: Of the two stages; either may be 0. Defaults to (150, 300).
+        steps: Of the two stages; either may be 0. Defaults to (300, 0).
         learning_rates: Peaks of the two stages for the teacher's weights; what castling
             added learns thirty times as fast. Defaults to (3e-4, 4e-5).
         mask: How the masks decay over both stages, off before the end. Defaults to None

@@ -116,7 +116,7 @@ def align_model(
     out: str | Path,
     *,
     sizes: Sequence[tuple[int, int]] = ((224, 224),),
-    steps: tuple[int, int] = (150, 300),
+    steps: tuple[int, int] = (300, 0),
     learning_rates: tuple[float, float] = (3e-4, 4e-5),
     batch_size: int = 4,
     attention: dict[str, Any] | None = None,

@@ -142,7 +142,18 @@ def test_a_scan_prints_draws_and_writes_its_table(
     pictures, weights, run_main, tmp_path
 ):
     table, drawing = tmp_path / "scan.json", tmp_path / "scan.png"
-    arguments = (NAME, weights, pictures, *SMALL, "--json", table, "--out", drawing)
+    arguments = (
+        NAME,
+        weights,
+        pictures,
+        *SMALL,
+        "--attention",
+        "landmarks=1",
+        "--json",
+        table,
+        "--out",
+        drawing,
+    )
     done = run_main("scan.py", *arguments)
     assert done.returncode in (0, None), done.stderr[-3000:]
     rows = json.loads(table.read_text())
