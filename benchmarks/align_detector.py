@@ -75,8 +75,11 @@ def carry_out(seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train, or go on; castle, align and test."""
     folder = args.work_dir / f"seed{seed}"
     cfg = softmax_config(seed, args, folder)
-    train(copy.deepcopy(cfg), resume="auto")
-    teacher = Path((folder / "softmax" / "last_checkpoint").read_text().strip())
+    last = folder / "softmax" / "last_checkpoint"
+    ended = f"iter_{cfg.max_iters}.pth"
+    if not last.is_file() or Path(last.read_text().strip()).name != ended:
+        train(copy.deepcopy(cfg), resume="auto")
+    teacher = Path(last.read_text().strip())
     report = align_model(
         cfg,
         str(teacher),

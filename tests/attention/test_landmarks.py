@@ -214,3 +214,15 @@ def test_no_tokens_have_no_gradient():
     attention(torch.zeros(2, 0, 24), (0, 0)).sum().backward()
     grads = [p.grad for p in attention.parameters() if p.grad is not None]
     assert not any(grad.isnan().any() for grad in grads)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_one_graph_serves_all_grids(training):
+    attention = Attention(24, 3, form="landmarks", local_conv="grid", landmarks=3)
+    if not training:
+        attention.eval().mixer.set_mask(1.0)
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    for grid in ((6, 8), (9, 11), (5, 4), (2, 7)):
+        x = torch.randn(2, math.prod(grid) + 1, 24)
+        with torch.set_grad_enabled(training):
+            assert_close(compiled(x, grid), attention(x, grid))
