@@ -100,6 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     out = Path(options.pop("out"))
     if out.exists():
         raise DatasetError(f"{out} exists already: give the name of a new folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
     check_writable(out)
     from safetensors.torch import save_file
 
