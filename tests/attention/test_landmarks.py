@@ -209,8 +209,9 @@ def test_landmarks_are_counted(count):
         build_mixer(dict(form="landmarks", landmarks=count), 3, 8)
 
 
-def test_no_tokens_have_no_gradient():
-    attention = Attention(24, 3, form="landmarks", local_conv=None, mask_threshold=1.0)
+@pytest.mark.parametrize("form", ["average", "learned", "landmarks"])
+def test_no_tokens_have_no_gradient(form):
+    attention = Attention(24, 3, form=form, local_conv=None, mask_threshold=1.0)
     attention(torch.zeros(2, 0, 24), (0, 0)).sum().backward()
     grads = [p.grad for p in attention.parameters() if p.grad is not None]
     assert not any(grad.isnan().any() for grad in grads)
