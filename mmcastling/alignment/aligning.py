@@ -61,8 +61,8 @@ def align(
     weights, learns to give what the teacher's gives on the teacher's own tokens; in the
     second, which has no steps by default, the whole student learns the features that
     the next part reads, and with them what each block gives, which tells the first
-    blocks sooner what to mend. The masks
-    are off in the end, so that the student can always be deployed.
+    blocks sooner what to mend. The masks are off in the end, so that the student can
+    always be deployed.
 
     Args:
         student: A castled copy of the teacher, which is trained in place.

@@ -109,42 +109,30 @@ def landmark_terms(
             f"form='landmarks' got {q.shape[2]} tokens without their grid: pass "
             "grid=(H, W), or use form='learned' with center_keys=True, which needs none"
         )
-    with without_autocast(q.device):
-        return _terms(q, k, v, grid, landmarks, balance, sharpness, size)
 
-
-def _terms(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grid: Grid,
-    landmarks: int,
-    balance: Balance | None,
-    sharpness: Tensor | None,
-    size: int | None,
-) -> tuple[Tensor, Tensor]:
     def parts(x: Tensor, axis: int) -> Sequence[Tensor]:
         return [x] if size is None else x.split(size, axis)
 
-    extra, scale = count_extra(q.shape[2], grid), q.shape[3] ** -0.5
-    queries = pool(q, grid=grid, landmarks=landmarks)
-    sharp = scale * queries
-    if sharpness is not None:
-        sharp = sharp * sharpness.to(sharp)[:, None, None]
-    logits = torch.cat([_dot(sharp, keys) for keys in parts(k, 2)], dim=3)
-    attention = torch.softmax(logits, dim=3)
-    some = zip(parts(k, 2), parts(v, 2), parts(attention, 3), strict=True)
-    sums = [_sums(*part, extra=extra) for part in some]
-    values, keys, products = (
-        functools.reduce(torch.add, terms) for terms in zip(*sums, strict=True)
-    )
-    # The mean over regions of E[k v] - E[k] E[v].
-    apart = keys.transpose(2, 3) @ values[:, :, extra:] / landmarks**2
-    keys_values = scale * (products - apart)
-    if balance is not None:
-        _, even, gain = (factor.to(values)[:, None, None] for factor in balance)
-        values, keys_values = even * values, gain * keys_values
-    return values - queries @ keys_values, keys_values
+    with without_autocast(q.device):
+        extra, scale = count_extra(q.shape[2], grid), q.shape[3] ** -0.5
+        queries = pool(q, grid=grid, landmarks=landmarks)
+        sharp = scale * queries
+        if sharpness is not None:
+            sharp = sharp * sharpness.to(sharp)[:, None, None]
+        logits = torch.cat([_dot(sharp, keys) for keys in parts(k, 2)], dim=3)
+        attention = torch.softmax(logits, dim=3)
+        some = zip(parts(k, 2), parts(v, 2), parts(attention, 3), strict=True)
+        sums = [_sums(*part, extra=extra) for part in some]
+        values, keys, products = (
+            functools.reduce(torch.add, terms) for terms in zip(*sums, strict=True)
+        )
+        # The mean over regions of E[k v] - E[k] E[v].
+        apart = keys.transpose(2, 3) @ values[:, :, extra:] / landmarks**2
+        keys_values = scale * (products - apart)
+        if balance is not None:
+            _, even, gain = (factor.to(values)[:, None, None] for factor in balance)
+            values, keys_values = even * values, gain * keys_values
+        return values - queries @ keys_values, keys_values
 
 
 @in_full_precision
