@@ -47,9 +47,10 @@ def landmark_attention(
     ``own v_i + even (a v)~_i + gain (q_i - p~_i) C / sqrt(d)``
 
     where ``~_i`` interpolates what landmarks have (bilinearly, between the centres of
-    regions), and ``C`` is the covariance of keys and values under ``a_r``, the mean
-    over the regions. With factors 0, 1 and 1 and sharpness 1 a query that is its
-    landmark has exactly what softmax attention gives it, and one near it nearly so.
+    regions), and ``C`` is a covariance of keys and values: that under the mean of
+    ``a_r`` over a block of 2x2 regions, the mean over the blocks. With factors 0, 1 and
+    1 and sharpness 1 a query that is its landmark has exactly what softmax attention
+    gives it, and one near it nearly so.
 
     Args:
         q: Queries ``(B, h, N, d)``, of which the last ``H * W`` fill the grid row by
@@ -122,12 +123,13 @@ def landmark_terms(
         logits = torch.cat([_dot(sharp, keys) for keys in parts(k, 2)], dim=3)
         attention = torch.softmax(logits, dim=3)
         some = zip(parts(k, 2), parts(v, 2), parts(attention, 3), strict=True)
-        sums = [_sums(*part, extra=extra) for part in some]
+        sums = [_sums(*part, extra=extra, landmarks=landmarks) for part in some]
         values, keys, products = (
             functools.reduce(torch.add, terms) for terms in zip(*sums, strict=True)
         )
-        # The mean over regions of E[k v] - E[k] E[v].
-        apart = keys.transpose(2, 3) @ values[:, :, extra:] / landmarks**2
+        # The mean over blocks of E[k v] - E[k] E[v].
+        of_blocks = _each(_blocks(landmarks, values), values[:, :, extra:])
+        apart = keys.transpose(2, 3) @ of_blocks / of_blocks.shape[2]
         keys_values = scale * (products - apart)
         if balance is not None:
             _, even, gain = (factor.to(values)[:, None, None] for factor in balance)
@@ -142,12 +144,12 @@ def _dot(queries: Tensor, keys: Tensor) -> Tensor:
 
 @in_full_precision
 def _sums(
-    k: Tensor, v: Tensor, attention: Tensor, *, extra: int
+    k: Tensor, v: Tensor, attention: Tensor, *, extra: int, landmarks: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over keys: ``a v`` of all landmarks, ``a k`` and ``k^T v`` of regions."""
-    regions = attention[:, :, extra:]
-    shares = regions.mean(2).unsqueeze(3)  # (B, h, n, 1)
-    return attention @ v, regions @ k, (shares * k).transpose(2, 3) @ v
+    """Sums over keys: ``a v`` of all landmarks, ``a k`` and ``k^T v`` of blocks."""
+    blocks = _each(_blocks(landmarks, attention), attention[:, :, extra:])
+    shares = blocks.mean(2).unsqueeze(3)  # (B, h, n, 1)
+    return attention @ v, blocks @ k, (shares * k).transpose(2, 3) @ v
 
 
 @in_full_precision
@@ -193,6 +195,12 @@ def _pooling(side: int, landmarks: int, like: Tensor) -> Tensor:
     touches = ((place + 1) * landmarks > begins) & (place * landmarks < ends)
     weights = touches.to(like.dtype)
     return weights / weights.sum(1, keepdim=True)
+
+
+def _blocks(landmarks: int, like: Tensor) -> Tensor:
+    """Means over blocks of 2x2 regions, ``(ceil(landmarks / 2)**2, landmarks**2)``."""
+    sides = _pooling(landmarks, -(-landmarks // 2), like)
+    return torch.kron(sides, sides)
 
 
 def _interpolation(side: int, landmarks: int, like: Tensor) -> Tensor:

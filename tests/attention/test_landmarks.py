@@ -65,10 +65,13 @@ def defined(q, k, v, *, grid, landmarks, balance, sharpness):
     queries = torch.cat([q[:, :, :extra], means], 2)
     logits = sharpness[:, None, None] * queries @ k.mT / q.shape[-1] ** 0.5
     attention = torch.softmax(logits, dim=-1)
-    covariance = 0
-    for row in attention.unbind(2)[extra:]:
+    side, covariance = math.ceil(landmarks / 2), 0
+    maps = attention[:, :, extra:].mT  # regions as pixels, keys as channels
+    maps = maps.flatten(0, 1).unflatten(2, (landmarks, landmarks))
+    blocks = nn.AdaptiveAvgPool2d(side)(maps).flatten(2).mT.unflatten(0, v.shape[:2])
+    for row in blocks.unbind(2):
         apart = k - row.unsqueeze(2) @ k
-        covariance = covariance + (row.unsqueeze(3) * apart).mT @ v / landmarks**2
+        covariance = covariance + (row.unsqueeze(3) * apart).mT @ v / side**2
     linear = (q - spread(queries)) @ covariance / q.shape[-1] ** 0.5
     return own * v + even * spread(attention @ v) + gain * linear
 
