@@ -14,6 +14,7 @@ attention and in the weights that they start from.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -37,15 +38,34 @@ from mmcastling.run.training import enable_amp
 
 STORED = ROOT / "benchmarks" / "results" / "dinov2_finetuned"
 BEGIN, END = "<!-- finetuned-table -->\n", "<!-- /finetuned-table -->"
-# The config, its data, the metrics with their headings and digits. The first is the one
-# whose validations are shown.
-TASKS: dict[str, tuple[str, str, dict[str, tuple[str, int]]]] = {
-    "camvid": (
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is trained and how it is measured.
+
+    Args:
+        config: Name of the config.
+        data: Where its data are.
+        metrics: Each metric with its heading and digits. The first is the one whose
+            validations are shown.
+        other: A heading and the options of the config for a second test.
+    """
+
+    config: str
+    data: str
+    metrics: dict[str, tuple[str, int]]
+    other: tuple[str, dict[str, Any]]
+
+
+TASKS = {
+    "camvid": Task(
         "upernet_castling_dinov2_s_camvid.py",
         "data/camvid",
         {"mIoU": ("mIoU", 1)},
+        ("of whole frames", {"model.test_cfg": dict(mode="whole")}),
     ),
-    "dsb2018": (
+    "dsb2018": Task(
         "mask_rcnn_castling_dinov2_s_dsb2018.py",
         "data/dsb2018",
         {
@@ -55,6 +75,10 @@ TASKS: dict[str, tuple[str, str, dict[str, tuple[str, int]]]] = {
             "coco/segm_mAP_75": ("mask AP75", 3),
             "coco/bbox_mAP_50": ("box AP50", 3),
         },
+        (
+            "of pictures enlarged 1.5 times",
+            {"test_dataloader.dataset.pipeline.1.scale": (1512, 756)},
+        ),
     ),
 }
 # Of a whole picture, and twice that.
@@ -91,11 +115,11 @@ def start_weights(row: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def config_of(
-    task: str, row: str, seed: int, work_dir: Path, data: str, amp: bool
+    task: str, row: str, seed: int, work_dir: Path, data: str, amp: bool, **more: Any
 ) -> Config:
-    """The config of a run."""
-    options = {"data_root": data, "randomness.seed": seed}
-    cfg = load_config(ROOT / "configs" / TASKS[task][0], options, str(work_dir))
+    """The config of a run, with ``more`` options."""
+    options = {"data_root": data, "randomness.seed": seed, **more}
+    cfg = load_config(ROOT / "configs" / TASKS[task].config, options, str(work_dir))
     if row == "softmax":
         cfg.model.backbone.attention = dict(type="softmax")
     if amp:
@@ -106,7 +130,7 @@ def config_of(
 def carry_out(task: str, row: str, seed: int, args: argparse.Namespace) -> Any:
     """Train, or go on, and test."""
     work_dir = args.work_dir / f"{task}-{row}-{seed}"
-    data = args.data_root or TASKS[task][1]
+    data = args.data_root or TASKS[task].data
     cfg = config_of(task, row, seed, work_dir, data, args.amp)
     start, last = work_dir / "start.pth", work_dir / "last_checkpoint"
     if not last.is_file():  # else this run goes on
@@ -115,12 +139,15 @@ def carry_out(task: str, row: str, seed: int, args: argparse.Namespace) -> Any:
         save_atomically(dict(state_dict=state), start)
     cfg.load_from = str(start)
     train(cfg, resume="auto")
-    cfg = config_of(task, row, seed, work_dir, data, args.amp)
+    found = []
+    for options in ({}, TASKS[task].other[1]):
+        cfg = config_of(task, row, seed, work_dir, data, args.amp, **options)
+        found.append(evaluate(cfg, last.read_text().strip()).metrics)
     attention = cfg.model.backbone.attention.to_dict()
-    metrics = evaluate(cfg, last.read_text().strip()).metrics
     return dict(
-        metrics=metrics,
-        curve=validations(work_dir, next(iter(TASKS[task][2]))),
+        metrics=found[0],
+        other=found[1],
+        curve=validations(work_dir, next(iter(TASKS[task].metrics))),
         iterations=cfg.max_iters,
         amp=args.amp,
         attention=attention,
@@ -139,40 +166,48 @@ def validations(work_dir: Path, metric: str) -> list[tuple[int, float]]:
     return sorted(found.items())
 
 
+def cells_of(task: Task, row: str, runs: list[dict[str, Any]]) -> list[str]:
+    """A line of the table."""
+    title = ROWS[row]
+    form = runs[0].get("attention", {}).get("form", "learned")
+    if row != "softmax" and form != RECOMMENDED["form"]:
+        title += f', `form="{form}"`'
+    cells = [
+        mean_and_each([run["metrics"][metric] for run in runs], digits)
+        for metric, (_, digits) in task.metrics.items()
+    ]
+    metric, (_, digits) = next(iter(task.metrics.items()))
+    others = [run["other"][metric] for run in runs if "other" in run]
+    cells.insert(1, mean_and_each(others, digits) if others else "")
+    curve = " ".join(f"{value:.{digits}f}" for _, value in runs[0]["curve"])
+    return [title, *cells, curve]
+
+
 def table() -> str:
     """The page's part that is generated, in Markdown."""
     lines = []
-    for task, (config, _, metrics) in TASKS.items():
+    for name, task in TASKS.items():
         runs = {
             row: [
                 json.loads(p.read_text())
-                for p in sorted(STORED.glob(f"{task}-{row}-*"))
+                for p in sorted(STORED.glob(f"{name}-{row}-*"))
             ]
             for row in ROWS
         }
         if not any(runs.values()):
-            lines += [f"No run of `configs/{config}` is stored yet.", ""]
+            lines += [f"No run of `configs/{task.config}` is stored yet.", ""]
             continue
-        heads = " | ".join(f"{title} (by seed)" for title, _ in metrics.values())
+        heads = [f"{title} (by seed)" for title, _ in task.metrics.values()]
+        heads.insert(1, f"{task.other[0]}")
+        heads.append("validations, first seed")
         lines += [
-            f"| `configs/{config}` | {heads} | validations, first seed |",
-            "| --- | " + "--- | " * (len(metrics) + 1),
+            f"| `configs/{task.config}` | {' | '.join(heads)} |",
+            "| --- | " + "--- | " * len(heads),
         ]
         for row, found in runs.items():
-            if not found:
-                continue
-            cells = []
-            for metric, (_, digits) in metrics.items():
-                values = [run["metrics"][metric] for run in found]
-                cells.append(mean_and_each(values, digits))
-            _, digits = next(iter(metrics.values()))
-            curve = " ".join(f"{value:.{digits}f}" for _, value in found[0]["curve"])
-            title = ROWS[row]
-            form = found[0].get("attention", {}).get("form", "learned")
-            if row != "softmax" and form != RECOMMENDED["form"]:
-                title += f', `form="{form}"`'
-            lines.append(f"| {title} | {' | '.join(cells)} | {curve} |")
-        path = STORED / f"{task}-{TIMES}.json"
+            if found:
+                lines.append(f"| {' | '.join(cells_of(task, row, found))} |")
+        path = STORED / f"{name}-{TIMES}.json"
         if path.is_file():
             text = times_text(path)
             lines += ["", f"Milliseconds of a picture, softmax and castled: {text}."]
@@ -184,7 +219,7 @@ def measure_times(task: str, args: argparse.Namespace) -> None:
     """Time the network with softmax and castled; the weights do not matter."""
     models = []
     for row in ("softmax", "castled"):
-        cfg = config_of(task, row, 0, args.work_dir, TASKS[task][1], False)
+        cfg = config_of(task, row, 0, args.work_dir, TASKS[task].data, False)
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             models.append(MODELS.build(cfg.model))
     store_times(STORED / f"{task}-{TIMES}.json", *models, SIZES[task])
