@@ -215,7 +215,10 @@ def nearest_neighbours(model: nn.Module, data: Path, train: int, test: int) -> f
 
 @torch.no_grad()
 def milliseconds(
-    teacher: nn.Module, student: nn.Module, sizes: Sequence[tuple[int, int]]
+    teacher: nn.Module,
+    student: nn.Module,
+    sizes: Sequence[tuple[int, int]],
+    channels: int = 3,
 ) -> dict[str, list[float]]:
     """Medians of softmax and of the castled network, deployed, by size."""
     set_mask(student, 1.0)
@@ -223,7 +226,7 @@ def milliseconds(
     for model in models.values():
         model.eval()  # mmdet's backbones return nothing
     for height, width in sizes:
-        run = whole_pass(torch.randn(1, 3, height, width))
+        run = whole_pass(torch.randn(1, channels, height, width))
         passes = {name: functools.partial(run, model) for name, model in models.items()}
         with torch.inference_mode():
             seconds = paired_medians(passes, repeats=5)
@@ -236,9 +239,10 @@ def store_times(
     teacher: nn.Module,
     student: nn.Module,
     sizes: Sequence[tuple[int, int]],
+    channels: int = 3,
 ) -> None:
     """Measure :func:`milliseconds`, and write them to a file."""
-    times = milliseconds(teacher, student, sizes)
+    times = milliseconds(teacher, student, sizes, channels)
     write_json_atomically(
         path, dict(milliseconds=times, environment=environment("cpu"))
     )
@@ -249,8 +253,8 @@ def times_text(path: Path) -> str:
     """What :func:`store_times` has written, in a sentence's second half."""
     result = json.loads(path.read_text())
     times = "; ".join(
-        f"{size} {softmax:,.0f} and {castled:,.0f}"
-        for size, (softmax, castled) in result["milliseconds"].items()
+        f"{size} {' and '.join(f'{t:,.{0 if t >= 10 else 1}f}' for t in pair)}"
+        for size, pair in result["milliseconds"].items()
     )
     machine = result["environment"]
     return f"{times} (float32, {machine['threads']} threads, {machine['device']})"

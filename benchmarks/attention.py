@@ -3,9 +3,10 @@
 python benchmarks/attention.py        # measure (3 minutes), store the result
 python benchmarks/report.py           # write docs/speed.md from the stored results
 
-*castling* is the deployed layer, *softmax* torch's fused attention, *projections* the
-linear layers alone, all computed as in deployed models; *released* is the
-authors' order of operations for castling in eager mode, with torch's.
+*castling* is the deployed layer, *landmarks* the same in the form that ``castle`` gives
+to trained weights, with 8x8 landmarks or fewer, *softmax* torch's fused attention,
+*projections* the linear layers alone, all computed as in deployed models; *released* is
+the authors' order of operations for castling in eager mode, with torch's.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from mmcastling.analysis import paired_seconds
 from mmcastling.attention import Attention, TokenMixer
 from mmcastling.attention.fast import apply_layer
+from mmcastling.castle import RECOMMENDED
 
 CHANNELS, HEADS = 384, 6
 GRIDS: tuple[Size, ...] = (
@@ -66,8 +68,8 @@ class ReleasedAttention(Attention):
         return self.proj(y.transpose(1, 2).reshape(batch, tokens, channels))
 
 
-def layer(kind: str) -> Callable[[], nn.Module]:
-    return lambda: Attention(CHANNELS, HEADS, kind, deploy=True)
+def layer(kind: str, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: Attention(CHANNELS, HEADS, kind, **options, deploy=True)
 
 
 def projections() -> nn.Module:
@@ -84,6 +86,8 @@ def tokens(grid: Size) -> tuple[Tensor, Size]:
 
 LAYERS = {
     "castling": layer("castling"),
+    "landmarks": layer("castling", **RECOMMENDED),
+    "4x4 landmarks": layer("castling", **RECOMMENDED, landmarks=4),
     "released": lambda: ReleasedAttention(CHANNELS, HEADS),
     "projections": projections,
     "softmax": layer("softmax"),
@@ -150,6 +154,14 @@ def targets(result: dict[str, Any]) -> list[Target]:
             "196 tokens: time over fused softmax's",
             ratio("castling", "softmax", few),
             1,
+        ),
+        *(
+            Target(
+                f"4,200 tokens, {name}: time over the released form's",
+                ratio(name, "castling", many),
+                1.05,
+            )
+            for name in ("landmarks", "4x4 landmarks")
         ),
         Target("slope of log time over log tokens, from 1,024 on", slope(result), 1.1),
     ]

@@ -3,6 +3,7 @@
 python benchmarks/fashion.py rates             # a learning rate for each row; hours
 python benchmarks/fashion.py train --seeds 0   # every row from scratch; hours
 python benchmarks/fashion.py finetune          # castle, align and finetune softmax
+python benchmarks/fashion.py times             # of a picture, softmax and castled
 
 All is resumable, epoch by epoch, and every result is a file. Needs Fashion-MNIST as idx
 files; Debian's package ``dataset-fashion-mnist`` has them. The last 5,000 training
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from align_dinov2 import TIMES, store_times
 from common import ROOT
 from fashion_data import TEST, TRAIN, find_data, read
 from mmengine.logging import MMLogger
@@ -133,9 +135,10 @@ ROWS = {
         "linear-angular + convolution", dict(type="linear_angular", local_conv="grid")
     ),
     "released": Row("full method, released form", RELEASED),
-    "recommended": Row("full method, learned form", RECOMMENDED),
+    "recommended": Row("full method, 8x8 landmarks", RECOMMENDED),
+    "landmarks-4": Row("full method, 4x4 landmarks", dict(RECOMMENDED, landmarks=4)),
     "recommended-mlp": Row(
-        "full method, learned form, convolution in the MLPs", RECOMMENDED, ffn_conv=3
+        "full method, 8x8 landmarks, convolution in the MLPs", RECOMMENDED, ffn_conv=3
     ),
     "control-mlp": Row("control, convolution in the MLPs", CONTROL, ffn_conv=3),
 }
@@ -467,7 +470,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("part", choices=("rates", "train", "finetune"))
+    add("part", choices=("rates", "train", "finetune", TIMES))
     add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
     add("--data-root", type=Path, help="folder of the idx files")
@@ -479,6 +482,13 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     MMLogger.get_current_instance().setLevel("WARNING")  # not each weight's start
+    if args.part == TIMES:
+        softmax, castled = (ROWS["softmax"].build(0) for _ in range(2))
+        castled.backbone = castle(castled.backbone)
+        STORED.mkdir(parents=True, exist_ok=True)
+        sizes = [(28 * n, 28 * n) for n in (1, 2)]
+        store_times(STORED / f"{TIMES}.json", softmax, castled, sizes, channels=1)
+        return
     data = Data(find_data(args.data_root))
     if args.part == "rates":
         for name in args.rows:

@@ -24,6 +24,8 @@ from mmcastling.attention.threshold import MaskThreshold
 from mmcastling.errors import OptionError, UnavailableError
 
 MIXER_FORMS = (*FORMS, "learned", "landmarks")
+LANDMARKS = 8
+"""Regions along each side of the grid, unless another number is asked for."""
 
 MASK_RECORD = "castling_mask"
 """Where the metadata of a mixer's state dict holds the state of its branch."""
@@ -64,7 +66,7 @@ class LinearAngularMixer(TokenMixer):
         form: str = "released",
         center_keys: bool = False,
         reference_tokens: int | None = None,
-        landmarks: int = 8,
+        landmarks: int = LANDMARKS,
         **options: Any,
     ) -> None:
         if form not in MIXER_FORMS:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.attention import TokenMixer, build_mixer
+from mmcastling.attention.castling import LANDMARKS
 from mmcastling.attention.fast import apply_layer
 from mmcastling.attention.local_conv import Grid, merge_heads, split_qkv
 from mmcastling.attention.mixer import Bias
@@ -103,6 +104,9 @@ class MixerBuilder:
         """
         no_grid = self.grid is None and self.grid_source is None
         options = recommended_options(self.options, no_grid or bool(self.off_grid))
+        side = self._known_side()
+        if side and options.get("form") == "landmarks":
+            options.setdefault("landmarks", min(LANDMARKS, -(-side // 2)))
         mixer = build_mixer(
             options, num_heads, head_dims, key_dims=key_dims, deploy=self.deploy
         )
@@ -112,6 +116,20 @@ class MixerBuilder:
             mixer.to(weight)
             break
         return mixer.train(self.attention.training)
+
+    def _known_side(self) -> int:
+        """Tokens along the shorter side of its grid or its windows, 0 if not known.
+
+        More landmarks than half of them would cost more than softmax does.
+        """
+        if self.grid is not None:
+            return min(self.grid)
+        for module in (self.attention, *self.holders[:1]):
+            for name in ("window_size", "partition_size"):
+                size = getattr(module, name, None)
+                if size is not None:
+                    return size if isinstance(size, int) else min(size)
+        return 0
 
     def listen_to(self, layer: nn.Module) -> None:
         """Learn the grid from a layer: of the output of ``nn.Conv2d``, or the input.

@@ -135,13 +135,14 @@ def castle_swin_layer(old: nn.Module, build: MixerBuilder) -> nn.Module:
     inner = old.attention
     build.note_dropout(inner.attention_dropout)
     new = copy_as((CastledSwinLayer, type(old)), old)
+    window = inner.relative_position_bias.window_size
     new.attention = CastledSwinAttention(
-        replace(build, attention=inner, grid=None, grid_source=None, extra_tokens=0),
+        replace(build, attention=inner, grid=window, extra_tokens=0),
         inner.num_attention_heads,
         inner.head_dim,
         scale=inner.scaling,
         keep=("q_proj", "k_proj", "v_proj", "o_proj"),
         bias=("relative_position_bias",),
     )
-    new.config_window = inner.relative_position_bias.window_size[0]
+    new.config_window = window[0]
     return new
