@@ -70,6 +70,8 @@ class MixerBuilder:
         grid: ``(H, W)`` of the attention's tokens, if it was given.
         grid_source: What knows it of each image that passes, if something does.
         maps: The layers that it listens to.
+        window: ``(H, W)`` of the windows that it attends in. Defaults to None (what the
+            attention or its holder has as ``window_size`` or ``partition_size``).
         token_size: Rows and columns of a map's tokens that are one of the attention's.
         extra_tokens: Tokens before those of the grid (class and register tokens).
         holders: The modules that hold the attention, the nearest first.
@@ -86,6 +88,7 @@ class MixerBuilder:
     grid: Grid | None = None
     grid_source: GridSource | None = None
     maps: Sequence[nn.Module] = ()
+    window: Grid | None = None
     token_size: Grid = (1, 1)
     extra_tokens: int = 0
     holders: Sequence[nn.Module] = ()
@@ -104,9 +107,9 @@ class MixerBuilder:
         """
         no_grid = self.grid is None and self.grid_source is None
         options = recommended_options(self.options, no_grid or bool(self.off_grid))
-        side = self._known_side()
-        if side and options.get("form") == "landmarks":
-            options.setdefault("landmarks", min(LANDMARKS, -(-side // 2)))
+        window = self._window()
+        if window and options.get("form") == "landmarks":
+            options.setdefault("landmarks", min(LANDMARKS, -(-window // 2)))
         mixer = build_mixer(
             options, num_heads, head_dims, key_dims=key_dims, deploy=self.deploy
         )
@@ -117,13 +120,13 @@ class MixerBuilder:
             break
         return mixer.train(self.attention.training)
 
-    def _known_side(self) -> int:
-        """Tokens along the shorter side of its grid or its windows, 0 if not known.
+    def _window(self) -> int:
+        """Tokens along the shorter side of the windows that it attends in, 0 if none.
 
         More landmarks than half of them would cost more than softmax does.
         """
-        if self.grid is not None:
-            return min(self.grid)
+        if self.window is not None:
+            return min(self.window)
         for module in (self.attention, *self.holders[:1]):
             for name in ("window_size", "partition_size"):
                 size = getattr(module, name, None)
