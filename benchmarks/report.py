@@ -97,9 +97,9 @@ ATTENTION = """
 
 384 channels, 6 heads, tokens as a grid. *projections* is the layer's linear layers
 alone, the floor for any attention between them; *landmarks* is castling in the form
-for trained weights, as `castle` has it; *released* the form for training from scratch in
-the authors' order of operations in eager mode, between torch's linear layers. All others
-compute theirs as deployed models do, by oneDNN in one pass.
+for trained weights, as `castle` has it; *released* the form for training from scratch
+in the authors' order of operations in eager mode, between torch's linear layers. All
+others compute theirs as deployed models do, by oneDNN in one pass.
 
 """
 

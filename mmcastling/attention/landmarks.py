@@ -10,7 +10,8 @@ in Nyströmformer (Xiong et al., 2021), the first order is what they leave out.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from mmcastling.attention.local_conv import (
     merge_heads,
     split_heads,
 )
+from mmcastling.attention.recording import is_tracing_or_needs_grad
 from mmcastling.errors import OptionError
 
 Balance = tuple[Tensor, Tensor, Tensor]
@@ -128,7 +130,7 @@ def landmark_terms(
             functools.reduce(torch.add, terms) for terms in zip(*sums, strict=True)
         )
         # The mean over blocks of E[k v] - E[k] E[v].
-        of_blocks = _each(_blocks(landmarks, values), values[:, :, extra:])
+        of_blocks = _each(_weights(_blocks, values, landmarks), values[:, :, extra:])
         apart = keys.transpose(2, 3) @ of_blocks / of_blocks.shape[2]
         keys_values = scale * (products - apart)
         if balance is not None:
@@ -147,7 +149,7 @@ def _sums(
     k: Tensor, v: Tensor, attention: Tensor, *, extra: int, landmarks: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over keys: ``a v`` of all landmarks, ``a k`` and ``k^T v`` of blocks."""
-    blocks = _each(_blocks(landmarks, attention), attention[:, :, extra:])
+    blocks = _each(_weights(_blocks, attention, landmarks), attention[:, :, extra:])
     shares = blocks.mean(2).unsqueeze(3)  # (B, h, n, 1)
     return attention @ v, blocks @ k, (shares * k).transpose(2, 3) @ v
 
@@ -160,7 +162,7 @@ def pool(x: Tensor, *, grid: Grid, landmarks: int) -> Tensor:
     grid lead, and stay as they are.
     """
     extra = count_extra(x.shape[2], grid)
-    rows, columns = (_pooling(side, landmarks, x) for side in grid)
+    rows, columns = (_weights(_pooling, x, side, landmarks) for side in grid)
     maps = merge_heads(x[:, :, extra:]).unflatten(1, grid)  # (B, H, W, C)
     maps = _each(rows, _each(columns, maps).flatten(2))  # (B, landmarks, landmarks * C)
     means = maps.unflatten(2, (landmarks, -1)).flatten(1, 2)
@@ -172,7 +174,7 @@ def pool(x: Tensor, *, grid: Grid, landmarks: int) -> Tensor:
 def interpolate(x: Tensor, *, grid: Grid, landmarks: int) -> Tensor:
     """The way back, bilinearly: ``(B, h, E + landmarks**2, e)`` to ``(B, h, N, e)``."""
     extra = x.shape[2] - landmarks**2
-    rows, columns = (_interpolation(side, landmarks, x) for side in grid)
+    rows, columns = (_weights(_interpolation, x, side, landmarks) for side in grid)
     maps = merge_heads(x[:, :, extra:]).unflatten(1, (landmarks, landmarks))
     maps = _each(rows, _each(columns, maps).flatten(2))  # (B, H, W * C)
     channels = x.shape[1] * x.shape[3]
@@ -187,26 +189,39 @@ def _each(matrix: Tensor, x: Tensor) -> Tensor:
     return matrix.expand(*x.shape[:-2], -1, -1) @ x
 
 
-def _pooling(side: int, landmarks: int, like: Tensor) -> Tensor:
+def _weights(kind: Callable[..., Tensor], like: Tensor, *sizes: int) -> Tensor:
+    """One of the matrices below; made once, unless something looks at operations."""
+    if is_tracing_or_needs_grad() or any(type(size) is not int for size in sizes):
+        return kind(*sizes, dtype=like.dtype, device=like.device)
+    return _made_once(kind, *sizes, dtype=like.dtype, device=like.device)
+
+
+@functools.lru_cache(maxsize=256)
+def _made_once(kind: Callable[..., Tensor], *sizes: int, **options: Any) -> Tensor:
+    with torch.inference_mode(False):  # or nothing could be trained with it later
+        return kind(*sizes, **options)
+
+
+def _pooling(side: int, landmarks: int, *, dtype: Any, device: Any) -> Tensor:
     """``(landmarks, side)``, whose rows are means over what a region touches."""
-    place = torch.arange(side, device=like.device)
-    region = torch.arange(landmarks, device=like.device)[:, None]
+    place = torch.arange(side, device=device)
+    region = torch.arange(landmarks, device=device)[:, None]
     begins, ends = region * side, (region + 1) * side
     touches = ((place + 1) * landmarks > begins) & (place * landmarks < ends)
-    weights = touches.to(like.dtype)
+    weights = touches.to(dtype)
     return weights / weights.sum(1, keepdim=True)
 
 
-def _blocks(landmarks: int, like: Tensor) -> Tensor:
+def _blocks(landmarks: int, *, dtype: Any, device: Any) -> Tensor:
     """Means over blocks of 2x2 regions, ``(ceil(landmarks / 2)**2, landmarks**2)``."""
-    sides = _pooling(landmarks, -(-landmarks // 2), like)
+    sides = _pooling(landmarks, -(-landmarks // 2), dtype=dtype, device=device)
     return torch.kron(sides, sides)
 
 
-def _interpolation(side: int, landmarks: int, like: Tensor) -> Tensor:
+def _interpolation(side: int, landmarks: int, *, dtype: Any, device: Any) -> Tensor:
     """``(side, landmarks)``, linear between the centres of regions, constant beyond."""
-    place = torch.arange(side, device=like.device, dtype=like.dtype)[:, None]
-    region = torch.arange(landmarks, device=like.device, dtype=like.dtype)
+    place = torch.arange(side, device=device, dtype=dtype)[:, None]
+    region = torch.arange(landmarks, device=device, dtype=dtype)
     at = (place + 0.5) * landmarks / side - 0.5
     distance = (at.clamp(0, landmarks - 1) - region).abs()
     return (1 - distance).clamp_min(0)

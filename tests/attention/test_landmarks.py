@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 
 from mmcastling.attention import (
@@ -230,3 +231,22 @@ def test_one_graph_serves_all_grids(training):
         x = torch.randn(2, math.prod(grid) + 1, 24)
         with torch.set_grad_enabled(training):
             assert_close(compiled(x, grid), attention(x, grid))
+
+
+def test_what_is_made_once_serves_whatever_comes_later():
+    (q, k, v), _ = draw((5, 11), extra=0)
+    options = dict(grid=(5, 11), landmarks=3)
+    with torch.inference_mode():
+        expected = landmark_attention(q, k, v, **options)
+    y = landmark_attention(q.requires_grad_(), k, v, **options)
+    y.sum().backward()
+    assert_close(y.detach(), expected.clone())
+    assert q.grad.isfinite().all()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(x.detach()) for x in (q, k, v)]
+        assert landmark_attention(*fake, **options).shape == v.shape
+    after = landmark_attention(q, k, v, **options)
+    assert_close(after.detach(), expected.clone())
+    half = landmark_attention(*(x.detach().float() for x in (q, k, v)), **options)
+    assert half.dtype is torch.float32
+    assert_close(half.double(), expected.clone(), atol=1e-5, rtol=1e-5)
