@@ -471,12 +471,18 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("part", choices=("rates", "train", "finetune", TIMES))
-    add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    add("--rows", nargs="+", metavar="ROW", help="some of the part's rows")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
     add("--data-root", type=Path, help="folder of the idx files")
     add("--work-dir", type=Path, default=Path("work_dirs/fashion"))
     add("--amp", action="store_true", help="train in bfloat16")
-    return parser.parse_args()
+    args = parser.parse_args()
+    rows = STARTS if args.part == "finetune" else ROWS
+    unknown = set(args.rows or ()) - set(rows)
+    if unknown:
+        parser.error(f"--rows {' '.join(unknown)}: choose from {', '.join(rows)}")
+    args.rows = args.rows or list(rows)
+    return args
 
 
 def main() -> None:
@@ -499,7 +505,7 @@ def main() -> None:
                 train_row(name, seed, data, args)
     else:
         for seed in args.seeds:
-            for start in STARTS:
+            for start in args.rows:
                 finetune(start, seed, data, args)
 
 
