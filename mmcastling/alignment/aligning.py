@@ -28,7 +28,7 @@ from mmcastling.alignment.pairs import (
     relative_error,
     widths_of,
 )
-from mmcastling.attention import TokenMixer
+from mmcastling.attention import TokenMixer, is_castled
 from mmcastling.checkpoint import load_checkpoint, save_atomically
 from mmcastling.decay import MaskDecay
 from mmcastling.deploy import may_gain
@@ -90,11 +90,7 @@ def align(
         ValueError: If an option is out of range.
     """
     pairs = attention_pairs(student, teacher)
-    if min(steps) < 0 or sum(steps) == 0 or min(learning_rates) <= 0:
-        raise OptionError(
-            f"steps {steps} and learning rates {learning_rates}: give two numbers of "
-            "steps that are not both 0, and two rates above 0"
-        )
+    _check_options(steps, learning_rates, save_every, log_every, images)
     mask = mask or MaskDecay(start=1.0)
     threshold, weight = mask.state_at(1.0)
     if not threshold.rejects_all and weight:
@@ -102,6 +98,11 @@ def align(
             f"{mask}: the masks would still be on in the end; let mode 'threshold' end "
             "at 1, or take mode 'weight'"
         )
+    for path, module in student.named_modules():
+        if is_castled(module) and getattr(module, "deploy", False):
+            raise AlignError(
+                f"{path} of the student is deployed: give it as castle() made it"
+            )
     has_branch = any(True for _ in castling_modules(student))
     student.train(False)
     device = next(teacher.parameters()).device
@@ -141,6 +142,34 @@ def align(
     if has_branch:
         set_mask(student, *mask.state_at(1.0))
     return student
+
+
+def _check_options(
+    steps: tuple[int, int],
+    rates: tuple[float, float],
+    save_every: int,
+    log_every: int,
+    images: Images,
+) -> None:
+    whole = len(steps) == 2 and all(type(count) is int for count in steps)
+    if (
+        not (whole and min(steps) >= 0 and sum(steps))
+        or len(rates) != 2
+        or not all(0 < rate < math.inf for rate in rates)
+    ):
+        raise OptionError(
+            f"steps {steps} and learning rates {rates}: give two numbers of steps that "
+            "are not both 0, and two rates above 0"
+        )
+    if min(save_every, log_every) < 1:
+        raise OptionError(
+            f"save_every={save_every} and log_every={log_every} must be at least 1"
+        )
+    if not callable(images):
+        raise OptionError(
+            f"images is a {type(images).__name__}: give a function of the step that "
+            "returns its batch, such as PictureBatches, or lambda step: batches[step]"
+        )
 
 
 def _fingerprint(teacher: nn.Module) -> str:
@@ -284,10 +313,10 @@ class _Stage:
         self.optimizer.zero_grad()
 
     def _stop(self, step: int, what: str) -> None:
-        raise AlignError(
-            f"stage {self.index + 1}, step {step + 1}: {what}. The state saved last is "
-            f"good; try a learning rate below {self.rate:g}"
-        )
+        hint = f"the state saved last is good; try a rate below {self.rate:g}"
+        if step == self.index == 0:  # nothing was learned yet
+            hint = "check the pictures, and the weights of both networks"
+        raise AlignError(f"stage {self.index + 1}, step {step + 1}: {what}: {hint}")
 
     def say(self, step: int, losses: dict[str, float]) -> None:
         """Log the errors, and how long the rest of the stage will take."""

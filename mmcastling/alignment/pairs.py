@@ -28,11 +28,12 @@ def attention_pairs(student: nn.Module, teacher: nn.Module) -> Pairs:
     """Castled attentions of the student, and the teacher's of the same names.
 
     Args:
-        student: A castled network, not deployed.
+        student: A castled network.
         teacher: The softmax network that it was made of, or one with its names.
 
     Raises:
-        AlignError: If there is none, the teacher lacks one, or both share weights.
+        AlignError: If there is none, if the teacher lacks one, has it castled or with
+            weights of another shape, or if both share weights.
     """
     pairs = {}
     originals = dict(teacher.named_modules())
@@ -52,6 +53,7 @@ def attention_pairs(student: nn.Module, teacher: nn.Module) -> Pairs:
                 "as it was before"
             )
         pairs[name] = student.get_submodule(name), originals[name]
+        _check_original(name, *pairs[name])
     if not pairs:
         raise AlignError(
             f"the student, a {type(student).__name__}, has no castled attention: make "
@@ -65,6 +67,21 @@ def attention_pairs(student: nn.Module, teacher: nn.Module) -> Pairs:
             "teacher, too: castle a copy, castle(copy.deepcopy(teacher))"
         )
     return pairs
+
+
+def _check_original(name: str, castled: nn.Module, original: nn.Module) -> None:
+    if any(is_castled(module) for module in original.modules()):
+        raise AlignError(
+            f"{name} of the teacher is castled, too: give the network with softmax "
+            "attention, as it was before castle()"
+        )
+    shapes = {n: tuple(p.shape) for n, p in original.named_parameters()}
+    for parameter, weight in castled.named_parameters():
+        if (had := shapes.get(parameter)) not in (None, tuple(weight.shape)):
+            raise AlignError(
+                f"{name}.{parameter} has shape {tuple(weight.shape)} in the student "
+                f"and {had} in the teacher: give the network that was castled"
+            )
 
 
 def _parent(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.alignment.pairs import (
+    AlignError,
     Features,
     attention_pairs,
     default_features,
@@ -68,8 +70,16 @@ def scan(
 
     Returns:
         A row for each castled attention, in the order of the network.
+
+    Raises:
+        AlignError: If the networks do not belong together, or features are not finite.
+        ValueError: If there is no batch, or no round.
     """
     batches = list(batches)
+    if not batches or rounds < 1:
+        raise OptionError(
+            f"{len(batches)} batches and rounds={rounds}: give at least one of each"
+        )
     pairs = attention_pairs(student, teacher)
     deployed, hybrid = copy.deepcopy(student), copy.deepcopy(teacher)
     for model in (deployed, hybrid):
@@ -94,6 +104,11 @@ def scan(
             found = (features_of(hybrid, images, features) for images in batches)
             kept = min(mean_cosines(zip(found, expected, strict=True), widths))
             hybrid.set_submodule(name, original)
+            if not math.isfinite(kept):
+                raise AlignError(
+                    f"with {name} castled, features are not finite numbers: check the "
+                    "weights of the network, and the pictures"
+                )
             milliseconds = (1000 * value for value in seconds.values())
             rows.append(ScanRow(name, 1 - kept, *milliseconds))
     return rows
@@ -110,23 +125,14 @@ def choose_kept(rows: Sequence[ScanRow], budget: int | float) -> list[str]:
     Raises:
         OptionError: If the budget is none of these, keeps everything or keeps nothing.
     """
+    check_budget(budget, len(rows))
     ranked = sorted(
         rows, key=lambda row: row.damage / max(row.saved_ms, 1e-6), reverse=True
     )
-    if isinstance(budget, int) and not isinstance(budget, bool):
-        if not 1 <= budget < len(rows):
-            raise OptionError(
-                f"budget={budget}: of {len(rows)} attentions 1 to {len(rows) - 1} can "
-                "be kept"
-            )
+    if isinstance(budget, int):
         # Each costs one, whatever it saves: the most harmful ones.
         ranked = sorted(rows, key=lambda row: row.damage, reverse=True)
         return [row.name for row in ranked[:budget]]
-    if not isinstance(budget, float) or not 0.0 < budget < 1.0:
-        raise OptionError(
-            f"budget={budget!r}: give how many attentions may be kept, as 2, or which "
-            "share of the saved time must remain, as 0.8"
-        )
     total = sum(max(0.0, row.saved_ms) for row in rows)
     kept, left = [], total
     for row in ranked:
@@ -144,11 +150,26 @@ def choose_kept(rows: Sequence[ScanRow], budget: int | float) -> list[str]:
     return kept
 
 
+def check_budget(budget: int | float, count: int) -> None:
+    """OptionError where no scan of so many attentions could meet a budget."""
+    if isinstance(budget, int) and not isinstance(budget, bool):
+        if not 1 <= budget < count:
+            raise OptionError(
+                f"budget={budget}: of {count} attentions 1 to {count - 1} can be kept"
+            )
+    elif not isinstance(budget, float) or not 0.0 < budget < 1.0:
+        raise OptionError(
+            f"budget={budget!r}: give how many attentions may be kept, as 2, or which "
+            "share of the saved time must remain, as 0.8"
+        )
+
+
 def keep_automatically(
     model: nn.Module, images: Iterable[Tensor], budget: int | float, **options: Any
 ) -> list[str]:
     """Castle a copy of a model, scan it, and choose: ``castle(keep='auto')``."""
     student = castle(copy.deepcopy(model), **options)
+    check_budget(budget, len(attention_pairs(student, model)))
     return choose_kept(scan(student, model, images), budget)
 
 

@@ -87,7 +87,7 @@ def doctor(
     with contextlib.suppress(OSError, AttributeError):
         machine["load"] = round(os.getloadavg()[0], 1)
     with torch.inference_mode():
-        asked = _accepted(before, sizes or DEFAULT_SIZES, strict=bool(sizes))
+        asked = accepted_sizes(before, sizes or DEFAULT_SIZES, strict=bool(sizes))
         largest = max(asked, key=math.prod)
         extra = [_scaled(largest, share) for share in BETWEEN]
         extra = [s for s in dict.fromkeys(extra) if s not in asked]
@@ -104,7 +104,14 @@ def doctor(
     return Diagnosis(name, machine, report, measured, _crossing(measured))
 
 
-def _accepted(model: nn.Module, sizes: Sequence[Size], strict: bool) -> list[Size]:
+def accepted_sizes(
+    model: nn.Module, sizes: Sequence[Size], strict: bool = True
+) -> list[Size]:
+    """Those of some image sizes ``(H, W)`` that a model takes.
+
+    Raises:
+        OptionError: If ``strict`` and it refuses one, or if it refuses all.
+    """
     accepted, refusal = [], ""
     for size in dict.fromkeys((int(height), int(width)) for height, width in sizes):
         try:

@@ -24,14 +24,15 @@ from mmcastling.attention.threshold import MaskThreshold
 from mmcastling.errors import OptionError, UnavailableError
 
 MIXER_FORMS = (*FORMS, "learned", "landmarks")
-LANDMARKS = 8
-"""Regions along each side of the grid, unless another number is asked for."""
 
 MASK_RECORD = "castling_mask"
 """Where the metadata of a mixer's state dict holds the state of its branch."""
 
 logger = logging.getLogger("mmcastling")
-_warned: list[Any] = [None]
+FORM_RECORD = "castling_form"
+"""Likewise what a mixer computes and no weight shows."""
+
+_warned: dict[str, Any] = {}
 
 
 class LinearAngularMixer(TokenMixer):
@@ -66,7 +67,7 @@ class LinearAngularMixer(TokenMixer):
         form: str = "released",
         center_keys: bool = False,
         reference_tokens: int | None = None,
-        landmarks: int = LANDMARKS,
+        landmarks: int = 8,
         **options: Any,
     ) -> None:
         if form not in MIXER_FORMS:
@@ -108,6 +109,35 @@ class LinearAngularMixer(TokenMixer):
             self.gain = nn.Parameter(torch.ones(num_heads))
         if form == "landmarks":
             self.sharpness = nn.Parameter(torch.ones(num_heads))
+        self.register_state_dict_post_hook(_record_form)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The options on which the result depends and which no weight shows."""
+        if self.form == "landmarks":
+            return dict(form=self.form, landmarks=self.landmarks)
+        return dict(
+            form=self.form,
+            center_keys=self.center_keys,
+            norm_output=self.norm_output,
+            reference_tokens=self.reference_tokens,
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *args: Any,
+    ) -> None:
+        saved = local_metadata.get(FORM_RECORD)
+        if saved not in (None, self.described) and _is_first("form", args[-1]):
+            logger.warning(
+                "the weights of %s were saved with %s, and are loaded with %s: it "
+                "computes something else, as may others",
+                *(prefix.removesuffix(".") or "the mixer", saved, self.described),
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def terms(self, grid: Grid | None) -> dict[str, Any]:
         """Arguments of :func:`linear_angular_attention` beside q, k and v, or those of
@@ -259,9 +289,24 @@ def _record_mask(
     local_metadata[MASK_RECORD] = record
 
 
+def _record_form(
+    mixer: LinearAngularMixer,
+    state_dict: Any,
+    prefix: str,
+    local_metadata: dict[str, Any],
+) -> None:
+    local_metadata[FORM_RECORD] = mixer.described
+
+
+def _is_first(topic: str, load: Any) -> bool:
+    """Whether nothing was said of a load, of which all modules share its errors."""
+    first = _warned.get(topic) is not load
+    _warned[topic] = load
+    return first
+
+
 def _warn_once(load: Any, prefix: str, branch: MaskedBranch) -> None:
-    if _warned[0] is not load:  # a list of errors that all modules of a load share
-        _warned[0] = load
+    if _is_first("mask", load):
         logger.warning(
             "the weights do not say in which state the auxiliary branches of their "
             "model were: %s keeps threshold %s, and so on. Set it with "

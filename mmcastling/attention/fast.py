@@ -23,7 +23,7 @@ from mmcastling.attention.functional import (
     linear_factor,
     mean_of_tokens,
 )
-from mmcastling.attention.landmarks import Balance, interpolate, landmark_terms
+from mmcastling.attention.landmarks import Balance, landmark_terms
 from mmcastling.attention.local_conv import Grid
 from mmcastling.attention.recording import is_tracing_or_needs_grad, is_watched
 
@@ -120,7 +120,7 @@ def mixed_landmark_attention(
         As there.
     """
     size = _tokens_at_once(q, k, v, residual, *balance, sharpness)
-    at_landmarks, keys_values = landmark_terms(
+    mean, keys_values = landmark_terms(
         *(q, k, v),
         grid=grid,
         landmarks=landmarks,
@@ -128,7 +128,6 @@ def mixed_landmark_attention(
         sharpness=sharpness,
         size=size,
     )
-    mean = interpolate(at_landmarks, grid=grid, landmarks=landmarks)
     own = balance[0].to(keys_values)[:, None, None]
     terms = dict(own=own, norm_output=norm_output, directions=False)
     return _mix_in_parts(size, q, v, keys_values, mean, residual, **terms)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmcastling.attention.autocast import in_full_precision, without_autocast
+from mmcastling.attention.functional import mean_of_tokens
 from mmcastling.attention.local_conv import (
     Grid,
     count_extra,
@@ -52,7 +53,12 @@ def landmark_attention(
     regions), and ``C`` is a covariance of keys and values: that under the mean of
     ``a_r`` over a block of 2x2 regions, the mean over the blocks. With factors 0, 1 and
     1 and sharpness 1 a query that is its landmark has exactly what softmax attention
-    gives it, and one near it nearly so.
+    gives it, and one near it nearly so. Far from it, where logits are peaked and
+    queries of a region differ, a line has no bounds as softmax has.
+
+    Along a side of the grid that has fewer tokens than landmarks each token is one, so
+    that a grid of at most ``landmarks x landmarks`` tokens has softmax attention, at
+    its cost.
 
     Args:
         q: Queries ``(B, h, N, d)``, of which the last ``H * W`` fill the grid row by
@@ -63,7 +69,7 @@ def landmark_attention(
         landmarks: Regions along each side of the grid.
         balance: The factors ``own``, ``even`` and ``gain``, each ``(h,)``. Defaults to
             None (0, 1 and 1).
-        sharpness: ``(h,)``. Defaults to None (1).
+        sharpness: Of the landmarks' attention alone, ``(h,)``. Defaults to None (1).
 
     Returns:
         ``(B, h, N, e)``; float32 for half-precision inputs.
@@ -71,16 +77,14 @@ def landmark_attention(
     Raises:
         ValueError: If ``grid`` is missing or holds more than ``N`` tokens.
     """
-    at_landmarks, keys_values = landmark_terms(
+    mean, keys_values = landmark_terms(
         *(q, k, v),
         grid=grid,
         landmarks=landmarks,
         balance=balance,
         sharpness=sharpness,
     )
-    mean, own = interpolate(at_landmarks, grid=grid, landmarks=landmarks), 0.0
-    if balance is not None:
-        own = balance[0].to(mean)[:, None, None]
+    own = 0.0 if balance is None else balance[0].to(mean)[:, None, None]
     with without_autocast(q.device):
         return own * v + mean + q.to(mean) @ keys_values
 
@@ -103,9 +107,8 @@ def landmark_terms(
         size: How many keys at a time. Defaults to None (all).
 
     Returns:
-        ``even a_r v - p_r C'`` of each landmark, ``(B, h, R, e)``, tokens outside the
-        grid first, and ``C' = gain C / sqrt(d)``, ``(B, h, d, e)``: interpolated, the
-        one is what ``q_i C'`` is added to.
+        ``even (a v)~ - p~ C'``, ``(B, h, N, e)``, and ``C' = gain C / sqrt(d)``,
+        ``(B, h, d, e)``: the one is what ``q_i C'`` is added to.
     """
     if grid is None:
         raise OptionError(
@@ -118,25 +121,43 @@ def landmark_terms(
 
     with without_autocast(q.device):
         extra, scale = count_extra(q.shape[2], grid), q.shape[3] ** -0.5
-        queries = pool(q, grid=grid, landmarks=landmarks)
+        all_are = _all_are_landmarks(grid, landmarks)
+        queries = _itself(q) if all_are else pool(q, grid=grid, landmarks=landmarks)
         sharp = scale * queries
         if sharpness is not None:
             sharp = sharp * sharpness.to(sharp)[:, None, None]
         logits = torch.cat([_dot(sharp, keys) for keys in parts(k, 2)], dim=3)
         attention = torch.softmax(logits, dim=3)
+        even, gain = 1.0, 1.0
+        if balance is not None:
+            even, gain = (factor.to(logits)[:, None, None] for factor in balance[1:])
+        if all_are:  # none is apart from its landmark
+            nothing = logits.new_zeros(*v.shape[:2], k.shape[3], v.shape[3])
+            return even * _mix(attention, v), gain * nothing
+        center = mean_of_tokens(k)
         some = zip(parts(k, 2), parts(v, 2), parts(attention, 3), strict=True)
-        sums = [_sums(*part, extra=extra, landmarks=landmarks) for part in some]
+        sums = [_sums(*part, center, extra=extra, landmarks=landmarks) for part in some]
         values, keys, products = (
             functools.reduce(torch.add, terms) for terms in zip(*sums, strict=True)
         )
         # The mean over blocks of E[k v] - E[k] E[v].
         of_blocks = _each(_weights(_blocks, values, landmarks), values[:, :, extra:])
         apart = keys.transpose(2, 3) @ of_blocks / of_blocks.shape[2]
-        keys_values = scale * (products - apart)
-        if balance is not None:
-            _, even, gain = (factor.to(values)[:, None, None] for factor in balance)
-            values, keys_values = even * values, gain * keys_values
-        return values - queries @ keys_values, keys_values
+        keys_values = gain * scale * (products - apart)
+        at_landmarks = even * values - queries @ keys_values
+        return interpolate(at_landmarks, grid=grid, landmarks=landmarks), keys_values
+
+
+def _all_are_landmarks(grid: Grid, landmarks: int) -> bool:
+    """Whether every token is known to be one; a graph for all grids takes them all."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return all(type(side) is int and side <= landmarks for side in grid)
+
+
+@in_full_precision
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 @in_full_precision
@@ -145,18 +166,32 @@ def _dot(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 @in_full_precision
+def _mix(attention: Tensor, v: Tensor) -> Tensor:
+    return attention @ v
+
+
+@in_full_precision
 def _sums(
-    k: Tensor, v: Tensor, attention: Tensor, *, extra: int, landmarks: int
+    k: Tensor,
+    v: Tensor,
+    attention: Tensor,
+    center: Tensor,
+    *,
+    extra: int,
+    landmarks: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over keys: ``a v`` of all landmarks, ``a k`` and ``k^T v`` of blocks."""
+    """Sums over keys: ``a v`` of landmarks, ``a k`` and ``k^T v`` of blocks."""
     blocks = _each(_weights(_blocks, attention, landmarks), attention[:, :, extra:])
     shares = blocks.mean(2).unsqueeze(3)  # (B, h, n, 1)
+    k = k - center  # products of what all keys have in common would be rounded
     return attention @ v, blocks @ k, (shares * k).transpose(2, 3) @ v
 
 
 @in_full_precision
 def pool(x: Tensor, *, grid: Grid, landmarks: int) -> Tensor:
     """Means over the regions of a grid, as of torch's adaptive average pooling.
+
+    Where a side has fewer tokens than landmarks, some of these are the same token.
 
     ``(B, h, N, d)`` to ``(B, h, E + landmarks**2, d)``; the ``E`` tokens outside the
     grid lead, and stay as they are.
@@ -205,11 +240,24 @@ def _made_once(kind: Callable[..., Tensor], *sizes: int, **options: Any) -> Tens
 def _pooling(side: int, landmarks: int, *, dtype: Any, device: Any) -> Tensor:
     """``(landmarks, side)``, whose rows are means over what a region touches."""
     place = torch.arange(side, device=device)
-    region = torch.arange(landmarks, device=device)[:, None]
-    begins, ends = region * side, (region + 1) * side
-    touches = ((place + 1) * landmarks > begins) & (place * landmarks < ends)
+    count, cell = _cells(side, landmarks, device)
+    begins, ends = cell * side, (cell + 1) * side
+    touches = ((place + 1) * count > begins[:, None]) & (place * count < ends[:, None])
     weights = touches.to(dtype)
     return weights / weights.sum(1, keepdim=True)
+
+
+def _cells(side: int, landmarks: int, device: Any) -> tuple[Any, Tensor]:
+    """How many cells a side is cut into, and that of each landmark.
+
+    As many as landmarks, or as tokens where these are fewer; then some landmarks are
+    the same.
+    """
+    if isinstance(side, Tensor):  # traced
+        count = side.clamp(max=landmarks)
+    else:
+        count = torch.sym_min(side, landmarks)
+    return count, torch.arange(landmarks, device=device) * count // landmarks
 
 
 def _blocks(landmarks: int, *, dtype: Any, device: Any) -> Tensor:
@@ -221,7 +269,6 @@ def _blocks(landmarks: int, *, dtype: Any, device: Any) -> Tensor:
 def _interpolation(side: int, landmarks: int, *, dtype: Any, device: Any) -> Tensor:
     """``(side, landmarks)``, linear between the centres of regions, constant beyond."""
     place = torch.arange(side, device=device, dtype=dtype)[:, None]
-    region = torch.arange(landmarks, device=device, dtype=dtype)
-    at = (place + 0.5) * landmarks / side - 0.5
-    distance = (at.clamp(0, landmarks - 1) - region).abs()
-    return (1 - distance).clamp_min(0)
+    count, cell = _cells(side, landmarks, device)
+    near = (1 - ((place + 0.5) * count / side - 0.5 - cell).abs()).clamp_min(0)
+    return near / near.sum(1, keepdim=True)

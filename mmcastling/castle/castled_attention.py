@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.attention import TokenMixer, build_mixer
-from mmcastling.attention.castling import LANDMARKS
 from mmcastling.attention.fast import apply_layer
 from mmcastling.attention.local_conv import Grid, merge_heads, split_qkv
 from mmcastling.attention.mixer import Bias
@@ -70,8 +69,6 @@ class MixerBuilder:
         grid: ``(H, W)`` of the attention's tokens, if it was given.
         grid_source: What knows it of each image that passes, if something does.
         maps: The layers that it listens to.
-        window: ``(H, W)`` of the windows that it attends in. Defaults to None (what the
-            attention or its holder has as ``window_size`` or ``partition_size``).
         token_size: Rows and columns of a map's tokens that are one of the attention's.
         extra_tokens: Tokens before those of the grid (class and register tokens).
         holders: The modules that hold the attention, the nearest first.
@@ -88,7 +85,6 @@ class MixerBuilder:
     grid: Grid | None = None
     grid_source: GridSource | None = None
     maps: Sequence[nn.Module] = ()
-    window: Grid | None = None
     token_size: Grid = (1, 1)
     extra_tokens: int = 0
     holders: Sequence[nn.Module] = ()
@@ -107,9 +103,6 @@ class MixerBuilder:
         """
         no_grid = self.grid is None and self.grid_source is None
         options = recommended_options(self.options, no_grid or bool(self.off_grid))
-        window = self._window()
-        if window and options.get("form") == "landmarks":
-            options.setdefault("landmarks", min(LANDMARKS, -(-window // 2)))
         mixer = build_mixer(
             options, num_heads, head_dims, key_dims=key_dims, deploy=self.deploy
         )
@@ -119,20 +112,6 @@ class MixerBuilder:
             mixer.to(weight)
             break
         return mixer.train(self.attention.training)
-
-    def _window(self) -> int:
-        """Tokens along the shorter side of the windows that it attends in, 0 if none.
-
-        More landmarks than half of them would cost more than softmax does.
-        """
-        if self.window is not None:
-            return min(self.window)
-        for module in (self.attention, *self.holders[:1]):
-            for name in ("window_size", "partition_size"):
-                size = getattr(module, name, None)
-                if size is not None:
-                    return size if isinstance(size, int) else min(size)
-        return 0
 
     def listen_to(self, layer: nn.Module) -> None:
         """Learn the grid from a layer: of the output of ``nn.Conv2d``, or the input.

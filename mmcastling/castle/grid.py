@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcastling.attention.local_conv import Grid
+from mmcastling.errors import OptionError
 
 # The layers that put out the maps of tokens.
 _MAKE_MAPS = (nn.Conv2d, nn.Unfold)
@@ -30,13 +31,16 @@ class GridSource:
     The hook and the attentions that read hold the same object, and go on to after
     ``copy.deepcopy`` and pickling, without what has been noted. Threads do not meet
     each other's grids. A block that checkpointing runs again in the backward pass finds
-    the last grid of as many tokens.
+    the grid of as many tokens, and refuses to choose where there were two since the
+    last backward pass.
     """
 
     def __init__(self) -> None:
         self._last: Grid | None = None
         self._of_thread: dict[int, Grid] = {}
         self._of_count: dict[int, Grid] = {}
+        self._recorded: dict[int, set[Grid]] = {}  # since the last backward pass
+        self._was_replayed = False
 
     def __call__(
         self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor | None = None
@@ -62,15 +66,32 @@ class GridSource:
             return
         self._of_thread[threading.get_ident()] = grid
         if not torch.jit.is_tracing():
+            count = grid[0] * grid[1]
             if len(self._of_count) >= _REMEMBERED:
                 self._of_count = {}
-            self._of_count[grid[0] * grid[1]] = grid
+            self._of_count[count] = grid
+            if torch.is_grad_enabled() and not _in_backward():
+                if self._was_replayed or len(self._recorded) >= _REMEMBERED:
+                    self._recorded, self._was_replayed = {}, False
+                self._recorded.setdefault(count, set()).add(grid)
 
     def find(self, num_tokens: int) -> Grid | None:
-        """The grid noted last, or None; whether it fits is the caller's to check."""
+        """The grid noted last, or None; whether it fits is the caller's to check.
+
+        Raises:
+            ValueError: If a block that runs again may have had either of two.
+        """
         if torch.compiler.is_compiling():
             return self._last
-        if torch._C._current_graph_task_id() != -1:  # in a backward pass
+        if _in_backward():
+            self._was_replayed = True
+            grids = sorted(self._recorded.get(num_tokens, ()))
+            if len(grids) > 1:
+                raise OptionError(
+                    f"a block that is checkpointed runs again on {num_tokens} tokens, "
+                    f"which were on grids of {grids} since the last backward pass: "
+                    "call backward() after each image, or give images one size"
+                )
             return self._of_count.get(num_tokens, self._last)
         return self._of_thread.get(threading.get_ident(), self._last)
 
@@ -83,7 +104,11 @@ class GridSource:
                 layer.register_forward_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_last": None, "_of_thread": {}, "_of_count": {}}
+        return vars(GridSource())
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 @contextmanager

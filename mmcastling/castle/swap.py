@@ -272,8 +272,9 @@ def _extra_tokens_of(ancestors: Sequence[nn.Module]) -> int:
             if isinstance(count, int):
                 return count
         for name in ("class_token", "cls_token"):  # torchvision's, mmseg's and TNT's
-            if isinstance(getattr(module, name, None), Tensor):
-                return int(getattr(module, "with_cls_token", True))
+            token = getattr(module, name, None)  # (1, tokens, C)
+            if isinstance(token, Tensor):
+                return token.shape[1] * bool(getattr(module, "with_cls_token", True))
     return 0
 
 

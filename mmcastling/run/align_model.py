@@ -17,12 +17,14 @@ from mmcastling.alignment import (
     PictureBatches,
     align,
     attention_errors,
+    attention_pairs,
     feature_similarity,
     scan,
 )
 from mmcastling.alignment.aligning import STATE_FILE
-from mmcastling.alignment.scanning import ScanRow, choose_kept
+from mmcastling.alignment.scanning import ScanRow, check_budget, choose_kept
 from mmcastling.analysis import paired_medians
+from mmcastling.analysis.examination import accepted_sizes
 from mmcastling.castle import castle, recommended_options
 from mmcastling.checkpoint import (
     load_checkpoint,
@@ -152,6 +154,8 @@ def align_model(
 
     out = Path(out)
     whole, teacher = trained_model(model, checkpoint)
+    with torch.no_grad():
+        accepted_sizes(teacher, sizes)
     options = recommended_options(attention or {})
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file: give the name of a folder")
@@ -210,9 +214,10 @@ def align_model(
 def _stored(out: Path, given: dict[str, Any]) -> dict[str, Any]:
     """What an earlier call for a folder has noted; nothing in a new one."""
     path = out / SETTINGS
-    if not path.is_file():
-        if any((out / name).exists() for name in (ALIGNED, STATE_FILE)):
-            raise ConfigError(f"{out} is of something else: take another folder")
+    begun = any((out / name).exists() for name in (ALIGNED, STATE_FILE))
+    if begun and not path.is_file():
+        raise ConfigError(f"{out} is of something else: take another folder")
+    if not begun:  # at most settings, of a call that was refused or soon interrupted
         return {}
     stored = json.loads(path.read_text())
     given = json.loads(json.dumps(given, default=str))
@@ -234,6 +239,7 @@ def _chosen(
 ) -> list[str]:
     """What a scan of pictures says should stay softmax; the scan is logged."""
     student = castle(copy.deepcopy(teacher), **options)
+    check_budget(budget, len(attention_pairs(student, teacher)))
     images = [batches.batch(step, size) for step in range(_MEASURED)]
     rows = scan(student, teacher, images)
     kept = choose_kept(rows, budget)

@@ -21,6 +21,7 @@ from mmcastling.alignment import (
     attention_pairs,
     feature_similarity,
     scan,
+    scanning,
 )
 from mmcastling.alignment.pairs import blocks_of, cosines, outputs_of
 from mmcastling.alignment.scanning import ScanRow, choose_kept
@@ -253,7 +254,19 @@ def test_an_error_that_is_not_finite_stops_and_is_named(teacher, tmp_path):
         (lambda t: copy.deepcopy(t), {}, "has no castled attention"),
         (lambda t: castled(t), dict(steps=(0, 0)), r"steps \(0, 0\)"),
         (lambda t: castled(t), dict(steps=(-1, 2)), r"steps \(-1, 2\)"),
+        (lambda t: castled(t), dict(steps=(1,)), r"steps \(1,\)"),
+        (lambda t: castled(t), dict(steps=(1.0, 1)), r"steps \(1\.0, 1\)"),
         (lambda t: castled(t), dict(learning_rates=(0, 1)), r"learning rates \(0, 1\)"),
+        (
+            lambda t: castled(t),
+            dict(learning_rates=(1e-4, float("nan"))),
+            r"learning rates \(0\.0001, nan\)",
+        ),
+        (lambda t: castled(t), dict(save_every=0), "save_every=0"),
+        (lambda t: castled(t), dict(log_every=0), "log_every=0"),
+        (lambda t: castled(t), dict(images=[images(0)]), "images is a list"),
+        (lambda t: switch_to_deploy(castled(t)), {}, "of the student is deployed"),
+        (lambda t: castled(t), dict(teacher=castled), "of the teacher is castled, too"),
         (
             lambda t: castled(t),
             dict(mask=MaskDecay(end=0.5)),
@@ -262,19 +275,56 @@ def test_an_error_that_is_not_finite_stops_and_is_named(teacher, tmp_path):
     ],
 )
 def test_what_cannot_be_aligned(teacher, student, options, message):
+    options = dict(images=images, teacher=copy.copy) | options
+    original, batches = options.pop("teacher")(teacher), options.pop("images")
+    network = student(teacher)
+    before = copy.deepcopy(network.state_dict())
     with pytest.raises((AlignError, ValueError), match=message):
-        align(student(teacher), teacher, images, **options)
+        align(network, original, batches, **options)
+    assert_close(network.state_dict(), before, atol=0, rtol=0)
 
 
 def test_networks_that_do_not_belong_together(teacher):
     student = castled(teacher)
     with pytest.raises(AlignError, match=r"has no blocks\.1\.attn"):
         attention_pairs(student, torch.nn.ModuleDict({"blocks": teacher.blocks[:1]}))
+    wider = copy.deepcopy(teacher)
+    wider.blocks[1].attn.proj = torch.nn.Linear(32, 48)
+    with pytest.raises(
+        AlignError, match=r"blocks\.1\.attn\.proj\.weight has shape \(32, 32\) in"
+    ):
+        attention_pairs(student, wider)
     sharing = copy.copy(teacher)
     sharing._modules = dict(teacher._modules)
     sharing.blocks = student.blocks
     with pytest.raises(AlignError, match=r"share .* weights, which would train"):
         attention_pairs(sharing, teacher)
+
+
+@pytest.mark.parametrize(
+    ("batches", "rounds"), [([], 1), (HELD_OUT, 0)], ids=["no batch", "no round"]
+)
+def test_a_scan_of_nothing_is_refused(teacher, batches, rounds):
+    with pytest.raises(ValueError, match="give at least one of each"):
+        scan(castled(teacher), teacher, batches, rounds=rounds)
+
+
+@pytest.mark.parametrize("where", ["weights", "pictures"])
+def test_what_is_not_finite_is_not_chosen_by(teacher, where):
+    broken, pictures = copy.deepcopy(teacher), [HELD_OUT[0].clone()]
+    broken_part = (
+        broken.blocks[1].attn.qkv.weight if where == "weights" else pictures[0]
+    )
+    broken_part.data[0, 0] = float("nan")
+    with pytest.raises(AlignError, match=r"with blocks\.0\.attn castled, features are"):
+        castle(broken, keep="auto", budget=1, images=pictures)
+
+
+@pytest.mark.parametrize("budget", [0, 2, True, 1.0, "2"])
+def test_a_budget_is_looked_at_before_anything_is_scanned(teacher, budget, monkeypatch):
+    monkeypatch.setattr(scanning, "scan", None)
+    with pytest.raises(ValueError, match=f"budget={budget!r}: "):
+        castle(copy.deepcopy(teacher), keep="auto", budget=budget, images=HELD_OUT)
 
 
 def test_a_scan_finds_the_attention_that_matters(teacher):

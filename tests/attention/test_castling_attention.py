@@ -1,6 +1,7 @@
 """The attention blocks: the released form, the mask state, deployment."""
 
 import copy
+import logging
 import math
 import pickle
 
@@ -288,3 +289,28 @@ def test_what_a_hook_saw_of_the_convolution_stays_as_it_was(name, grad):
         )
     assert_close(*seen[0], rtol=0, atol=0)
     assert_close(v, values, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "named"),
+    [
+        (dict(form="landmarks"), dict(form="landmarks"), None),
+        (dict(form="landmarks", landmarks=4), dict(form="landmarks"), "'landmarks': 4"),
+        (dict(center_keys=True), {}, "'center_keys': True"),
+        (dict(form="average"), dict(norm_output=False), "'form': 'average'"),
+        (dict(reference_tokens=9), {}, "'reference_tokens': 9"),
+        (dict(type="softmax"), dict(norm_output=False), None),
+    ],
+)
+def test_weights_say_what_they_were_trained_to_compute(saved, loaded, named, caplog):
+    options = dict(local_conv=None)
+    kind = saved.pop("type", "castling")
+    before, after = (
+        nn.Sequential(*(Attention(24, 3, kind, **options, **more) for _ in range(2)))
+        for kind, more in ((kind, saved), ("castling", loaded))
+    )
+    with caplog.at_level(logging.WARNING, "mmcastling"):
+        after.load_state_dict(before.state_dict())
+    said = [r.getMessage() for r in caplog.records if "saved with" in r.getMessage()]
+    assert len(said) == (named is not None)
+    assert all(named in text and "weights of 0.mixer were" in text for text in said)

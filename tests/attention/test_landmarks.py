@@ -16,6 +16,7 @@ from mmcastling.attention import (
     fast,
     l2_normalize,
     landmark_attention,
+    landmarks,
 )
 from mmcastling.attention.fast import mixed_landmark_attention
 from mmcastling.attention.landmarks import interpolate, pool
@@ -52,23 +53,33 @@ def on_maps(layer, x, grid):
     return maps.flatten(2).mT.unflatten(0, x.shape[:2])
 
 
+def cells_of(grid, landmarks):
+    """How many landmarks differ along each side of a grid."""
+    return tuple(min(side, landmarks) for side in grid)
+
+
+def repeated(x, cells, landmarks):
+    """Maps of cells ``(..., H, W)``, each as often as there are landmarks in it."""
+    rows, columns = (torch.arange(landmarks) * n // landmarks for n in cells)
+    return x[..., rows, :][..., columns]
+
+
 def defined(q, k, v, *, grid, landmarks, balance, sharpness):
     """Word by word, with a loop over regions."""
-    extra = q.shape[2] - math.prod(grid)
+    extra, cells = q.shape[2] - math.prod(grid), cells_of(grid, landmarks)
     own, even, gain = (factor[:, None, None] for factor in balance)
 
     def spread(x):
-        size = (landmarks, landmarks)
         up = nn.Upsample(grid, mode="bilinear")
-        return torch.cat([x[:, :, :extra], on_maps(up, x[:, :, extra:], size)], 2)
+        return torch.cat([x[:, :, :extra], on_maps(up, x[:, :, extra:], cells)], 2)
 
-    means = on_maps(nn.AdaptiveAvgPool2d(landmarks), q[:, :, extra:], grid)
+    means = on_maps(nn.AdaptiveAvgPool2d(cells), q[:, :, extra:], grid)
     queries = torch.cat([q[:, :, :extra], means], 2)
     logits = sharpness[:, None, None] * queries @ k.mT / q.shape[-1] ** 0.5
     attention = torch.softmax(logits, dim=-1)
     side, covariance = math.ceil(landmarks / 2), 0
     maps = attention[:, :, extra:].mT  # regions as pixels, keys as channels
-    maps = maps.flatten(0, 1).unflatten(2, (landmarks, landmarks))
+    maps = repeated(maps.flatten(0, 1).unflatten(2, cells), cells, landmarks)
     blocks = nn.AdaptiveAvgPool2d(side)(maps).flatten(2).mT.unflatten(0, v.shape[:2])
     for row in blocks.unbind(2):
         apart = k - row.unsqueeze(2) @ k
@@ -186,15 +197,51 @@ def test_half_precision_is_computed_in_full(dtype, autocast):
 @given(**SHAPES)
 def test_regions_are_those_of_torchs_layers(grid, extra, landmarks, **shape):
     (x, _, _), _ = draw(grid, extra, **shape)
+    cells = cells_of(grid, landmarks)
     means = pool(x, grid=grid, landmarks=landmarks)
-    layer = nn.AdaptiveAvgPool2d(landmarks)
-    assert_close(means[:, :, extra:], on_maps(layer, x[:, :, extra:], grid))
+    expected = on_maps(nn.AdaptiveAvgPool2d(cells), x[:, :, extra:], grid)
+    maps = expected.mT.unflatten(3, cells)
+    all_of_them = repeated(maps, cells, landmarks).flatten(3).mT
+    assert_close(means[:, :, extra:], all_of_them)
     back = interpolate(means, grid=grid, landmarks=landmarks)
     up = nn.Upsample(grid, mode="bilinear")
-    size = (landmarks, landmarks)
-    assert_close(back[:, :, extra:], on_maps(up, means[:, :, extra:], size))
+    assert_close(back[:, :, extra:], on_maps(up, expected, cells))
     assert_close(means[:, :, :extra], x[:, :, :extra])
     assert_close(back[:, :, :extra], x[:, :, :extra])
+
+
+@pytest.mark.parametrize("grid", [(7, 7), (1, 1), (1, 8), (4, 3)])
+@pytest.mark.parametrize("extra", [0, 2])
+def test_a_grid_of_no_more_tokens_than_landmarks_has_softmax(grid, extra):
+    (q, k, v), learned = draw(grid, extra)
+    found = landmark_attention(q, k, v, grid=grid, landmarks=8)
+    assert_close(found, softmax(q, k, v))
+    leaves = [x.requires_grad_() for x in (q, k, v, *learned["balance"])]
+    found = landmark_attention(q, k, v, grid=grid, landmarks=8, **learned)
+    grads = torch.autograd.grad(found.sum(), leaves)  # none is unused
+    own, even, _ = (factor[:, None, None] for factor in learned["balance"])
+    sharp = q * learned["sharpness"][:, None, None]
+    expected = own * v + even * softmax(sharp, k, v)
+    assert_close(found, expected)
+    assert_close(grads[:5], torch.autograd.grad(expected.sum(), leaves[:5]))
+    # A graph for all grids takes as many landmarks as ever, some of them the same.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(landmarks, "_all_are_landmarks", lambda *_: False)
+        assert_close(
+            landmark_attention(q, k, v, grid=grid, landmarks=8, **learned), expected
+        )
+
+
+def test_what_all_keys_and_values_have_in_common_costs_no_precision():
+    (q, k, v), _ = draw((24, 24), dims=32, values=32)
+    options = dict(grid=(24, 24), landmarks=8)
+    exact = landmark_attention(q, k, v, **options)
+    for common in (10.0, 100.0):
+        moved = (x.float() for x in (q, k + common, v + common))
+        found = landmark_attention(*moved, **options).double() - common
+        plain = softmax(q.float(), k.float() + common, v.float() + common)
+        rounded = (plain.double() - common - softmax(q, k, v)).norm()
+        assert (found - exact).norm() < 3 * rounded
 
 
 @pytest.mark.parametrize("conv", [None, "token", "grid"])

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from known_models import build
 from torch import fx, nn
 from torch.nn.utils import parametrize, prune
 from torch.testing import assert_close
@@ -243,22 +242,6 @@ def test_what_is_not_given_is_the_form_for_trained_weights(
     if not given:
         assert not mixer.local_conv.weight.any()  # no effect until it is trained
         assert RECOMMENDED["form"] == form
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "expected"),
-    [
-        ("vit", {}, {8}),
-        ("swin", dict(landmarks=5), {5}),
-        ("swin", {}, {2}),  # windows of 4x4
-        ("timm-sam", {}, {2}),  # of 3x3
-        ("timm-swin2", {}, {2}),
-        ("hf-swin", {}, {2}),
-    ],
-)
-def test_landmarks_are_at_most_half_of_a_window(name, options, expected):
-    model = castle(build(name), **options)
-    assert {module.landmarks for _, module in castling_modules(model)} == expected
 
 
 def test_a_convolution_runs_along_the_line_where_no_grid_is_known():

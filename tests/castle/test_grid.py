@@ -6,6 +6,7 @@ import pickle
 import threading
 
 import pytest
+import timm
 import torch
 from known_models import build, images, output
 from known_timm import TIMM_MODELS, timm_vit
@@ -141,6 +142,40 @@ def test_blocks_that_run_again_in_the_backward_pass_find_their_grid(reentrant):
         ).backward()
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
         assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_grids_that_cannot_be_told_apart_are_refused_there(reentrant):
+    model, again = castled(), castled()
+    again.load_state_dict(model.state_dict())
+    for block in again.blocks:
+        block.forward = functools.partial(
+            checkpoint, block.forward, use_reentrant=reentrant
+        )
+    loss = again(images(WIDE)).square().mean() + again(images(TALL)).square().mean()
+    with pytest.raises(
+        ValueError, match=r"16 tokens, which were on grids of \[\(2, 8\)"
+    ):
+        loss.backward()
+    again.zero_grad()
+    with torch.no_grad():
+        again(images(TALL))
+    for net in (model, again):  # one after the other
+        for size in (WIDE, TALL):
+            net(images(size)).square().mean().backward()
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert_close(p.grad, q.grad)
+
+
+def test_all_class_tokens_of_a_parameter_are_off_the_grid():
+    model = timm.create_model("pit_ti_distilled_224", depth=(1, 1, 1)).eval()
+    assert model.cls_token.shape[1] == 2
+    castled = castle(copy.deepcopy(model), type="softmax", local_conv=None)
+    x = images((224, 224))
+    for y, expected in zip(castled(x), model(x), strict=True):
+        assert_close(y, expected, atol=1e-5, rtol=1e-5)
+    for y in castle(model)(x):
+        assert y.shape == expected.shape and y.isfinite().all()
 
 
 @pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.long)])

@@ -73,6 +73,19 @@ def test_a_model_of_timm_is_aligned_and_loaded_again(
     assert (tmp_path / "out" / "aligned.pth").read_bytes() == before
 
 
+def test_what_was_refused_leaves_the_folder_free(pictures, weights, run_main, tmp_path):
+    arguments = (NAME, weights, pictures, tmp_path / "out", *SMALL)
+    for bad, message in (
+        (("--steps", 0, 0), "steps (0, 0)"),
+        (("--lr", "nan", 1), "learning rates (nan, 1.0)"),
+        (("--keep", "auto", "--budget", 99), "budget=99"),
+    ):
+        refused = run_main("align.py", *arguments, *bad)
+        assert refused.returncode == 1 and message in refused.stderr, refused.stderr
+    done = run_main("align.py", *arguments, "--steps", 1, 0)
+    assert done.returncode in (0, None), done.stderr[-3000:]
+
+
 def test_a_killed_run_goes_on_with_what_it_had_chosen(
     pictures, weights, run_main, tmp_path, monkeypatch
 ):
@@ -119,6 +132,8 @@ def test_a_config_is_aligned_converted_and_tested(
     softmax_config, pictures, run_main, tmp_path
 ):
     out = tmp_path / "out"
+    refused = run_main("align.py", *softmax_config, pictures, out, "--size", 2, 2)
+    assert refused.returncode == 1 and "refuses an image of 2x2" in refused.stderr
     arguments = (*softmax_config, pictures, out, *SMALL, "--steps", 1, 1)
     done = run_main("align.py", *arguments, "--keep", 0)
     assert done.returncode in (0, None), done.stderr[-3000:]

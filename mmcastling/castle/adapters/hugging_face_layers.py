@@ -137,7 +137,7 @@ def castle_swin_layer(old: nn.Module, build: MixerBuilder) -> nn.Module:
     new = copy_as((CastledSwinLayer, type(old)), old)
     window = inner.relative_position_bias.window_size
     new.attention = CastledSwinAttention(
-        replace(build, attention=inner, grid=window, window=window, extra_tokens=0),
+        replace(build, attention=inner, grid=window, extra_tokens=0),
         inner.num_attention_heads,
         inner.head_dim,
         scale=inner.scaling,
