@@ -1,5 +1,5 @@
 # Mask R-CNN on COCO 2017 with mmdet's Swin-T, castled, from Swin's ImageNet weights:
-# mmdet's own config, in which every shifted window gets linear-angular attention.
+# mmdet's own config, in which every shifted window gets linear attention.
 #
 #   python tools/train.py configs/mask_rcnn_castling_swin_t_coco.py
 #
@@ -22,7 +22,8 @@ model = dict(
         # In a window of 7x7 linear attention saves little: it is there to make larger
         # windows cheap. window_size=14 above resizes the tables of position biases,
         # which the auxiliary branch reads while it is on.
-        attention=dict(type="castling"),  # its form for trained weights
+        # Its form for trained weights; with 8x8 landmarks such windows have softmax.
+        attention=dict(type="castling", landmarks=4),
     ),
 )
 

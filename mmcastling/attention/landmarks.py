@@ -126,7 +126,7 @@ def landmark_terms(
         sharp = scale * queries
         if sharpness is not None:
             sharp = sharp * sharpness.to(sharp)[:, None, None]
-        logits = torch.cat([_dot(sharp, keys) for keys in parts(k, 2)], dim=3)
+        logits = _dot(sharp, k)
         attention = torch.softmax(logits, dim=3)
         even, gain = 1.0, 1.0
         if balance is not None:
@@ -134,7 +134,7 @@ def landmark_terms(
         if all_are:  # none is apart from its landmark
             nothing = logits.new_zeros(*v.shape[:2], k.shape[3], v.shape[3])
             return even * _mix(attention, v), gain * nothing
-        center = mean_of_tokens(k)
+        center = mean_of_tokens(parts(k, 2)[0])  # any that is near
         some = zip(parts(k, 2), parts(v, 2), parts(attention, 3), strict=True)
         sums = [_sums(*part, center, extra=extra, landmarks=landmarks) for part in some]
         values, keys, products = (

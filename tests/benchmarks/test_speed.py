@@ -172,13 +172,14 @@ def test_a_target_is_reached_up_to_its_limit(layers):
 
 def test_targets_compare_the_right_contenders(layers):
     seconds = {"castling": 1.0, "released": 2.0, "softmax": 7.0}
+    seconds.update({"landmarks": 5.0, "4x4 landmarks": 3.0})
     cells = [
         dict(contender=name, size=list(grid), seconds=dict(median=value))
         for name, value in seconds.items()
         for grid in layers.GRIDS
     ]
     found = [target.measured for target in layers.targets(dict(cells=cells))]
-    assert found == pytest.approx([0.5, 7.0, 1 / 7, 0.0])
+    assert found == pytest.approx([0.5, 7.0, 1 / 7, 5.0, 3.0, 0.0])
 
 
 # -- the report ------------------------------------------------------------------------

@@ -62,6 +62,6 @@ def test_tables_pair_the_rows_and_tell_what_is_left(study, tmp_path, monkeypatch
     assert "by more than 0.50 points" in lines[-1]
     assert "| angular | 2 | 91.00 ± 0.00 |" in study.readme_table()
     scratch = study.parts()[1]
-    assert scratch.state() == "5 of 27 runs, 2.5 core-hours; about 11.0 are left"
+    assert scratch.state() == "5 of 30 runs, 2.5 core-hours; about 12.5 are left"
     study.draw_curves(tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
