@@ -128,7 +128,7 @@ class CastledLocalAttention(CastledAttention):
 def castle_local_attention(old: nn.Module, build: MixerBuilder) -> nn.Module:
     """Twins-SVT's locally grouped attention."""
     build.note_dropout(old.attn_drop)
-    build.grid_source = None
+    build.grid, build.grid_source = (old.ws, old.ws), None
     return CastledLocalAttention(
         build,
         old.num_heads,
