@@ -198,7 +198,7 @@ def table() -> str:
             lines += [f"No run of `configs/{task.config}` is stored yet.", ""]
             continue
         heads = [f"{title} (by seed)" for title, _ in task.metrics.values()]
-        heads.insert(1, f"{task.other[0]}")
+        heads.insert(1, task.other[0])
         heads.append("validations, first seed")
         lines += [
             f"| `configs/{task.config}` | {' | '.join(heads)} |",

@@ -126,14 +126,14 @@ def landmark_terms(
         sharp = scale * queries
         if sharpness is not None:
             sharp = sharp * sharpness.to(sharp)[:, None, None]
-        logits = _dot(sharp, k)
+        logits = _product(sharp, k.transpose(2, 3))
         attention = torch.softmax(logits, dim=3)
         even, gain = 1.0, 1.0
         if balance is not None:
             even, gain = (factor.to(logits)[:, None, None] for factor in balance[1:])
         if all_are:  # none is apart from its landmark
             nothing = logits.new_zeros(*v.shape[:2], k.shape[3], v.shape[3])
-            return even * _mix(attention, v), gain * nothing
+            return even * _product(attention, v), gain * nothing
         center = mean_of_tokens(parts(k, 2)[0])  # any that is near
         some = zip(parts(k, 2), parts(v, 2), parts(attention, 3), strict=True)
         sums = [_sums(*part, center, extra=extra, landmarks=landmarks) for part in some]
@@ -161,13 +161,8 @@ def _itself(x: Tensor) -> Tensor:
 
 
 @in_full_precision
-def _dot(queries: Tensor, keys: Tensor) -> Tensor:
-    return queries @ keys.transpose(2, 3)
-
-
-@in_full_precision
-def _mix(attention: Tensor, v: Tensor) -> Tensor:
-    return attention @ v
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    return x @ y
 
 
 @in_full_precision
